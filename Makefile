@@ -1,0 +1,58 @@
+# Everything runs in .venv, which is made on first use and again when its inputs change.
+# PYTHON=python3.12 chooses the interpreter; PYTEST_ARGS goes to pytest.
+
+SHELL := /bin/bash
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format constraints clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+demo: $(STAMP) ## Run the demo model on whatever hardware is here
+	@$(BIN)/lmi-multi demo
+
+test: $(STAMP) ## Run every test (PYTEST_ARGS="-k name" for some)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP) ## Check style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP) ## Mend style and format where a tool can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+constraints: $(STAMP) ## Write constraints.txt anew (UPGRADE=1 for newest versions)
+	$(BIN)/python tools/constraints.py $(if $(UPGRADE),--upgrade)
+
+clean: ## Remove .venv and everything that was built
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Plain python3 if it is one that is tested (3.10 to 3.13), else the newest of those.
+$(STAMP): pyproject.toml constraints.txt
+	@set -euo pipefail; \
+	if ! $(BIN)/python -c '' 2>/dev/null; then \
+		for python in $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.10); do \
+			if $$python -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' \
+				2>/dev/null; then found=$$python; break; fi; \
+		done; \
+		if [ -z "$${found:-}" ]; then \
+			echo "error: no Python 3.10 to 3.13 found; name one: make PYTHON=/path/to/python" >&2; \
+			exit 1; \
+		fi; \
+		echo "making $(VENV) with $$($$found --version)"; \
+		$$found -m venv --clear $(VENV) || { \
+			rm -rf $(VENV); \
+			echo "error: $$found cannot make virtual environments (Debian: python3-venv)" >&2; \
+			exit 1; \
+		}; \
+	fi; \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'; \
+	touch $@

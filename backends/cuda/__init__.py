@@ -1,0 +1,7 @@
+"""The CUDA backend."""
+
+from __future__ import annotations
+
+from .backend import CudaBackend
+
+BACKEND = CudaBackend()

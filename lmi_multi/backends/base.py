@@ -1,0 +1,89 @@
+"""What a backend is: where a model runs, and how one step of it is executed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from lmi_multi.checkpoint.artifact import Artifact
+from lmi_multi.engine.batch import Batch, Passage, Prompt, StepResult
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Whether a backend can run here; if not, why, and one line that says what to do."""
+
+    name: str
+    ok: bool
+    reason: str
+    remedy: str = ""
+    devices: Sequence[str] = field(default=())
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an executor was built for.
+
+    `max_batch` rows run at once; `max_tokens` bounds prompt plus generated tokens of a sequence
+    (encoder-decoders: each of prompt and generated tokens); `max_step_tokens` bounds the tokens
+    of one step, so that prefill never stalls running rows for long; the cache holds `blocks`
+    blocks of `block_size` tokens.
+    """
+
+    max_batch: int
+    max_tokens: int
+    max_step_tokens: int
+    blocks: int
+    block_size: int
+
+
+class Executor(Protocol):
+    """One loaded model. Not thread-safe: the engine serializes its calls."""
+
+    @property
+    def limits(self) -> Limits:
+        """What it was built for."""
+
+    @property
+    def device(self) -> str:
+        """The device in words, for people."""
+
+    def step(self, batch: Batch) -> StepResult:
+        """Encode the batch's prompts, decode its rows, and draw the tokens that rows ask for."""
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Like `step`, but returns the scores of every packed token: float32 [tokens, vocab]."""
+
+    def encode(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor | None]:
+        """The last hidden states float32 [tokens, hidden], packed: the encoder's, or those of a
+        decoder without one; and pooled float32 [rows, hidden] where the network has a pooler."""
+
+    def score(self, passages: Sequence[Passage]) -> Tensor:
+        """Log-probability of every token but each passage's first: float32, packed."""
+
+    def close(self) -> None:
+        """Free everything. Calling it twice is fine."""
+
+
+class Backend(Protocol):
+    """A kind of hardware. Registered by name in `lmi_multi.backends`."""
+
+    @property
+    def name(self) -> str:
+        """As in `load(backend=...)`."""
+
+    def probe(self) -> Availability:
+        """Look at this machine; cheap, and never raises."""
+
+    def load(
+        self,
+        artifact: Artifact,
+        *,
+        tensor_parallel: int,
+        max_batch: int | None,
+        max_tokens: int | None,
+    ) -> Executor:
+        """Load the model. None lets the backend choose. Raises CapacityError if it cannot fit."""

@@ -1,0 +1,78 @@
+"""The CPU backend: plain torch, one process a rank."""
+
+from __future__ import annotations
+
+import platform
+from functools import partial
+from pathlib import Path
+
+import psutil
+
+from lmi_multi.backends.base import Availability, Executor, Limits
+from lmi_multi.backends.limits import plan_limits
+from lmi_multi.backends.torch_executor import TorchExecutor
+from lmi_multi.checkpoint.artifact import Artifact
+from lmi_multi.errors import CapacityError
+from lmi_multi.models.schema import check_degree
+from lmi_multi.ops.cpu import CpuOps
+from lmi_multi.parallel.collectives import SingleRank, TorchCollectives
+from lmi_multi.parallel.executor import RankedExecutor
+
+CACHE_SHARE = 0.5  # of the memory that the weights leave
+
+
+class CpuBackend:
+    """`lmi_multi.backends.base.Backend` for any machine."""
+
+    name = "cpu"
+
+    def probe(self) -> Availability:
+        """Always available."""
+        cores = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
+        model = platform.processor() or platform.machine()
+        return Availability("cpu", True, "always available", devices=(f"{model}, {cores} cores",))
+
+    def load(
+        self,
+        artifact: Artifact,
+        *,
+        tensor_parallel: int,
+        max_batch: int | None,
+        max_tokens: int | None,
+    ) -> Executor:
+        """See `Backend.load`."""
+        spec, degree = artifact.spec, tensor_parallel
+        check_degree(spec, degree)
+        limits = plan_limits(
+            spec,
+            item_bytes=4 if artifact.dtype == "fp32" else 2,
+            ranks=degree,
+            memory=_cache_memory(artifact, degree),
+            max_batch=max_batch,
+            max_tokens=max_tokens,
+        )
+        if degree == 1:
+            return TorchExecutor(spec, artifact.load_rank(0, 1), limits, CpuOps(), SingleRank())
+        build = partial(_build_rank, artifact.folder, limits)
+        return RankedExecutor(degree, build, limits, f"{degree} processes")
+
+
+def _cache_memory(artifact: Artifact, degree: int) -> int:
+    """Bytes that each rank may spend on its cache. Raises CapacityError if weights do not fit."""
+    weights = sum(artifact.tensor_bytes(rank, degree) for rank in range(degree))
+    free = psutil.virtual_memory().available
+    if weights > free:
+        raise CapacityError(
+            f"the weights need {weights / 2**30:.2f} GiB of memory, but {free / 2**30:.2f} GiB are "
+            "free; try dtype='bf16' or quantize='int8'"
+        )
+    return int((free - weights) * CACHE_SHARE / degree)
+
+
+def _build_rank(folder: Path, limits: Limits, rank: int, size: int) -> Executor:
+    artifact = Artifact.open(folder)
+    tensors = artifact.load_rank(rank, size)
+    return TorchExecutor(artifact.spec, tensors, limits, CpuOps(), TorchCollectives())
+
+
+BACKEND = CpuBackend()

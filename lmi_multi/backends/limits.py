@@ -1,0 +1,64 @@
+"""How many rows and tokens fit: the arithmetic that every backend sizes its cache with."""
+
+from __future__ import annotations
+
+from lmi_multi.backends.base import Limits
+from lmi_multi.errors import CapacityError, OptionError
+from lmi_multi.models.schema import Split
+from lmi_multi.models.spec import ModelSpec
+
+DEFAULT_TOKENS = 2048
+
+
+def plan_limits(
+    spec: ModelSpec,
+    *,
+    item_bytes: int,
+    ranks: int,
+    memory: int,
+    max_batch: int | None,
+    max_tokens: int | None,
+    default_batch: int = 16,
+    block_size: int = 16,
+    max_step_tokens: int = 2048,
+) -> Limits:
+    """Limits for a cache of at most `memory` bytes a rank, `item_bytes` a cached element.
+
+    Raises OptionError if `max_tokens` exceeds what the positions allow or a value is below 1,
+    and CapacityError if not even one row of `max_tokens` fits.
+    """
+    for name, value in (("max_batch", max_batch), ("max_tokens", max_tokens)):
+        if value is not None and (type(value) is not int or value < 1):
+            raise OptionError(f"{name} is {value!r}, must be an integer, at least 1")
+    longest = spec.max_positions
+    if max_tokens is not None and longest and max_tokens > longest:
+        raise OptionError(f"max_tokens is {max_tokens}, but the model's positions end at {longest}")
+    tokens = max_tokens or min(longest or DEFAULT_TOKENS, DEFAULT_TOKENS)
+    batch = max_batch or default_batch
+    per_row = row_blocks(spec, tokens, tokens, block_size)
+    block = block_bytes(spec, item_bytes, ranks, block_size)
+    fitting = memory // block if block else batch * per_row
+    if fitting < per_row:
+        raise CapacityError(
+            f"a row of {tokens} tokens needs {per_row * block / 2**30:.2f} GiB of cache, but only "
+            f"{memory / 2**30:.2f} GiB are free; lower max_tokens or raise tensor_parallel"
+        )
+    return Limits(
+        max_batch=batch,
+        max_tokens=tokens,
+        max_step_tokens=max_step_tokens,
+        blocks=min(batch * per_row, fitting),
+        block_size=block_size,
+    )
+
+
+def row_blocks(spec: ModelSpec, tokens: int, prompt: int, block_size: int) -> int:
+    """Cache blocks of one sequence of `tokens` decoder tokens with `prompt` encoded ones."""
+    own = -(-tokens // block_size)
+    return own + (-(-prompt // block_size) if spec.kind == "encoder-decoder" else 0)
+
+
+def block_bytes(spec: ModelSpec, item_bytes: int, ranks: int, block_size: int) -> int:
+    """Bytes of one block on one rank: keys and values of every decoder layer."""
+    kv_heads = Split(0, (spec.kv_heads,)).size(ranks)
+    return 2 * spec.decoder_layers * block_size * kv_heads * spec.head_dim * item_bytes

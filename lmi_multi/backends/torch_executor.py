@@ -1,0 +1,189 @@
+"""Runs the network eagerly with plain torch operations on one device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lmi_multi.backends.base import Limits
+from lmi_multi.engine.batch import Batch, Passage, Prompt, Row, StepResult
+from lmi_multi.models.spec import ModelSpec
+from lmi_multi.models.transformer import Transformer
+from lmi_multi.models.weights import bind
+from lmi_multi.ops import Ops
+from lmi_multi.ops.heads import Heads
+from lmi_multi.ops.packed import PackedAttention
+from lmi_multi.ops.paged import PagedAttention, PagedCache
+from lmi_multi.ops.sampling import Sampled, SampleRow, Sampling, sample
+from lmi_multi.options import TokenLogprob
+from lmi_multi.parallel.collectives import Collectives
+
+SCORED_TOKENS = 256
+
+
+class TorchExecutor:
+    """An `Executor` over one rank's tensors, on the device they lie on."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        tensors: Mapping[str, Tensor],
+        limits: Limits,
+        ops: Ops,
+        collectives: Collectives,
+    ) -> None:
+        self.limits = limits
+        weights = bind(spec, tensors, collectives.rank, collectives.size)
+        self._network = Transformer(spec, weights, ops, collectives)
+        self._device = weights.embed.device
+        self._heads = Heads(spec, collectives.size)
+        self._cache = PagedCache(
+            self._heads, limits.blocks, limits.block_size, weights.embed.dtype, self._device
+        )
+
+    @property
+    def device(self) -> str:
+        """The GPU's name, or how many threads the CPU uses."""
+        if self._device.type == "cuda":
+            return f"{self._device}, {torch.cuda.get_device_name(self._device)}"
+        threads = torch.get_num_threads()
+        return f"{threads} thread{'s' if threads > 1 else ''}"
+
+    @torch.inference_mode()
+    def step(self, batch: Batch) -> StepResult:
+        """See `Executor.step`."""
+        hidden = self._decode(batch)
+        if hidden is None:
+            return StepResult((), ())
+        drawing = [row for row in batch.rows if row.sample is not None]
+        if not drawing:
+            return StepResult((), ())
+        logits = self._network.logits(hidden[self._last_tokens(batch.rows)])
+        rows = [row.sample for row in drawing if row.sample is not None]
+        drawn = sample(logits, Sampling.of(rows, self._device))
+        return StepResult(drawn.tokens.tolist(), drawn.finite.tolist(), _logprobs(rows, drawn))
+
+    @torch.inference_mode()
+    def logits(self, batch: Batch) -> Tensor:
+        """See `Executor.logits`."""
+        hidden = self._decode(batch)
+        if hidden is None:
+            raise ValueError("the batch has no rows")
+        return self._network.logits(hidden).cpu()
+
+    @torch.inference_mode()
+    def encode(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor | None]:
+        """See `Executor.encode`."""
+        hidden = self._network.project_out(self._encode(prompts))
+        counts = torch.tensor([len(prompt.token_ids) for prompt in prompts])
+        first = counts.cumsum(0) - counts
+        pooled = self._network.pool(hidden[first.to(self._device)])
+        return hidden.float().cpu(), None if pooled is None else pooled.float().cpu()
+
+    @torch.inference_mode()
+    def score(self, passages: Sequence[Passage]) -> Tensor:
+        """See `Executor.score`."""
+        hidden = self._decode_packed(passages)
+        known = [p.token_ids for p in passages]
+        targets = torch.tensor([t for own in known for t in (*own[1:], 0)], device=self._device)
+        # A few tokens at a time: the scores of a long text over a large vocabulary are large.
+        parts = []
+        for start in range(0, len(hidden), SCORED_TOKENS):
+            part = slice(start, start + SCORED_TOKENS)
+            scores = self._network.logits(hidden[part]).log_softmax(-1)
+            parts.append(scores.gather(-1, targets[part, None])[:, 0])
+        ends = torch.tensor([len(own) for own in known]).cumsum(0) - 1
+        keep = torch.ones(len(hidden), dtype=torch.bool)
+        keep[ends] = False
+        return torch.cat(parts).cpu()[keep]
+
+    def close(self) -> None:
+        """Drop weights and cache."""
+        self.__dict__.pop("_network", None)
+        self.__dict__.pop("_cache", None)
+
+    def _decode(self, batch: Batch) -> Tensor | None:
+        if fresh := [row for row in batch.rows if not row.start]:
+            self._cache.clear([b for row in fresh for b in (*row.blocks, *row.cross_blocks)])
+        if batch.prompts:
+            self._write_cross(batch.prompts, self._encode(batch.prompts))
+        if not batch.rows:
+            return None
+        ids = torch.tensor([t for row in batch.rows for t in row.token_ids], device=self._device)
+        attention = PagedAttention(self._cache, batch.rows, self._device)
+        return self._network.decode(ids, attention.positions, attention)
+
+    def _encode(self, prompts: Sequence[Prompt]) -> Tensor:
+        counts = [len(prompt.token_ids) for prompt in prompts]
+        ids = torch.tensor([t for p in prompts for t in p.token_ids], device=self._device)
+        positions = torch.cat([torch.arange(n) for n in counts]).to(self._device)
+        segments = None
+        if any(prompt.segment_ids is not None for prompt in prompts):
+            segments = torch.tensor(
+                [s for p in prompts for s in (p.segment_ids or [0] * len(p.token_ids))],
+                device=self._device,
+            )
+        if self._network.weights.encoder is None:
+            causal = PackedAttention(self._heads, counts, positions, causal=True)
+            return self._network.decode(ids, positions, causal)
+        attention = PackedAttention(self._heads, counts, positions)
+        return self._network.encode(ids, positions, segments, attention)
+
+    def _decode_packed(self, passages: Sequence[Passage]) -> Tensor:
+        """The decoder's output for known tokens, over encoded prompts where there are any."""
+        own = [Prompt(p.token_ids) for p in passages]
+        if self._network.weights.encoder is None:
+            return self._encode(own)
+        memory = self._encode([Prompt(p.encoder_ids or ()) for p in passages])
+        counts = [len(p.token_ids) for p in passages]
+        ids = torch.tensor([t for p in own for t in p.token_ids], device=self._device)
+        positions = torch.cat([torch.arange(n) for n in counts]).to(self._device)
+        attention = PackedAttention(
+            self._heads,
+            counts,
+            positions,
+            causal=True,
+            cross_kv=lambda layer: self._network.cross_kv(layer, memory),
+            cross_counts=[len(p.encoder_ids or ()) for p in passages],
+        )
+        return self._network.decode(ids, positions, attention)
+
+    def _write_cross(self, prompts: Sequence[Prompt], memory: Tensor) -> None:
+        """Project the encoded prompts once and keep their cross-attention keys and values."""
+        decoder = self._network.weights.decoder
+        if decoder is None:
+            return
+        slots = torch.cat(
+            [self._cache.slots(p.cross_blocks, 0, len(p.token_ids)) for p in prompts]
+        ).to(self._device)
+        for layer in decoder.layers:
+            kv = self._network.cross_kv(layer, memory).view(-1, 2, self._heads.kv, self._heads.dim)
+            self._cache.write(layer.index, slots, kv[:, 0], kv[:, 1])
+
+    def _last_tokens(self, rows: Sequence[Row]) -> Tensor:
+        """Where the last token of every drawing row lies among the packed ones."""
+        last, end = [], 0
+        for row in rows:
+            end += len(row.token_ids)
+            if row.sample is not None:
+                last.append(end - 1)
+        return torch.tensor(last, device=self._device)
+
+
+def _logprobs(rows: Sequence[SampleRow], drawn: Sampled) -> list[TokenLogprob | None]:
+    """Each row's, None where it did not ask; nothing at all when no row did."""
+    if drawn.logprobs is None:
+        return []
+    chosen, ids, top = (tensor.tolist() for tensor in drawn.logprobs)
+    found = zip(chosen, ids, top, strict=True)
+    results: list[TokenLogprob | None] = []
+    for row, token in zip(rows, drawn.tokens.tolist(), strict=True):
+        if row.logprobs is None:
+            results.append(None)
+            continue
+        own, likeliest, values = next(found)
+        best = dict(zip(likeliest[: row.logprobs], values, strict=False))
+        results.append(TokenLogprob(token, own, best))
+    return results

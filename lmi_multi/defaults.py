@@ -1,0 +1,365 @@
+"""What a model's own files say about generation, and how a call's options complete it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from lmi_multi.errors import CheckpointError, OptionError
+from lmi_multi.options import GenerateOptions
+from lmi_multi.resolved import Resolved
+from lmi_multi.tokenizer import Tokenizer
+from lmi_multi.values import MAX_BIAS, MAX_WORD_TOKENS, Word
+
+__all__ = ["DEFAULT_NEW_TOKENS", "GenerationDefaults", "Resolved"]
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_NEW_TOKENS = 20
+"""Hugging Face's: what is generated when neither the call nor the model sets a length."""
+
+# Options that the file may set, by the file's name for them.
+_OF_CALLS = {
+    *("seed", "ignore_eos", "stop_token_ids", "logprobs", "prompt_logprobs", "return_full_text"),
+    *("presence_penalty", "frequency_penalty", "stop", "bad_words", "logit_bias"),
+}
+_OPTIONS = {name: name for name in GenerateOptions.model_fields if name not in _OF_CALLS}
+_OPTIONS |= {"stop_strings": "stop", "bad_words_ids": "bad_words", "sequence_bias": "logit_bias"}
+
+# What applies where neither the call nor the file sets an option: Hugging Face's defaults.
+_ELSE: dict[str, Any] = {
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "stop": (),
+    "min_p": 0.0,
+    "typical_p": 1.0,
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "no_repeat_ngram_size": 0,
+    "suppress_tokens": (),
+    "forced_bos_token_id": None,
+    "logit_bias": (),
+    "stop_token_ids": (),
+    "logprobs": None,
+    "prompt_logprobs": False,
+    "return_full_text": False,
+}
+
+# Settings that would change the output and that nothing here obeys yet, each with the values
+# (beside null) that ask for nothing.
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "num_beams": (1,),
+    "num_beam_groups": (1,),
+    "diversity_penalty": (0,),
+    "penalty_alpha": (0,),
+    "dola_layers": (),
+    "constraints": ([],),
+    "force_words_ids": ([],),
+    "top_h": (),
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "forced_decoder_ids": ([],),
+    "begin_suppress_tokens": ([],),
+    "exponential_decay_length_penalty": (),
+    "guidance_scale": (1,),
+    "watermarking_config": (),
+    "token_healing": (False,),
+    "max_time": (),
+}
+# Only with beams do these have a meaning; with one beam they are as good as absent.
+_OF_BEAMS = ("num_beam_groups", "diversity_penalty")
+
+
+@dataclass(frozen=True)
+class GenerationDefaults:
+    """Token ids and default options of one model.
+
+    `source` is the name of the file they come from. `unsupported` names the settings in it that
+    would change the output with Hugging Face and do nothing here.
+    """
+
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    decoder_start_token_id: int | None = None
+    options: GenerateOptions = field(default_factory=GenerateOptions)
+    unsupported: tuple[str, ...] = ()
+    source: str = "generation_config.json"
+
+    @classmethod
+    def read(cls, folder: Path) -> GenerationDefaults:
+        """Read `folder/generation_config.json`; without it, config.json, as Hugging Face does.
+
+        Old checkpoints keep generation settings in config.json; where generation_config.json
+        exists, nothing of config.json counts. Without either file everything is unset. Raises
+        CheckpointError, naming file and field, for a malformed one.
+        """
+        for name in ("generation_config.json", "config.json"):
+            fields = _read(folder / name)
+            if fields is not None:
+                return cls._parse(fields if name[0] == "g" else _legacy(fields), folder / name)
+        return cls()
+
+    @classmethod
+    def _parse(cls, fields: Mapping[str, Any], path: Path) -> GenerationDefaults:
+        bos = _token(fields, "bos_token_id", path)
+        start = _token(fields, "decoder_start_token_id", path)
+        return cls(
+            eos_token_ids=_tokens(fields, "eos_token_id", path),
+            pad_token_id=_token(fields, "pad_token_id", path),
+            bos_token_id=bos,
+            decoder_start_token_id=bos if start is None else start,
+            options=_options(fields, path),
+            unsupported=_unsupported(fields),
+            source=path.name,
+        )
+
+    def resolve(
+        self,
+        options: GenerateOptions,
+        *,
+        prompt_tokens: int,
+        decoder_only: bool,
+        limit: int,
+        vocab: int | None = None,
+        tokenizer: Tokenizer | None = None,
+    ) -> Resolved:
+        """Complete `options`: what they leave open, the model's file sets, else Hugging Face.
+
+        `prompt_tokens` is the prompt's length in tokens. `limit` is the most tokens a sequence of
+        the decoder may hold, prompt (`decoder_only`) or start token included; 0: no limit. Token
+        ids must be below `vocab`, if it is known; bad words that are text need the `tokenizer`.
+
+        The call's own length beats the file's whatever its kind: `max_length` in the call beats
+        `max_new_tokens` in the file. A length of the call that does not fit the limit is an
+        error; a default that does not fit is cut to what does, as Hugging Face does.
+
+        Raises OptionError when the prompt leaves no room for a token, when a length in the call
+        cannot be kept, for an id outside the vocabulary, for several answers without sampling,
+        for a forced token that is suppressed, and for `return_full_text` where the prompt is not
+        the decoder's. An unset seed is drawn from the operating system.
+        """
+        used = prompt_tokens if decoder_only else 1
+        most = self._most_new(options, used, limit)
+        ignore_eos = bool(options.ignore_eos)
+        do_sample = _first(options.do_sample, self.options.do_sample, False)
+        resolved = Resolved(
+            max_new_tokens=most,
+            min_new_tokens=self._least_new(options, used, most),
+            do_sample=do_sample,
+            seed=secrets.randbits(64) if options.seed is None else options.seed,
+            ignore_eos=ignore_eos,
+            eos_token_ids=() if ignore_eos else self.eos_token_ids,
+            bad_words=self._bad_words(options, tokenizer),
+            forced_eos_token_ids=self._either(options, "forced_eos_token_id", ()),
+            num_return_sequences=self._answers(options, do_sample),
+            **{name: self._either(options, name, value) for name, value in _ELSE.items()},
+        )
+        if not do_sample and options.sampling_asked():
+            _warn_once(
+                f"{', '.join(options.sampling_asked())}: no effect, as this model decodes "
+                "greedily by default; set do_sample=True to sample"
+            )
+        for name in ("return_full_text", "prompt_logprobs"):
+            if getattr(resolved, name) and not decoder_only:
+                raise OptionError(
+                    f"{name} is True; allowed: False, as an encoder-decoder's text does not "
+                    "continue the prompt"
+                )
+        resolved.check_ids(vocab)
+        return resolved
+
+    def _either(self, options: GenerateOptions, name: str, otherwise: Any) -> Any:
+        """The call's value, else the file's, else `otherwise`."""
+        given, filed = getattr(options, name), getattr(self.options, name)
+        return given if given is not None else otherwise if filed is None else filed
+
+    def _answers(self, options: GenerateOptions, do_sample: bool) -> int:
+        """How many answers a prompt gets. What the file says counts only where there can be more
+        than one: many files that ask for several are made for beams."""
+        if do_sample:
+            return int(self._either(options, "num_return_sequences", 1))
+        wanted = options.num_return_sequences or 1
+        if wanted > 1:
+            raise OptionError(
+                f"num_return_sequences is {wanted}; allowed: 1 when decoding greedily, as all "
+                "answers would be the same; set do_sample=True to sample"
+            )
+        return wanted
+
+    def _bad_words(
+        self, options: GenerateOptions, tokenizer: Tokenizer | None
+    ) -> tuple[tuple[int, ...], ...]:
+        """The bad words as token ids. As with Hugging Face, an end token alone is none."""
+        words: tuple[Word, ...] = self._either(options, "bad_words", ())
+        ends = {(token,) for token in self.eos_token_ids}
+        ids = [own for word in words for own in _word_ids(word, tokenizer)]
+        return tuple(word for word in dict.fromkeys(ids) if word not in ends)
+
+    def _most_new(self, options: GenerateOptions, used: int, limit: int) -> int:
+        """How many tokens may be generated after the `used` ones."""
+        room = limit - used if limit else None
+        if room is not None and room < 1:
+            raise OptionError(
+                f"the prompt has {used} tokens; allowed: at most {limit - 1}, as the model's limit "
+                f"of {limit} tokens includes at least one new token"
+            )
+        if options.max_new_tokens is not None and options.max_length is not None:
+            _warn_once("both max_new_tokens and max_length are set: max_new_tokens counts")
+        for given in (options, self.options):
+            wanted, name = _length(given.max_new_tokens, given.max_length, used, "max")
+            if wanted is None:
+                continue
+            if wanted < 1:
+                where = "" if given is options else f" in {self.source}"
+                raise OptionError(
+                    f"max_length{where} is {given.max_length}, and {used} tokens are there "
+                    f"before the first new one; allowed: at least {used + 1}, or max_new_tokens"
+                )
+            if room is None or wanted <= room:
+                return wanted
+            if given is options:
+                raise OptionError(
+                    f"{name} is {getattr(given, name)}, which is {wanted} new tokens; allowed: "
+                    f"at most {room} new tokens, as {used} of the model's {limit} are used"
+                )
+            return room
+        return DEFAULT_NEW_TOKENS if room is None else min(DEFAULT_NEW_TOKENS, room)
+
+    def _least_new(self, options: GenerateOptions, used: int, most: int) -> int:
+        """Before how many tokens no end token may come."""
+        for given in (options, self.options):
+            wanted, name = _length(given.min_new_tokens, given.min_length, used, "min")
+            if wanted is None:
+                continue
+            if wanted > most and given is options:
+                raise OptionError(
+                    f"{name} is {getattr(given, name)}, which is {wanted} new tokens; allowed: "
+                    f"at most the {most} new tokens that may be generated"
+                )
+            return min(max(wanted, 0), most)
+        return 0
+
+
+def _word_ids(word: Word, tokenizer: Tokenizer | None) -> list[tuple[int, ...]]:
+    """The token ids of a bad word; of text those at the start of a text, and after a space."""
+    if isinstance(word, tuple):
+        return [word]
+    if tokenizer is None:
+        raise OptionError(
+            f"bad_words has {word!r}, and the model has no tokenizer; allowed: lists of token ids"
+        )
+    texts = (word, " " + word.lstrip())
+    found = [tuple(tokenizer.encode(text, add_special_tokens=False)) for text in texts]
+    if not all(0 < len(ids) <= MAX_WORD_TOKENS for ids in found):
+        raise OptionError(
+            f"bad_words has {word!r}, which is {len(found[0])} tokens; allowed: 1 to "
+            f"{MAX_WORD_TOKENS}"
+        )
+    return found
+
+
+def _length(new: int | None, whole: int | None, used: int, which: str) -> tuple[int | None, str]:
+    """A bound in new tokens, and the option that sets it; `new` beats `whole`."""
+    if new is not None:
+        return new, f"{which}_new_tokens"
+    return (None if whole is None else whole - used), f"{which}_length"
+
+
+def _first(*values: Any) -> Any:
+    """The first that is set."""
+    return next(value for value in values if value is not None)
+
+
+@lru_cache(maxsize=64)
+def _warn_once(message: str) -> None:
+    logger.warning("%s", message)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """The JSON object in `path`, None when there is no such file."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, not {type(fields).__name__}")
+    return fields
+
+
+def _legacy(config: dict[str, Any]) -> dict[str, Any]:
+    """config.json's generation settings; a nested decoder's own fill those left unset."""
+    fields = {name: value for name, value in config.items() if value is not None}
+    for name in ("decoder", "generator", "text_config"):
+        if isinstance(nested := fields.get(name), dict):
+            return {**nested, **fields}
+    return fields
+
+
+def _token(fields: Mapping[str, Any], name: str, path: Path) -> int | None:
+    """One token id; of a list, which a few checkpoints hold, the first."""
+    return next(iter(_tokens(fields, name, path)), None)
+
+
+def _tokens(fields: Mapping[str, Any], name: str, path: Path) -> tuple[int, ...]:
+    """Token ids: null, one, or a list. A negative one, as old files have for "none", is none."""
+    value = fields.get(name)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if any(isinstance(token, bool) or not isinstance(token, int) for token in ids):
+        raise CheckpointError(f"{path}: {name} is {value!r}, must be a token id or a list of them")
+    return tuple(dict.fromkeys(token for token in ids if token >= 0))
+
+
+def _options(fields: Mapping[str, Any], path: Path) -> GenerateOptions:
+    asked = {ours: fields.get(name) for name, ours in _OPTIONS.items()}
+    asked["forced_bos_token_id"] = _token(fields, "forced_bos_token_id", path)
+    for name in ("forced_eos_token_id", "suppress_tokens"):
+        asked[name] = _tokens(fields, name, path) or None
+    asked["logit_bias"] = _single_bias(fields.get("sequence_bias")) or None
+    given = {name: value for name, value in asked.items() if value is not None}
+    if not given.get("do_sample"):
+        # Beside greedy decoding Hugging Face never looks at these, and real files hold 0 there.
+        for name in ("temperature", "top_k", "top_p", "typical_p"):
+            if given.get(name) == 0:
+                del given[name]
+        given.pop("do_sample", None)  # the default anyway; sampling settings may stand beside it
+    try:
+        return GenerateOptions.of(given)
+    except OptionError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def _single_bias(value: Any) -> dict[int, float] | None:
+    """The file's `sequence_bias`, pairs of a list of ids and a number, as a logit bias; None if
+    it is absent or more than one: over several tokens, or larger."""
+    try:
+        pairs = {token: amount for (token,), amount in value or ()}
+        return pairs if all(abs(amount) <= MAX_BIAS for amount in pairs.values()) else None
+    except (TypeError, ValueError):
+        return None
+
+
+def _unsupported(fields: Mapping[str, Any]) -> tuple[str, ...]:
+    beams = fields.get("num_beams") not in (None, 1)
+    names = [
+        name
+        for name, neutral in _UNSUPPORTED.items()
+        if fields.get(name) is not None
+        and fields[name] not in neutral
+        and (beams or name not in _OF_BEAMS)
+    ]
+    if fields.get("sequence_bias") and _single_bias(fields["sequence_bias"]) is None:
+        names.append("sequence_bias")
+    return tuple(f"{name}={fields[name]!r}" for name in names)

@@ -1,0 +1,122 @@
+"""Steps the executor until every sequence that was submitted has its answer."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator, Iterable
+from collections.abc import Sequence as Items
+from functools import partial
+from typing import TypeVar, cast
+
+from torch import Tensor
+
+from lmi_multi.backends.base import Executor
+from lmi_multi.engine.batch import Passage, Prompt
+from lmi_multi.engine.scheduler import Scheduler
+from lmi_multi.engine.sequence import Sequence
+from lmi_multi.errors import OptionError
+
+_T = TypeVar("_T")
+
+
+class Engine:
+    """One executor shared by any number of callers and threads.
+
+    There is no thread of its own: whoever waits for an answer drives the steps, and each step
+    carries everybody's sequences. While one caller's step runs the others wait, come and go.
+    """
+
+    def __init__(self, executor: Executor) -> None:
+        self.executor = executor
+        self.scheduler = Scheduler(executor.limits)
+        # Guards all but the executor, which `_user` has to itself. Used by itself, not through
+        # its condition: an interrupt on the way into `with condition` leaves it locked for ever.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)  # notified when the executor is free
+        self._user: object | None = None
+        self._steps = 0
+        self._closed = False
+
+    def run(self, sequences: Iterable[Sequence]) -> None:
+        """Drive `sequences` to their end. Whatever ends this early frees their places."""
+        for _ in self.steps(sequences):
+            pass
+
+    def steps(self, sequences: Iterable[Sequence]) -> Generator[None]:
+        """Like `run`, pausing after every step, one's own or another caller's.
+
+        Closing the iterator frees their places.
+        """
+        own = pending = list(sequences)
+        seen = self._steps
+        try:
+            with self._lock:
+                for sequence in own:
+                    self.scheduler.add(sequence)
+            while pending:
+                if self._steps == seen:  # what others' steps brought is shown first
+                    self._use(self._step, unless=partial(self._stepped_since, seen))
+                seen = self._steps
+                pending = [s for s in pending if s.finish_reason is None]
+                yield
+        finally:
+            with self._lock:
+                for sequence in own:
+                    sequence.finish_reason = sequence.finish_reason or "cancelled"
+                    self.scheduler.release(sequence)
+
+    def encode(self, prompts: Items[Prompt]) -> tuple[Tensor, Tensor | None]:
+        """`Executor.encode`, between two steps."""
+        return cast(
+            "tuple[Tensor, Tensor | None]", self._use(lambda: self.executor.encode(prompts))
+        )
+
+    def score(self, passages: Items[Passage]) -> Tensor:
+        """`Executor.score`, between two steps."""
+        return cast(Tensor, self._use(lambda: self.executor.score(passages)))
+
+    def close(self) -> None:
+        """Close the executor once the step that runs has ended; who still waits gets an error."""
+        with self._lock:
+            self._changed.wait_for(lambda: self._user is None)
+            self._closed = True
+            self.executor.close()
+            self._changed.notify_all()
+
+    def _use(self, work: Callable[[], _T], unless: Callable[[], bool] = lambda: False) -> _T | None:
+        """What `work` returns with the executor to itself; None, not done, if `unless` holds then.
+
+        Raises OptionError if the model has been closed.
+        """
+        me = object()
+        try:
+            with self._lock:
+                self._changed.wait_for(lambda: self._user is None or unless())
+                if unless():
+                    return None
+                if self._closed:
+                    raise OptionError("the model is closed")
+                self._user = me
+            return work()
+        finally:  # of an interrupt as well, wherever it came
+            with self._lock:
+                if self._user is me:
+                    self._user = None
+                    self._changed.notify_all()
+
+    def _step(self) -> None:
+        with self._lock:
+            batch, sequences = self.scheduler.plan()
+        result = self.executor.step(batch)
+        drawing = [s for s, row in zip(sequences, batch.rows, strict=True) if row.sample]
+        logprobs = result.logprobs or [None] * len(drawing)
+        answers = zip(drawing, result.tokens, result.finite, logprobs, strict=True)
+        with self._lock:
+            for sequence, token, finite, logprob in answers:
+                if sequence.finish_reason is None:  # else its caller left while the step ran
+                    sequence.accept(token, finite, logprob)
+            self.scheduler.commit(batch, sequences)
+            self._steps += 1
+
+    def _stepped_since(self, seen: int) -> bool:
+        return self._steps != seen

@@ -1,0 +1,31 @@
+"""Every error that lmi_multi raises on purpose: one line: what is wrong, and what is allowed."""
+
+from __future__ import annotations
+
+
+class LmiError(Exception):
+    """Base of all errors of this package. `str(error)` is one clear line for the user."""
+
+
+class OptionError(LmiError, ValueError):
+    """A generation option, load argument or prompt is invalid."""
+
+
+class CheckpointError(LmiError):
+    """A checkpoint or artifact is missing, malformed, truncated, altered or mismatched."""
+
+
+class UnsupportedModelError(CheckpointError):
+    """The architecture, or a setting of it, is not declared by any family."""
+
+
+class BackendError(LmiError):
+    """A backend is unknown, unavailable on this machine, or cannot run this model."""
+
+
+class CapacityError(LmiError):
+    """Memory or disk does not suffice; the message says by how much."""
+
+
+class RankError(LmiError):
+    """A tensor-parallel rank died, hung or raised; the message carries its traceback."""

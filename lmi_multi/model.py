@@ -1,0 +1,325 @@
+"""The user's handle: a loaded model that generates, scores and embeds."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from lmi_multi import backends, chat, embedding, streaming
+from lmi_multi.backends.base import Executor
+from lmi_multi.checkpoint.artifact import Artifact
+from lmi_multi.checkpoint.cache import open_or_convert
+from lmi_multi.checkpoint.convert import Progress
+from lmi_multi.defaults import GenerationDefaults
+from lmi_multi.engine.batch import Passage
+from lmi_multi.engine.batch import Prompt as EncoderPrompt
+from lmi_multi.engine.engine import Engine
+from lmi_multi.engine.sequence import Sequence as EngineSequence
+from lmi_multi.errors import OptionError
+from lmi_multi.models.schema import check_degree
+from lmi_multi.models.spec import ModelSpec
+from lmi_multi.options import Completion, GenerateOptions, per_prompt
+from lmi_multi.prompts import Prompt, PromptReader, Prompts
+from lmi_multi.streaming import Chunk
+from lmi_multi.tokenizer import Tokenizer, load_tokenizer, text_of
+
+log = logging.getLogger("lmi_multi")
+
+Options = GenerateOptions | Mapping[str, Any] | Sequence[GenerateOptions | Mapping[str, Any] | None]
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What the last `generate` did."""
+
+    prompts: int
+    generated_tokens: int
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Generated tokens over the whole time, prefill included."""
+        return self.generated_tokens / self.seconds if self.seconds else 0.0
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The last hidden states of one prompt: `hidden` float32 [tokens, hidden]; `pooled` float32
+    [hidden] where the network has a pooler (BERT)."""
+
+    hidden: Tensor
+    pooled: Tensor | None
+
+
+def load(
+    source: str | Path,
+    *,
+    backend: str = "auto",
+    dtype: str = "auto",
+    quantize: str | None = None,
+    tensor_parallel: int = 1,
+    max_batch: int | None = None,
+    max_tokens: int | None = None,
+    revision: str | None = None,
+    verify: bool = False,
+    progress: Progress | None = None,
+) -> Model:
+    """Load a model from a local folder, an artifact, a Hugging Face Hub id, or "demo".
+
+    A checkpoint that is no artifact yet is converted once into a cache folder. `backend` is
+    "auto", "cuda", "neuron" or "cpu"; `dtype` "auto" (the checkpoint's own, bf16 for T5 in place
+    of fp16), "fp32", "fp16" or "bf16"; `quantize` None or "int8". `max_batch` rows run at once;
+    `max_tokens` bounds prompt plus generated tokens of a decoder, and each of the two for an
+    encoder-decoder. `verify` compares the artifact's files with their sha256 first. `progress`
+    is called with bytes done, bytes in all, and the tensor's name while converting.
+
+    Raises OptionError, CheckpointError, BackendError or CapacityError, each one clear line.
+    """
+    chosen = backends.select(backend)
+    artifact = open_or_convert(
+        source,
+        revision=revision,
+        dtype=dtype,
+        quantize=quantize,
+        tensor_parallel=tensor_parallel,
+        verify=verify,
+        progress=progress,
+    )
+    check_degree(artifact.spec, tensor_parallel)
+    executor = chosen.load(
+        artifact, tensor_parallel=tensor_parallel, max_batch=max_batch, max_tokens=max_tokens
+    )
+    return Model(artifact, chosen.name, executor)
+
+
+class Model:
+    """A loaded model. Safe to use from several threads; close it, or use it in a `with`."""
+
+    def __init__(self, artifact: Artifact, backend: str, executor: Executor) -> None:
+        self.backend = backend
+        self.device = executor.device
+        self.spec: ModelSpec = artifact.spec
+        self.artifact = artifact
+        self.limits = executor.limits
+        self.tokenizer: Tokenizer | None = load_tokenizer(artifact.folder)
+        self.defaults = GenerationDefaults.read(artifact.folder)
+        self.stats = Stats(0, 0, 0.0)
+        self._reader = PromptReader(self.spec, self.limits, self.tokenizer, self.defaults)
+        self._engine = Engine(executor)
+        self._closed = False
+        if self.defaults.unsupported:
+            log.warning(
+                "%s asks for settings that this version does not apply: %s",
+                self.defaults.source,
+                ", ".join(self.defaults.unsupported),
+            )
+
+    def generate(
+        self, prompts: Prompts, options: Options | None = None, **keywords: Any
+    ) -> list[Completion]:
+        """Complete every prompt; results come in the order of the prompts.
+
+        With `num_return_sequences`, a prompt's answers follow each other.
+
+        Prompts are one string, many, or lists of token ids. Options are a `GenerateOptions` or a
+        mapping, one for all or one a prompt, and the same names as keywords, which win. Raises
+        OptionError before anything runs if a prompt or an option is invalid, or if a prompt with
+        its answer would exceed `limits.max_tokens`.
+        """
+        given, ids, answers = self._sequences(prompts, options, keywords)
+        start = time.perf_counter()
+        self._engine.run([sequence for own in answers for sequence in own])
+        wanted = [own[0].options.prompt_logprobs for own in answers]
+        scores = self._score([Passage(p) for p, want in zip(ids, wanted, strict=True) if want])
+        known = [[None, *next(scores).tolist()] if want else None for want in wanted]
+        completions = [
+            self._completion(prompt, token_ids, sequence, scored)
+            for prompt, token_ids, own, scored in zip(given, ids, answers, known, strict=True)
+            for sequence in own
+        ]
+        generated = sum(len(c.token_ids) for c in completions)
+        self.stats = Stats(len(given), generated, time.perf_counter() - start)
+        return completions
+
+    def stream(
+        self, prompts: Prompts, options: Options | None = None, **keywords: Any
+    ) -> Iterator[Chunk]:
+        """Like `generate`, but yields what each step adds; all prompts advance together.
+
+        Everything is checked before this returns. The texts of a prompt's chunks, joined, are
+        its completion's text. Closing the iterator frees the prompts' places.
+        """
+        _, _, answers = self._sequences(prompts, options, keywords, streaming=True)
+        if any(own[0].options.prompt_logprobs for own in answers):
+            raise OptionError("prompt_logprobs is True; allowed: False while streaming, or score")
+        return streaming.stream(self._engine, answers)
+
+    def astream(
+        self, prompts: Prompts, options: Options | None = None, **keywords: Any
+    ) -> AsyncIterator[Chunk]:
+        """`stream` for asyncio. Cancelling the task frees the prompts' places."""
+        return streaming.in_thread(self.stream(prompts, options, **keywords))
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        options: Options | None = None,
+        **keywords: Any,
+    ) -> Completion:
+        """Answer a conversation, rendered with the tokenizer's chat template.
+
+        `messages` are mappings with "role" and "content". The template runs in transformers'
+        immutable sandbox. Raises OptionError if the model has no template or it refuses the
+        messages.
+        """
+        ids = chat.render(self.tokenizer, messages)
+        return self.generate([ids], options, **keywords)[0]
+
+    def score(self, prompts: Prompts, continuations: Prompts) -> list[npt.NDArray[np.float32]]:
+        """Log-probability of every token of each continuation after its prompt, float32 [tokens].
+
+        A decoder reads prompt and continuation as one text, so a continuation that is a string is
+        tokenized without special tokens; an encoder-decoder reads the prompt, and the
+        continuation is its answer.
+        """
+        self._check_open("decoder", "encoder-decoder")
+        _, ids = self._reader.read(prompts)
+        answers = self._reader.continuations(continuations)
+        if len(ids) != len(answers):
+            raise OptionError(f"{len(answers)} continuations for {len(ids)} prompts")
+        passages = [
+            self._reader.passage(i, own, answer)
+            for i, (own, answer) in enumerate(zip(ids, answers, strict=True))
+        ]
+        scores = zip(self._score(passages), answers, strict=True)
+        return [own[len(own) - len(answer) :].numpy() for own, answer in scores]
+
+    def encode(
+        self, prompts: Prompts, segment_ids: Sequence[Sequence[int]] | None = None
+    ) -> list[Encoded]:
+        """The last hidden states of every prompt: the encoder's, or a decoder-only network's.
+
+        `segment_ids` are BERT's token types, one list a prompt; all zero if not given.
+        """
+        self._check_open()
+        _, ids = self._reader.read(prompts)
+        segments = self._reader.segments(ids, segment_ids)
+        results: list[Encoded] = []
+        for batch in _batches([len(own) for own in ids], self.limits.max_step_tokens):
+            chosen = [EncoderPrompt(ids[i], segments[i]) for i in batch]
+            hidden, pooled = self._engine.encode(chosen)
+            parts = hidden.split_with_sizes([len(prompt.token_ids) for prompt in chosen])
+            rows = [None] * len(batch) if pooled is None else pooled.unbind()
+            results += [Encoded(h, p) for h, p in zip(parts, rows, strict=True)]
+        return results
+
+    def embed(
+        self, texts: Prompts, pooling: embedding.Pooling = "mean", normalize: bool = True
+    ) -> npt.NDArray[np.float32]:
+        """One vector a text: float32 [texts, hidden].
+
+        `pooling` is "mean" over all tokens, "cls" (the first) or "last"; `normalize` scales to
+        length 1. Both as in sentence-transformers.
+        """
+        embedding.check_pooling(pooling)
+        rows = [embedding.pool(e.hidden, pooling, normalize) for e in self.encode(texts)]
+        return np.stack(rows) if rows else np.zeros((0, self.spec.hidden), dtype=np.float32)
+
+    def close(self) -> None:
+        """Free the model. Calling it twice is fine."""
+        if not self._closed:
+            self._closed = True
+            self._engine.close()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _check_open(self, *kinds: str) -> None:
+        if self._closed:
+            raise OptionError("the model is closed")
+        if kinds and self.spec.kind not in kinds:
+            raise OptionError(
+                f"{self.spec.family} is an {self.spec.kind} and generates no text: use encode"
+            )
+
+    def _sequences(
+        self,
+        prompts: Prompts,
+        options: Options | None,
+        keywords: Mapping[str, Any],
+        streaming: bool = False,
+    ) -> tuple[list[Prompt], list[list[int]], list[list[EngineSequence]]]:
+        """Every prompt as given, as token ids, and as one sequence an answer."""
+        self._check_open("decoder", "encoder-decoder")
+        given, ids = self._reader.read(prompts)
+        wanted = per_prompt(options, len(given), keywords)
+        answers = [
+            self._reader.sequences(index, token_ids, option, streaming)
+            for index, (token_ids, option) in enumerate(zip(ids, wanted, strict=True))
+        ]
+        return given, ids, answers
+
+    def _score(self, passages: Sequence[Passage]) -> Iterator[Tensor]:
+        """Log-probabilities of all but the first token of each passage: float32 [tokens - 1]."""
+        sizes = [len(p.token_ids) + len(p.encoder_ids or ()) for p in passages]
+        for batch in _batches(sizes, self.limits.max_step_tokens):
+            chosen = [passages[i] for i in batch]
+            counts = [len(p.token_ids) - 1 for p in chosen]
+            yield from self._engine.score(chosen).split_with_sizes(counts)
+
+    def _completion(
+        self,
+        prompt: Prompt,
+        ids: list[int],
+        sequence: EngineSequence,
+        prompt_logprobs: list[float | None] | None,
+    ) -> Completion:
+        text = None
+        if sequence.detokenizer is not None:
+            text = "".join(sequence.pieces)
+        elif self.tokenizer is not None:
+            text = text_of(self.tokenizer, sequence.shown)
+        if text is not None and sequence.options.return_full_text and self.tokenizer is not None:
+            text = (prompt if isinstance(prompt, str) else text_of(self.tokenizer, ids)) + text
+        return Completion(
+            prompt=prompt,
+            prompt_token_ids=ids,
+            text=text,
+            token_ids=sequence.generated,
+            finish_reason=sequence.finish_reason or "cancelled",
+            error=sequence.error,
+            logprobs=list(sequence.logprobs) if sequence.options.logprobs is not None else None,
+            cumulative_logprob=sequence.cumulative_logprob,
+            prompt_logprobs=prompt_logprobs,
+        )
+
+
+def _batches(sizes: Sequence[int], limit: int) -> Iterator[list[int]]:
+    """Indices in order, in groups whose sizes sum to at most `limit`; a larger one is alone."""
+    batch: list[int] = []
+    total = 0
+    for index, size in enumerate(sizes):
+        if batch and total + size > limit:
+            yield batch
+            batch, total = [], 0
+        batch.append(index)
+        total += size
+    if batch:
+        yield batch

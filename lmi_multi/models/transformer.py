@@ -1,0 +1,134 @@
+"""The one network: every family is a spec and weights for this stack."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lmi_multi.models.schema import Split
+from lmi_multi.models.spec import ModelSpec
+from lmi_multi.models.weights import Layer, Linear, Stack, Weights
+from lmi_multi.ops import Attention, Ops
+from lmi_multi.parallel.collectives import Collectives
+
+
+class Transformer:
+    """One rank's share of the network, on packed tokens: activations are [tokens, features].
+
+    It holds no state: keys and values live behind the `Attention` that each call is given.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, weights: Weights, ops: Ops, collectives: Collectives
+    ) -> None:
+        self.spec, self.weights, self.ops, self.collectives = spec, weights, ops, collectives
+        vocabulary = Split(0, (spec.vocab,), padded=True)
+        [(self._first_id, _)] = vocabulary.ranges(collectives.size, collectives.rank)
+        wide = spec.wide_residual and weights.embed.dtype == torch.float16
+        self._residual_dtype = torch.float32 if wide else weights.embed.dtype
+
+    def encode(
+        self, token_ids: Tensor, positions: Tensor, segments: Tensor | None, attention: Attention
+    ) -> Tensor:
+        """The encoder's output [tokens, hidden] for packed int64 ids and positions [tokens]."""
+        if self.weights.encoder is None:
+            raise ValueError(f"a {self.spec.kind} has no encoder")
+        x = self._embed(token_ids, positions, segments)
+        return self._run(self.weights.encoder, x, attention)
+
+    def decode(self, token_ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
+        """The decoder's output [tokens, hidden], before the head."""
+        if self.weights.decoder is None:
+            raise ValueError(f"an {self.spec.kind} has no decoder")
+        x = self._embed(token_ids, positions, None)
+        return self._run(self.weights.decoder, x, attention)
+
+    def cross_kv(self, layer: Layer, memory: Tensor) -> Tensor:
+        """Packed cross-attention keys and values [tokens, 2 * kv_heads * head_dim] of a layer."""
+        if layer.cross_kv is None:
+            raise ValueError(f"decoder layer {layer.index} has no cross-attention")
+        return self.ops.linear(memory, layer.cross_kv)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores float32 [tokens, vocab] of `decode`'s output, whole on every rank."""
+        hidden = self.project_out(hidden)
+        if self.spec.logit_scale != 1.0:
+            hidden = hidden * self.spec.logit_scale
+        local = self.ops.linear(hidden, self.weights.head)
+        return self.collectives.all_gather(local)[:, : self.spec.vocab].float()
+
+    def project_out(self, hidden: Tensor) -> Tensor:
+        """From the stack's width to the embedding's, where they differ (OPT-350m)."""
+        linear = self.weights.project_out
+        return hidden if linear is None else self.ops.linear(hidden, linear)
+
+    def pool(self, hidden: Tensor) -> Tensor | None:
+        """BERT's pooler on the first token of each row [rows, hidden]; None where there is none."""
+        pooler = self.weights.pooler
+        return None if pooler is None else torch.tanh(self.ops.linear(hidden, pooler))
+
+    def _embed(self, token_ids: Tensor, positions: Tensor, segments: Tensor | None) -> Tensor:
+        w = self.weights
+        x = self._lookup(token_ids)
+        if w.project_in is not None:
+            x = self.ops.linear(x, w.project_in)
+        if w.positions is not None:
+            x = x + F.embedding(positions, w.positions)
+        if w.segments is not None:
+            ids = torch.zeros_like(token_ids) if segments is None else segments
+            x = x + F.embedding(ids, w.segments)
+        if w.embed_norm is not None:
+            x = self.ops.norm(x, w.embed_norm, self.spec.norm_eps)
+        return x.to(self._residual_dtype)
+
+    def _lookup(self, token_ids: Tensor) -> Tensor:
+        table = self.weights.embed
+        if self.collectives.size == 1:
+            return F.embedding(token_ids, table)
+        local = token_ids - self._first_id
+        mine = (local >= 0) & (local < table.shape[0])
+        rows = F.embedding(local.clamp(0, table.shape[0] - 1), table)
+        return self.collectives.all_reduce(rows * mine[:, None])
+
+    def _run(self, stack: Stack, x: Tensor, attention: Attention) -> Tensor:
+        block = {"pre": self._pre, "post": self._post, "parallel": self._parallel}[self.spec.block]
+        for layer in stack.layers:
+            x = block(layer, x, attention)
+        if stack.norm is None:
+            return x
+        return self.ops.norm(x, stack.norm, self.spec.norm_eps)
+
+    def _pre(self, layer: Layer, x: Tensor, attention: Attention) -> Tensor:
+        """Norm before each sub-layer; encoder-decoders attend to the prompt between the two."""
+        ops, eps = self.ops, self.spec.norm_eps
+        qkv = ops.norm_linear(x, layer.norm1, eps, layer.qkv)
+        x = self._add(attention.attend(layer, qkv), layer.out, x)
+        if layer.cross_q is not None and layer.cross_norm is not None and layer.cross_out:
+            q = ops.norm_linear(x, layer.cross_norm, eps, layer.cross_q)
+            x = self._add(attention.cross_attend(layer, q), layer.cross_out, x)
+        h = ops.norm_linear(x, layer.norm2, eps, layer.up, self.spec.activation, self.spec.gated)
+        return self._add(h.to(self._residual_dtype), layer.down, x)
+
+    def _post(self, layer: Layer, x: Tensor, attention: Attention) -> Tensor:
+        """Norm after each residual addition (BERT, OPT-350m)."""
+        ops, eps = self.ops, self.spec.norm_eps
+        attended = attention.attend(layer, ops.linear(x, layer.qkv))
+        x = ops.norm(self._add(attended, layer.out, x), layer.norm1, eps)
+        h = ops.linear(x, layer.up, self.spec.activation, self.spec.gated)
+        return ops.norm(self._add(h, layer.down, x), layer.norm2, eps)
+
+    def _parallel(self, layer: Layer, x: Tensor, attention: Attention) -> Tensor:
+        """Attention and FFN read the same input and are added to it together (GPT-J, NeoX)."""
+        ops, eps = self.ops, self.spec.norm_eps
+        qkv = ops.norm_linear(x, layer.norm1, eps, layer.qkv)
+        h = ops.norm_linear(x, layer.norm2, eps, layer.up, self.spec.activation, self.spec.gated)
+        return self._add(h, layer.down, self._add(attention.attend(layer, qkv), layer.out, x))
+
+    def _add(self, x: Tensor, linear: Linear, residual: Tensor) -> Tensor:
+        """residual + linear(x), where every rank holds a slice of the linear's inputs."""
+        if self.collectives.size == 1:
+            return self.ops.linear_residual(x, linear, residual)
+        partial = self.ops.linear(x, Linear(linear.weight, None, linear.scale))
+        total = self.collectives.all_reduce(partial)
+        return residual + (total if linear.bias is None else total + linear.bias)

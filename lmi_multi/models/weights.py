@@ -1,0 +1,167 @@
+"""One rank's canonical tensors, bound to the structure that the network computes with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lmi_multi.models.bias import alibi_slopes
+from lmi_multi.models.schema import Split
+from lmi_multi.models.spec import Alibi, ModelSpec, RelativeBias
+
+
+@dataclass(frozen=True)
+class Linear:
+    """weight [out, in] in a float type, or int8 with a float32 scale [out]; bias [out] or None."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Norm:
+    """LayerNorm (with bias) or RMSNorm (without); weight and bias are [features]."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of a stack. `position_bias` is the relative-bias table [buckets, heads], or the
+    ALiBi slopes [heads]; heads are this rank's. `window` and `scale` belong to its attention."""
+
+    index: int
+    qkv: Linear
+    out: Linear
+    up: Linear
+    down: Linear
+    norm1: Norm
+    norm2: Norm
+    scale: float
+    window: int = 0
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+    cross_norm: Norm | None = None
+    cross_q: Linear | None = None
+    cross_kv: Linear | None = None
+    cross_out: Linear | None = None
+    position_bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Stack:
+    """An encoder or a decoder: its layers and the norm after them, if there is one."""
+
+    layers: tuple[Layer, ...]
+    norm: Norm | None
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Everything one rank holds. A tied head shares the tensor of `embed`."""
+
+    embed: Tensor
+    head: Linear
+    positions: Tensor | None
+    segments: Tensor | None
+    embed_norm: Norm | None
+    project_in: Linear | None
+    project_out: Linear | None
+    pooler: Linear | None
+    encoder: Stack | None
+    decoder: Stack | None
+
+
+class _Binder:
+    def __init__(self, spec: ModelSpec, tensors: Mapping[str, Tensor], rank: int, size: int):
+        self.spec, self.tensors, self.rank, self.size = spec, tensors, rank, size
+
+    def linear(self, name: str) -> Linear | None:
+        weight = self.tensors.get(f"{name}.weight")
+        if weight is None:
+            return None
+        get = self.tensors.get
+        return Linear(weight, get(f"{name}.bias"), get(f"{name}.scale"))
+
+    def need(self, name: str) -> Linear:
+        linear = self.linear(name)
+        if linear is None:
+            raise KeyError(f"{name}.weight")
+        return linear
+
+    def norm(self, name: str) -> Norm | None:
+        weight = self.tensors.get(f"{name}.weight")
+        return None if weight is None else Norm(weight, self.tensors.get(f"{name}.bias"))
+
+    def position_bias(self, stack: str, index: int) -> Tensor | None:
+        position = self.spec.position
+        if isinstance(position, RelativeBias):
+            own = index if position.per_layer else 0
+            return self.tensors[f"{stack}.{own}.relative.weight"]
+        if isinstance(position, Alibi):
+            heads = Split(0, (self.spec.heads,))
+            [(start, stop)] = heads.ranges(self.size, self.rank)
+            slopes = alibi_slopes(self.spec.heads)[start:stop]
+            return slopes.to(self.tensors["embed.weight"].device)
+        return None
+
+    def layer(self, stack: str, index: int) -> Layer:
+        name = f"{stack}.{index}."
+        decoder = stack == "decoder"
+        norm1 = self.norm(name + "norm1")
+        if norm1 is None:
+            raise KeyError(f"{name}norm1.weight")
+        return Layer(
+            index=index,
+            qkv=self.need(name + "qkv"),
+            out=self.need(name + "out"),
+            up=self.need(name + "up"),
+            down=self.need(name + "down"),
+            norm1=norm1,
+            # GPT-J's one norm feeds attention and FFN alike.
+            norm2=self.norm(name + "norm2") or norm1,
+            scale=self.spec.scale(index) if decoder else self.spec.attention_scale,
+            window=self.spec.window(index) if decoder else 0,
+            q_norm=self.norm(name + "q_norm"),
+            k_norm=self.norm(name + "k_norm"),
+            cross_norm=self.norm(name + "cross_norm"),
+            cross_q=self.linear(name + "cross_q"),
+            cross_kv=self.linear(name + "cross_kv"),
+            cross_out=self.linear(name + "cross_out"),
+            position_bias=self.position_bias(stack, index),
+        )
+
+    def stack(self, stack: str, count: int) -> Stack | None:
+        if not count:
+            return None
+        layers = tuple(self.layer(stack, i) for i in range(count))
+        return Stack(layers, self.norm(f"{stack}.norm"))
+
+
+def bind(spec: ModelSpec, tensors: Mapping[str, Tensor], rank: int = 0, size: int = 1) -> Weights:
+    """Arrange one rank's canonical tensors. Raises KeyError with the name of a missing one."""
+    b = _Binder(spec, tensors, rank, size)
+    embed = tensors["embed.weight"]
+    positions, segments = tensors.get("positions.weight"), tensors.get("segments.weight")
+    return Weights(
+        embed=embed,
+        head=b.linear("head") or Linear(embed),
+        positions=positions,
+        segments=segments,
+        embed_norm=b.norm("embed_norm"),
+        project_in=b.linear("project_in"),
+        project_out=b.linear("project_out"),
+        pooler=b.linear("pooler"),
+        encoder=b.stack("encoder", spec.encoder_layers),
+        decoder=b.stack("decoder", spec.decoder_layers),
+    )
+
+
+def model_dtype(weights: Weights) -> torch.dtype:
+    """The type that activations are computed in: that of the embedding."""
+    return weights.embed.dtype

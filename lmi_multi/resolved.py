@@ -1,0 +1,176 @@
+"""One prompt's settings, complete, and what they make of each step."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from lmi_multi.errors import OptionError
+from lmi_multi.ops.bans import ngram_bans, word_bans
+from lmi_multi.ops.processors import Edit
+from lmi_multi.ops.sampling import SampleRow
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Every setting of one prompt's generation, made concrete.
+
+    `max_new_tokens` >= 1 fits the model's limit; `min_new_tokens` is at most that. `temperature`,
+    `top_k`, `top_p`, `min_p`, `typical_p` and `seed` matter only where `do_sample`.
+    `eos_token_ids` end generation: none where end tokens are ignored. `stop_token_ids` end it
+    too. `bad_words` are token ids. `logprobs` None: none are wanted.
+    """
+
+    max_new_tokens: int
+    min_new_tokens: int
+    do_sample: bool
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+    ignore_eos: bool
+    stop: tuple[str, ...]
+    eos_token_ids: tuple[int, ...]
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+    encoder_repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    no_repeat_ngram_size: int = 0
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    suppress_tokens: tuple[int, ...] = ()
+    forced_bos_token_id: int | None = None
+    forced_eos_token_ids: tuple[int, ...] = ()
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: bool = False
+    return_full_text: bool = False
+    num_return_sequences: int = 1
+
+    @property
+    def excludes(self) -> bool:
+        """Whether there may be steps in which not every token can come."""
+        return bool(
+            self.min_new_tokens
+            or self.no_repeat_ngram_size
+            or self.bad_words
+            or self.suppress_tokens
+            or self.forced_bos_token_id is not None
+            or self.forced_eos_token_ids
+        )
+
+    def row(
+        self,
+        step: int,
+        tokens: Sequence[int] = (),
+        encoder_ids: Sequence[int] = (),
+        stream: int = 0,
+    ) -> SampleRow:
+        """How to draw token number `step`, counted from 0 over the generated tokens.
+
+        `tokens` are the decoder's so far, `step` generated ones at their end; `encoder_ids` the
+        prompt of an encoder-decoder. Answers to one prompt differ in `stream`.
+        """
+        forced = self._forced(step, tokens)
+        row = SampleRow(
+            step=step,
+            banned=self._banned(step, tokens, bool(forced)),
+            edit=Edit(forced=forced) if forced else self._edit(step, tokens, encoder_ids),
+            stream=stream,
+            logprobs=self.logprobs,
+        )
+        if not self.do_sample:
+            return row
+        return replace(
+            row,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            typical_p=self.typical_p,
+            seed=self.seed,
+        )
+
+    def check_ids(self, vocab: int | None = None) -> None:
+        """Raise OptionError for ids that the model does not have, and for forced ones that are
+        suppressed. `vocab` None: not known."""
+        bos = self.forced_bos_token_id
+        forced = {
+            "forced_bos_token_id": () if bos is None else (bos,),
+            "forced_eos_token_id": self.forced_eos_token_ids,
+        }
+        named = forced | {
+            "bad_words": tuple(token for word in self.bad_words for token in word),
+            "suppress_tokens": self.suppress_tokens,
+            "logit_bias": tuple(token for token, _ in self.logit_bias),
+            "stop_token_ids": self.stop_token_ids,
+        }
+        for name, ids in named.items():
+            if vocab is not None and ids and max(ids) >= vocab:
+                raise OptionError(
+                    f"{name} has the token id {max(ids)}; allowed: 0 to {vocab - 1}, the model's "
+                    "vocabulary"
+                )
+        for name, ids in forced.items():
+            if ids and set(ids) <= set(self.suppress_tokens):
+                raise OptionError(
+                    f"{name} is {', '.join(map(str, ids))}, which suppress_tokens has as well; "
+                    "allowed: one of the two"
+                )
+
+    def _forced(self, step: int, tokens: Sequence[int]) -> tuple[int, ...]:
+        """The ids of which one must come, if any. As with Hugging Face the end has the last word,
+        and a beginning is where the decoder has one token."""
+        if self.forced_eos_token_ids and step == self.max_new_tokens - 1:
+            return self.forced_eos_token_ids
+        if self.forced_bos_token_id is not None and len(tokens) == 1:
+            return (self.forced_bos_token_id,)
+        return ()
+
+    def _banned(self, step: int, tokens: Sequence[int], forced: bool) -> tuple[int, ...]:
+        """The ids that must not come. Only suppressed tokens are stronger than a forced one."""
+        if forced:
+            return self.suppress_tokens
+        banned = [*self.suppress_tokens]
+        if self.no_repeat_ngram_size:
+            banned += ngram_bans(tokens, self.no_repeat_ngram_size)
+        if self.bad_words:
+            banned += word_bans(tokens, self.bad_words)
+        if step < self.min_new_tokens:
+            banned += [*self.eos_token_ids, *self.stop_token_ids]
+        return tuple(dict.fromkeys(banned))
+
+    def _edit(self, step: int, tokens: Sequence[int], encoder_ids: Sequence[int]) -> Edit | None:
+        """Bias and penalties; None where there are none.
+
+        Nothing here looks for padding: a sequence has none, and a token that was read or drawn
+        counts whatever its id.
+        """
+        given = len(tokens) - step
+        repeats, prompt = self.repetition_penalty != 1, self.encoder_repetition_penalty != 1
+        edit = Edit(
+            bias=self.logit_bias,
+            prompt=_distinct(encoder_ids or tokens[:given]) if prompt else (),
+            encoder_repetition_penalty=self.encoder_repetition_penalty,
+            seen=_distinct(tokens) if repeats else (),
+            repetition_penalty=self.repetition_penalty,
+            counted=self._counted(tokens[given:]),
+        )
+        return edit if edit.bias or edit.prompt or edit.seen or edit.counted else None
+
+    def _counted(self, generated: Sequence[int]) -> tuple[tuple[int, float], ...]:
+        """What presence and frequency add to the logit of each generated token: mostly less."""
+        if not self.presence_penalty and not self.frequency_penalty:
+            return ()
+        counts = Counter(generated).items()
+        return tuple(
+            (token, -self.presence_penalty - self.frequency_penalty * count)
+            for token, count in counts
+        )
+
+
+def _distinct(tokens: Sequence[int]) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(tokens))

@@ -1,0 +1,97 @@
+"""Options and the closing table of the hardware matrix."""
+
+from __future__ import annotations
+
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from lmi_multi import backends
+from tests.matrix import CELLS, Cell, Outcome
+
+# Tiny models gain nothing from threads, and threads that wait for each other on a busy machine
+# make tests slow.
+torch.set_num_threads(1)
+
+# Shells start background jobs with SIGINT ignored, and children inherit that: the tests of Ctrl-C
+# need it as a terminal has it.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or writes the user's cache."""
+    monkeypatch.setenv("LMI_MULTI_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the session keeps its tiny checkpoints."""
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--backend",
+        metavar="NAME",
+        help="run only the hardware matrix's cells of this backend",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    wanted = config.getoption("--backend")
+    if not wanted:
+        return
+    if wanted not in backends.MODULES:
+        raise pytest.UsageError(
+            f"--backend is {wanted!r}, must be one of {', '.join(backends.MODULES)}"
+        )
+    keep = [item for item in items if getattr(_cell(item), "backend", None) == wanted]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(keep)])
+    items[:] = keep
+
+
+def _cell(item: pytest.Item) -> Cell | None:
+    """The cell of the matrix that a test runs in; None for other tests."""
+    callspec = getattr(item, "callspec", None)
+    return None if callspec is None else callspec.params.get("cell")
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Note what became of every cell of the matrix."""
+    outcome = yield
+    report = outcome.get_result()  # type: ignore[attr-defined]
+    cell = _cell(item)
+    if cell is None or not (report.when == "call" or report.outcome != "passed"):
+        return
+    reason = report.longrepr[2] if report.skipped and isinstance(report.longrepr, tuple) else ""
+    CELLS.append(Outcome(cell, report.outcome, reason.removeprefix("Skipped: ")))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The matrix as a table: backend and dtype by degree, then why cells were skipped."""
+    if not CELLS:
+        return
+    terminalreporter.section("hardware matrix")
+    groups: dict[tuple[str, str, int], Counter[str]] = {}
+    for outcome in CELLS:
+        key = (outcome.cell.backend, outcome.cell.dtype, outcome.cell.degree)
+        groups.setdefault(key, Counter())[outcome.result] += 1
+    head = f"{'backend':10}{'dtype':8}{'degree':>6}{'families':>10}{'passed':>8}{'failed':>8}"
+    terminalreporter.write_line(head + f"{'skipped':>9}")
+    for (backend, dtype, degree), counts in sorted(groups.items()):
+        families = len({o.cell.family for o in CELLS if _key(o) == (backend, dtype, degree)})
+        line = f"{backend:10}{dtype:8}{degree:>6}{families:>10}{counts['passed']:>8}"
+        terminalreporter.write_line(line + f"{counts['failed']:>8}{counts['skipped']:>9}")
+    for reason, count in Counter(o.reason for o in CELLS if o.reason).most_common():
+        terminalreporter.write_line(f"{count} skipped: {reason}")
+
+
+def _key(outcome: Outcome) -> tuple[str, str, int]:
+    return outcome.cell.backend, outcome.cell.dtype, outcome.cell.degree

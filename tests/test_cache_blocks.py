@@ -1,0 +1,113 @@
+"""The block allocator: every block has at most one owner, and none is ever lost."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
+
+from lmi_multi.engine.cache import BlockAllocator
+
+
+class Allocations(RuleBasedStateMachine):
+    """Takes and returns in any order, against a model that knows every owner."""
+
+    taken: Bundle[list[int]] = Bundle("taken")
+
+    @initialize(blocks=st.integers(0, 12))
+    def start(self, blocks: int) -> None:
+        self.allocator = BlockAllocator(blocks)
+        self.owned: list[int] = []
+
+    @rule(target=taken, data=st.data())
+    def take(self, data: st.DataObject) -> list[int]:
+        count = data.draw(st.integers(0, self.allocator.free))
+        blocks: list[int] = []
+        self.allocator.take(count, blocks)
+        assert len(blocks) == count
+        self.owned += blocks
+        return blocks
+
+    @rule(blocks=consumes(taken))
+    def give_back(self, blocks: list[int]) -> None:
+        given = list(blocks)
+        self.allocator.give_back(blocks)
+        assert blocks == []
+        self.owned = [block for block in self.owned if block not in given]
+
+    @rule(more=st.integers(1, 5))
+    def take_too_many(self, more: int) -> None:
+        with pytest.raises(ValueError, match="blocks wanted"):
+            self.allocator.take(self.allocator.free + more, [])
+
+    @precondition(lambda self: self.allocator.free)
+    @rule()
+    def give_back_what_is_free(self) -> None:
+        owner: list[int] = []
+        self.allocator.take(1, owner)
+        again = list(owner)
+        self.allocator.give_back(owner)
+        with pytest.raises(ValueError, match="are taken"):
+            self.allocator.give_back(again)
+
+    @rule(block=st.sampled_from([-1, 10_000]))
+    def give_back_what_does_not_exist(self, block: int) -> None:
+        with pytest.raises(ValueError, match="are taken"):
+            self.allocator.give_back([block])
+
+    @invariant()
+    def nothing_is_lost_or_shared(self) -> None:
+        if not hasattr(self, "owned"):
+            return
+        assert len(set(self.owned)) == len(self.owned)
+        assert set(self.owned) <= set(range(self.allocator.blocks))
+        assert self.allocator.free == self.allocator.blocks - len(self.owned)
+
+
+TestAllocations = Allocations.TestCase
+TestAllocations.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+
+
+def taken(allocator: BlockAllocator, count: int) -> list[int]:
+    blocks: list[int] = []
+    allocator.take(count, blocks)
+    return blocks
+
+
+def test_a_fresh_pool_is_used_front_to_back() -> None:
+    allocator = BlockAllocator(5)
+    assert taken(allocator, 2) == [0, 1]
+    assert taken(allocator, 3) == [2, 3, 4]
+
+
+@given(st.integers(1, 16), st.data())
+def test_blocks_in_one_piece_come_first(blocks: int, data: st.DataObject) -> None:
+    allocator = BlockAllocator(blocks)
+    taken(allocator, blocks)
+    free = data.draw(st.lists(st.integers(0, blocks - 1), unique=True))
+    allocator.give_back(list(free))
+    count = data.draw(st.integers(0, len(free)))
+    pieces = [first for first in sorted(free) if set(range(first, first + count)) <= set(free)]
+    expected = list(range(pieces[0], pieces[0] + count)) if pieces else sorted(free)[:count]
+    assert taken(allocator, count) == expected
+
+
+def test_a_failed_return_changes_nothing() -> None:
+    allocator = BlockAllocator(4)
+    blocks = taken(allocator, 2)
+    for wrong in ([*blocks, 3], [0, 0]):
+        before = list(wrong)
+        with pytest.raises(ValueError, match=r"not all of the blocks \[0, .*\] are taken"):
+            allocator.give_back(wrong)
+        assert wrong == before and allocator.free == 2
+    allocator.give_back(blocks)
+    assert taken(allocator, 4) == [0, 1, 2, 3]

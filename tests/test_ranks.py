@@ -1,0 +1,272 @@
+"""Ranks as processes: the same tokens, clear failures, and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+import lmi_multi
+from lmi_multi.errors import CapacityError, OptionError, RankError
+from lmi_multi.parallel import ranks
+from lmi_multi.parallel.ranks import RankGroup
+from tests.tiny_models import checkpoint
+
+ROOT = Path(__file__).parents[1]
+
+
+def rank_processes(parent: int | None = None) -> list[psutil.Process]:
+    """The children of a process that are not multiprocessing's own helper."""
+    return [
+        child
+        for child in psutil.Process(parent).children(recursive=True)
+        if child.status() != psutil.STATUS_ZOMBIE and "resource_tracker" not in str(child.cmdline())
+    ]
+
+
+def until(condition: Callable[[], bool], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return condition()
+
+
+class Toy:
+    """What a rank may hold; no model needed."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank = rank
+
+    def echo(self, value: Any) -> Any:
+        return value
+
+    def sleep(self, seconds: float) -> str:
+        time.sleep(seconds)
+        return "woken"
+
+    def fail_on_one(self, text: str) -> None:
+        if self.rank == 1:
+            raise RuntimeError(text)
+
+
+def build_fails(rank: int, size: int) -> Toy:
+    if rank == 1:
+        raise ZeroDivisionError("no such luck")
+    return Toy(rank, size)
+
+
+def build_lacks_memory(rank: int, size: int) -> Toy:
+    raise CapacityError(f"rank {rank} lacks 3 GiB")
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[RankGroup]:
+    """A group for the tests that leave it whole."""
+    before = {process.pid for process in rank_processes()}
+    group = RankGroup(2, Toy)
+    own = [process for process in rank_processes() if process.pid not in before]
+    assert len(own) == 2
+    yield group
+    group.close()
+    group.close()
+    assert not any(process.is_running() for process in own)
+    with pytest.raises(RankError, match="were closed"):
+        group.call("echo", 1)
+
+
+def test_calls(shared: RankGroup) -> None:
+    assert shared.call("echo", {"a": [1, 2]}) == {"a": [1, 2]}
+    assert shared.call("echo", b"x" * 300_000) == b"x" * 300_000
+
+
+def test_the_answer_to_an_interrupted_call_is_not_the_next_ones(
+    shared: RankGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, waits = ranks.wait, []
+
+    def interrupted(*arguments: Any) -> Any:
+        waits.append(1)
+        if len(waits) == 1:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(ranks, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        shared.call("sleep", 0.3)
+    assert shared.call("echo", "mine") == "mine"
+    for value in range(5):
+        assert shared.call("echo", value) == value
+
+
+@pytest.mark.parametrize(
+    ("build", "kind", "message"),
+    [
+        (build_fails, RankError, r"rank 1 failed:\n.*ZeroDivisionError: no such luck"),
+        (build_lacks_memory, CapacityError, r"rank \d lacks 3 GiB"),
+    ],
+)
+def test_a_rank_that_cannot_be_built(build: Any, kind: type[Exception], message: str) -> None:
+    before = {process.pid for process in rank_processes()}
+    with pytest.raises(kind, match=f"(?s){message}"):
+        RankGroup(2, build)
+    assert until(lambda: {p.pid for p in rank_processes()} <= before, 2)
+
+
+def test_a_rank_that_raises_ends_the_group() -> None:
+    before = {process.pid for process in rank_processes()}
+    group = RankGroup(2, Toy)
+    with pytest.raises(RankError, match=r"(?s)rank 1 failed:.*RuntimeError: bad luck") as first:
+        group.call("fail_on_one", "bad luck")
+    with pytest.raises(RankError) as again:
+        group.call("echo", 1)
+    assert str(again.value) == str(first.value)
+    assert {p.pid for p in rank_processes()} <= before
+
+
+def test_a_rank_killed_during_a_generate(checkpoints: Path) -> None:
+    before = {process.pid for process in rank_processes()}
+    folder = checkpoint(checkpoints, "gpt2")
+    with lmi_multi.load(folder, backend="cpu", dtype="fp32", tensor_parallel=2) as model:
+        [victim] = [p for p in model._engine.executor._ranks._processes if p.name[-1] == "1"]  # type: ignore[attr-defined]
+        killed: list[float] = []
+
+        def kill() -> None:
+            os.kill(victim.pid, signal.SIGKILL)
+            killed.append(time.monotonic())
+
+        with pytest.raises(RankError, match="rank 1 died: killed by SIGKILL") as first:
+            for chunk in model.stream([[5, 6, 7]], max_new_tokens=100, ignore_eos=True):
+                if not killed and chunk.token_ids:
+                    threading.Timer(0.01, kill).start()
+                    until(lambda: bool(killed), 5)
+        assert time.monotonic() - killed[0] < 4
+        assert {p.pid for p in rank_processes()} <= before
+        with pytest.raises(RankError) as again:
+            model.generate([[5, 6, 7]])
+        assert str(again.value) == str(first.value)
+
+
+# --- whole scripts
+
+
+def run_script(folder: Path, text: str, *arguments: str) -> subprocess.Popen[str]:
+    script = folder / "script.py"
+    script.write_text(text)
+    return subprocess.Popen(
+        [sys.executable, str(script), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
+        start_new_session=True,
+    )
+
+
+SCRIPT = """
+import os, signal, sys, threading, time
+import psutil
+import lmi_multi
+from lmi_multi.parallel.ranks import RankGroup
+
+PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
+
+def load(folder, degree):
+    return lmi_multi.load(
+        folder, backend="cpu", dtype="fp32", tensor_parallel=degree, max_batch=2, max_tokens=120
+    )
+
+def tokens(model, **options):
+    return [c.token_ids for c in model.generate(PROMPTS, max_new_tokens=12, **options)]
+
+class Sleeper:
+    def __init__(self, rank, size):
+        self.rank = rank
+
+    def sleep(self):
+        if self.rank == 1:  # the last to hear of it
+            print("ready", flush=True)
+        time.sleep(600)
+
+def check(one, two):
+    for options in ({}, {"do_sample": True, "seed": 3}):
+        expected = tokens(one, **options)
+        assert tokens(two, **options) == expected, one.artifact.folder
+    for delay in (0.02, 0.1):
+        threading.Timer(delay, os.killpg, (os.getpgrp(), signal.SIGINT)).start()
+        deadline = time.monotonic() + 20
+        try:
+            while time.monotonic() < deadline:
+                two.generate(PROMPTS, max_new_tokens=20, ignore_eos=True)
+            raise AssertionError("Ctrl-C had no effect")
+        except KeyboardInterrupt:
+            pass
+    assert tokens(two) == tokens(one), "after Ctrl-C"
+
+if __name__ == "__main__":
+    # Shells start background jobs with Ctrl-C ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    first, second = sys.argv[1:]
+    with load(first, 1) as one, load(first, 2) as two:
+        check(one, two)
+    left = [p for p in psutil.Process().children() if "resource_tracker" not in str(p.cmdline())]
+    assert not left, left
+    with load(second, 1) as one, load(second, 2) as two:
+        check(one, two)
+    RankGroup(2, Sleeper).call("sleep")
+"""
+
+
+def test_a_whole_run_with_two_ranks(checkpoints: Path, tmp_path: Path) -> None:
+    """The same tokens as one rank, Ctrl-C, close, and at last a parent that is killed."""
+    folders = [str(checkpoint(checkpoints, n)) for n in ("t5", "llama-mqa-biased-tied")]
+    process = run_script(tmp_path, SCRIPT, *folders)
+    try:
+        assert process.stdout is not None and process.stderr is not None
+        line = process.stdout.readline()
+        assert line == "ready\n", process.stderr.read()
+        children = rank_processes(process.pid)
+        assert len(children) == 2
+        process.kill()  # the ranks are busy, and do not look at their pipes
+        process.wait()
+        # The ranks look ten times a second; that the system has taken such processes
+        # apart and collected them took up to 2.5 s on a busy machine.
+        assert until(lambda: not any(child.is_running() for child in children), 15)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_script_without_main_guard(checkpoints: Path, tmp_path: Path) -> None:
+    text = """
+import sys
+import lmi_multi
+
+lmi_multi.load(sys.argv[1], backend="cpu", tensor_parallel=2)
+"""
+    process = run_script(tmp_path, text, str(checkpoint(checkpoints, "gpt2")))
+    try:
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 1
+    last = errors.strip().splitlines()[-1]
+    assert last.startswith("lmi_multi.errors.RankError: rank ")
+    assert last.endswith('put the call under `if __name__ == "__main__":`')
+
+
+@pytest.mark.parametrize("degree", [0, -1, True, 3, 64, "2", 2.0])
+def test_invalid_degrees(checkpoints: Path, degree: Any) -> None:
+    with pytest.raises(OptionError, match=f"tensor_parallel is {degree!r}") as caught:
+        lmi_multi.load(checkpoint(checkpoints, "gpt2"), backend="cpu", tensor_parallel=degree)
+    if degree in (3, 64):
+        assert str(caught.value).endswith("can be split over 1, 2, 4")

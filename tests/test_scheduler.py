@@ -1,0 +1,217 @@
+"""The scheduler's promises, over random arrivals, lengths, limits and cancellations."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, note, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from lmi_multi.backends.base import Limits
+from lmi_multi.defaults import Resolved
+from lmi_multi.engine.batch import Batch
+from lmi_multi.engine.scheduler import Scheduler
+from lmi_multi.engine.sequence import Sequence
+
+EOS = 2
+
+
+def sequence(prompt: int, new: int, encoder: bool = False) -> Sequence:
+    """`prompt` tokens in (the encoder's, if there is one), at most `new` out."""
+    options = Resolved(new, 0, False, 1.0, 0, 1.0, 0, False, (), (EOS,))
+    ids = list(range(100, 100 + prompt))
+    return Sequence(options, [0] if encoder else ids, ids if encoder else None)
+
+
+class Traffic(RuleBasedStateMachine):
+    """Sequences come, run, end and are given up; no executor is needed to see who may run."""
+
+    @initialize(
+        encoder=st.booleans(),
+        max_batch=st.integers(1, 5),
+        max_step_tokens=st.integers(1, 12),
+        block_size=st.integers(1, 4),
+        spare=st.integers(0, 25),
+    )
+    def start(
+        self, encoder: bool, max_batch: int, max_step_tokens: int, block_size: int, spare: int
+    ) -> None:
+        self.encoder, self.longest = encoder, 20
+        row = -(-self.longest // block_size)
+        blocks = row * (2 if encoder else 1) + spare
+        self.limits = Limits(max_batch, self.longest, max_step_tokens, blocks, block_size)
+        self.scheduler = Scheduler(self.limits)
+        self.alive: list[Sequence] = []
+        self.queue: list[Sequence] = []  # not admitted yet, in order of arrival
+        self.encoded: set[Sequence] = set()
+        self.steps = self.work = 0
+
+    @rule(prompt=st.integers(1, 20), new=st.integers(1, 20))
+    def add(self, prompt: int, new: int) -> None:
+        new = min(new, self.longest - (1 if self.encoder else prompt))
+        if new < 1:
+            return
+        added = sequence(prompt, new, self.encoder)
+        self.scheduler.add(added)
+        self.alive.append(added)
+        self.queue.append(added)
+        self.work += prompt + new + 1
+
+    @precondition(lambda self: self.alive)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        self.end(data.draw(st.sampled_from(self.alive)))
+
+    @precondition(lambda self: self.alive)
+    @rule(data=st.data(), again=st.booleans())
+    def step(self, data: st.DataObject, again: bool) -> None:
+        running = [own for own in self.scheduler.running if own not in self.queue]
+        batch, sequences = self.scheduler.plan()
+        note(f"{batch}")
+        self.check_limits(batch)
+        self.check_rows(batch, sequences)
+        self.check_admission(running, batch)
+        if again:  # the executor failed: what was planned is planned once more
+            return
+        for row, own in zip(batch.rows, sequences, strict=True):
+            if row.sample is not None:
+                own.accept(data.draw(st.sampled_from([5, 5, 5, EOS])), True)
+        self.scheduler.commit(batch, sequences)
+        self.encoded |= set(sequences)
+        self.queue = [own for own in self.queue if own not in self.scheduler.running]
+        for own in sequences:
+            if own.finish_reason is not None:
+                assert own not in self.scheduler.running
+                self.end(own)
+
+    def end(self, own: Sequence) -> None:
+        self.scheduler.release(own)
+        assert not own.blocks and not own.cross_blocks
+        self.alive.remove(own)
+        if own in self.queue:
+            self.queue.remove(own)
+
+    def check_limits(self, batch: Batch) -> None:
+        assert batch.rows, "a step that does nothing would be repeated for ever"
+        assert len(self.scheduler.running) <= self.limits.max_batch
+        counts = [len(row.token_ids) for row in batch.rows]
+        assert all(counts) and counts == sorted(counts, key=lambda n: n > 1)
+        encoded = sum(len(prompt.token_ids) for prompt in batch.prompts)
+        alone = len(batch.prompts) == len(batch.rows) == counts[0] == 1
+        assert sum(counts) + encoded <= self.limits.max_step_tokens or alone
+
+    def check_rows(self, batch: Batch, sequences: list[Sequence]) -> None:
+        for row, own in zip(batch.rows, sequences, strict=True):
+            # Slices follow each other without gap, and the last one draws.
+            assert row.start == own.computed
+            assert list(row.token_ids) == own.tokens[row.start : row.length]
+            assert (row.sample is not None) == (row.length == len(own.tokens))
+            assert row.sample is None or row.sample.step == len(own.generated)
+            assert len(row.blocks) * self.limits.block_size >= row.length
+            assert len(row.cross_blocks) * self.limits.block_size >= row.cross_length
+            assert row.cross_length == (len(own.encoder_ids or ()))
+            if own.encoder_ids:
+                mine = [p for p in batch.prompts if p.cross_blocks == row.cross_blocks]
+                assert len(mine) == (own not in self.encoded)
+                assert all(prompt.token_ids == own.encoder_ids for prompt in mine)
+
+    def check_admission(self, running: list[Sequence], batch: Batch) -> None:
+        now = self.scheduler.running
+        assert now[: len(running)] == running, "nothing that runs is thrown out"
+        newcomers = now[len(running) :]
+        assert newcomers == self.queue[: len(newcomers)], "first come, first served"
+        if self.encoder and newcomers:
+            assert len(batch.prompts) >= 1
+
+    @invariant()
+    def every_block_has_one_owner(self) -> None:
+        if not hasattr(self, "alive"):
+            return
+        blocks = [b for own in self.alive for b in own.blocks + own.cross_blocks]
+        assert len(set(blocks)) == len(blocks)
+        assert self.scheduler.allocator.free == self.limits.blocks - len(blocks)
+        assert self.scheduler.idle == (not self.alive)
+
+    def teardown(self) -> None:
+        """Whatever is left finishes, in no more steps than there is work, and frees all."""
+        if not hasattr(self, "alive"):
+            return
+        for _ in range(self.work):
+            if self.scheduler.idle:
+                break
+            batch, sequences = self.scheduler.plan()
+            self.check_limits(batch)
+            for row, own in zip(batch.rows, sequences, strict=True):
+                if row.sample is not None:
+                    own.accept(5, True)
+            self.scheduler.commit(batch, sequences)
+        assert self.scheduler.idle
+        assert self.scheduler.allocator.free == self.limits.blocks
+        assert all(own.finish_reason in ("length", "eos") for own in self.alive)
+        assert all(own.computed == len(own.tokens) - 1 for own in self.alive)
+
+
+TestTraffic = Traffic.TestCase
+TestTraffic.settings = settings(
+    max_examples=80,
+    stateful_step_count=30,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
+
+LIMITS = Limits(max_batch=4, max_tokens=64, max_step_tokens=8, blocks=32, block_size=4)
+
+
+def test_a_long_prompt_is_prefilled_beside_what_runs() -> None:
+    scheduler = Scheduler(LIMITS)
+    short, long = sequence(2, 10), sequence(17, 2)
+    scheduler.add(short)
+    scheduler.add(long)
+    shares = []
+    while long.computed < 17:
+        batch, sequences = scheduler.plan()
+        planned = zip(batch.rows, sequences, strict=True)
+        shares.append([(own is long, len(row.token_ids)) for row, own in planned])
+        for row, own in zip(batch.rows, sequences, strict=True):
+            if row.sample:
+                own.accept(5, True)
+        scheduler.commit(batch, sequences)
+    assert shares == [
+        [(False, 2), (True, 6)],
+        [(False, 1), (True, 7)],
+        [(False, 1), (True, 4)],
+    ]
+
+
+def test_an_encoder_prompt_beyond_the_step_goes_alone() -> None:
+    scheduler = Scheduler(LIMITS)
+    first, long, last = (sequence(n, 5, encoder=True) for n in (3, 8, 2))
+    for own in (first, long, last):
+        scheduler.add(own)
+    tokens = []
+    for _ in range(3):
+        batch, sequences = scheduler.plan()
+        tokens.append([len(prompt.token_ids) for prompt in batch.prompts] + [len(batch.rows)])
+        for own in sequences:
+            own.accept(5, True)
+        scheduler.commit(batch, sequences)
+    assert tokens == [[3, 1], [8, 1], [2, 3]]
+
+
+def test_what_can_never_fit_is_refused() -> None:
+    scheduler = Scheduler(Limits(4, 64, 8, blocks=2, block_size=4))
+    scheduler.add(sequence(7, 2))  # the token drawn last needs no place
+    with pytest.raises(ValueError, match="needs 3 blocks, the cache has 2"):
+        scheduler.add(sequence(7, 3))
+
+
+def test_a_finished_sequence_is_not_planned_again() -> None:
+    """As when an interrupt arrives between a token and its commit."""
+    scheduler = Scheduler(LIMITS)
+    done, other = sequence(2, 1), sequence(2, 2)
+    scheduler.add(done)
+    scheduler.add(other)
+    scheduler.plan()
+    done.accept(5, True)
+    _, sequences = scheduler.plan()
+    assert sequences == [other] and not done.blocks
