@@ -107,6 +107,50 @@ def test_the_answer_to_an_interrupted_call_is_not_the_next_ones(
         assert shared.call("echo", value) == value
 
 
+class Interrupting:
+    """A pipe during whose `send` or `recv` Ctrl-C is pressed, before and after the real one."""
+
+    def __init__(self, pipe: Any, method: str) -> None:
+        self._pipe = pipe
+        self._method = method
+
+    def __getattr__(self, name: str) -> Any:
+        real = getattr(self._pipe, name)
+        if name != self._method:
+            return real
+
+        def interrupted(*arguments: Any) -> Any:
+            signal.raise_signal(signal.SIGINT)
+            result = real(*arguments)
+            signal.raise_signal(signal.SIGINT)
+            return result
+
+        return interrupted
+
+    def fileno(self) -> int:
+        return int(self._pipe.fileno())
+
+
+@pytest.mark.parametrize("method", ["send", "recv"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_interrupt_in_the_middle_of_a_message(
+    shared: RankGroup, monkeypatch: pytest.MonkeyPatch, method: str, rank: int
+) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with monkeypatch.context() as patch:
+            pipes = list[Any](shared._pipes)
+            pipes[rank] = Interrupting(pipes[rank], method)
+            patch.setattr(shared, "_pipes", pipes)
+            with pytest.raises(KeyboardInterrupt):
+                shared.call("echo", 1)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    for value in range(3):
+        assert shared.call("echo", value) == value
+
+
 @pytest.mark.parametrize(
     ("build", "kind", "message"),
     [

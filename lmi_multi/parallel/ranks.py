@@ -9,7 +9,8 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -97,13 +98,14 @@ class RankGroup:
             raise
 
     def _send(self, message: tuple[int, str, tuple[Any, ...]]) -> None:
-        self._mid_message = True
-        for pipe in self._pipes:
-            try:
-                pipe.send(message)
-            except OSError:  # the process is gone: _collect says which, and why
-                break
-        self._mid_message = False
+        with _interrupts_delayed():
+            self._mid_message = True
+            for pipe in self._pipes:
+                try:
+                    pipe.send(message)
+                except OSError:  # the process is gone: _collect says which, and why
+                    break
+            self._mid_message = False
 
     def close(self) -> None:
         """End every process. Calling it twice is fine."""
@@ -145,9 +147,10 @@ class RankGroup:
         """A rank's answer as a one-tuple, its failure, or None if there is none yet."""
         try:
             while pipe.poll():
-                self._mid_message = True
-                number, kind, value = pipe.recv()
-                self._mid_message = False
+                with _interrupts_delayed():
+                    self._mid_message = True
+                    number, kind, value = pipe.recv()
+                    self._mid_message = False
                 if number != self._number and kind == "ok":
                     continue  # the answer to a call that its caller gave up on (Ctrl-C)
                 return (value,) if kind == "ok" else _rebuild(rank, kind, value)
@@ -176,6 +179,27 @@ class RankGroup:
         self._failure = failure
         self.close()
         raise failure
+
+
+@contextmanager
+def _interrupts_delayed() -> Iterator[None]:
+    """Hold Ctrl-C back while a message is on its way through a pipe, then let it act.
+
+    Python runs signal handlers in the main thread alone, between any two instructions; half a
+    message in a pipe would make the group unusable.
+    """
+    handler = signal.getsignal(signal.SIGINT)  # None if not Python's to restore
+    if handler is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: held.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if held:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _is_death(failure: LmiError) -> bool:
