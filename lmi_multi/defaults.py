@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lmi_multi.errors import CheckpointError, OptionError
-from lmi_multi.options import GenerateOptions
+from lmi_multi.options import MAX_BEAMS, GenerateOptions
 from lmi_multi.resolved import Resolved
 from lmi_multi.tokenizer import Tokenizer
 from lmi_multi.values import MAX_BIAS, MAX_WORD_TOKENS, Word
@@ -28,6 +28,7 @@ DEFAULT_NEW_TOKENS = 20
 _OF_CALLS = {
     *("seed", "ignore_eos", "stop_token_ids", "logprobs", "prompt_logprobs", "return_full_text"),
     *("presence_penalty", "frequency_penalty", "stop", "bad_words", "logit_bias"),
+    "num_beams",  # a field of its own, as the file may set sampling options beside it
 }
 _OPTIONS = {name: name for name in GenerateOptions.model_fields if name not in _OF_CALLS}
 _OPTIONS |= {"stop_strings": "stop", "bad_words_ids": "bad_words", "sequence_bias": "logit_bias"}
@@ -52,14 +53,13 @@ _ELSE: dict[str, Any] = {
     "logprobs": None,
     "prompt_logprobs": False,
     "return_full_text": False,
+    "length_penalty": 1.0,
+    "early_stopping": False,
 }
 
 # Settings that would change the output and that nothing here obeys yet, each with the values
 # (beside null) that ask for nothing.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "num_beams": (1,),
-    "num_beam_groups": (1,),
-    "diversity_penalty": (0,),
     "penalty_alpha": (0,),
     "dola_layers": (),
     "constraints": ([],),
@@ -76,15 +76,14 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "token_healing": (False,),
     "max_time": (),
 }
-# Only with beams do these have a meaning; with one beam they are as good as absent.
-_OF_BEAMS = ("num_beam_groups", "diversity_penalty")
 
 
 @dataclass(frozen=True)
 class GenerationDefaults:
     """Token ids and default options of one model.
 
-    `source` is the name of the file they come from. `unsupported` names the settings in it that
+    `num_beams` are used unless a call samples. `source` is the name of the file that all this
+    comes from. `unsupported` names the settings in it that
     would change the output with Hugging Face and do nothing here.
     """
 
@@ -93,6 +92,7 @@ class GenerationDefaults:
     bos_token_id: int | None = None
     decoder_start_token_id: int | None = None
     options: GenerateOptions = field(default_factory=GenerateOptions)
+    num_beams: int = 1
     unsupported: tuple[str, ...] = ()
     source: str = "generation_config.json"
 
@@ -120,6 +120,7 @@ class GenerationDefaults:
             bos_token_id=bos,
             decoder_start_token_id=bos if start is None else start,
             options=_options(fields, path),
+            num_beams=_beams(fields),
             unsupported=_unsupported(fields),
             source=path.name,
         )
@@ -145,14 +146,16 @@ class GenerationDefaults:
         error; a default that does not fit is cut to what does, as Hugging Face does.
 
         Raises OptionError when the prompt leaves no room for a token, when a length in the call
-        cannot be kept, for an id outside the vocabulary, for several answers without sampling,
-        for a forced token that is suppressed, and for `return_full_text` where the prompt is not
-        the decoder's. An unset seed is drawn from the operating system.
+        cannot be kept, for an id outside the vocabulary, for more answers than there are beams, or
+        several without sampling, for beams beside sampling, for groups of beams that do not fit
+        together, for a forced token that is suppressed, and for `return_full_text` where the
+        prompt is not the decoder's. An unset seed is drawn from the operating system.
         """
         used = prompt_tokens if decoder_only else 1
         most = self._most_new(options, used, limit)
         ignore_eos = bool(options.ignore_eos)
         do_sample = _first(options.do_sample, self.options.do_sample, False)
+        num_beams = self._beams(options, do_sample)
         resolved = Resolved(
             max_new_tokens=most,
             min_new_tokens=self._least_new(options, used, most),
@@ -162,13 +165,19 @@ class GenerationDefaults:
             eos_token_ids=() if ignore_eos else self.eos_token_ids,
             bad_words=self._bad_words(options, tokenizer),
             forced_eos_token_ids=self._either(options, "forced_eos_token_id", ()),
-            num_return_sequences=self._answers(options, do_sample),
+            num_return_sequences=self._answers(options, do_sample, num_beams),
+            num_beams=num_beams,
+            **self._groups(options, num_beams),
             **{name: self._either(options, name, value) for name, value in _ELSE.items()},
         )
         if not do_sample and options.sampling_asked():
             _warn_once(
-                f"{', '.join(options.sampling_asked())}: no effect, as this model decodes "
-                "greedily by default; set do_sample=True to sample"
+                f"{', '.join(options.sampling_asked())}: no effect, as this model does not sample "
+                "by default; set do_sample=True to sample"
+            )
+        if num_beams == 1 and options.beams_asked():
+            _warn_once(
+                f"{', '.join(options.beams_asked())}: no effect without beams; set num_beams"
             )
         for name in ("return_full_text", "prompt_logprobs"):
             if getattr(resolved, name) and not decoder_only:
@@ -184,16 +193,53 @@ class GenerationDefaults:
         given, filed = getattr(options, name), getattr(self.options, name)
         return given if given is not None else otherwise if filed is None else filed
 
-    def _answers(self, options: GenerateOptions, do_sample: bool) -> int:
+    def _beams(self, options: GenerateOptions, do_sample: bool) -> int:
+        """How many beams a prompt gets. A call that samples does without those of the file."""
+        if options.num_beams is None:
+            return 1 if do_sample else self.num_beams
+        if options.num_beams > 1 and do_sample:
+            raise OptionError(
+                f"num_beams is {options.num_beams}, and {self.source} has do_sample=True; allowed: "
+                "num_beams=1, or do_sample=False beside it"
+            )
+        return options.num_beams
+
+    def _groups(self, options: GenerateOptions, num_beams: int) -> dict[str, Any]:
+        """How the beams are grouped: `num_beam_groups` and `diversity_penalty`."""
+        if num_beams == 1:
+            return {}
+        groups = self._either(options, "num_beam_groups", 1)
+        penalty = self._either(options, "diversity_penalty", 0.0)
+        if num_beams % groups:
+            raise OptionError(
+                f"num_beam_groups is {groups}; allowed: what num_beams, {num_beams}, can be "
+                "divided by"
+            )
+        if groups > 1 and not penalty:
+            raise OptionError(
+                f"diversity_penalty is 0, yet num_beam_groups is {groups}; allowed: a number "
+                "above 0, as the groups would all find the same"
+            )
+        if penalty and groups == 1:
+            raise OptionError(
+                f"diversity_penalty is {penalty}, yet num_beam_groups is 1; allowed: "
+                "num_beam_groups of at least 2, or no diversity_penalty"
+            )
+        return {"num_beam_groups": groups, "diversity_penalty": penalty}
+
+    def _answers(self, options: GenerateOptions, do_sample: bool, num_beams: int) -> int:
         """How many answers a prompt gets. What the file says counts only where there can be more
         than one: many files that ask for several are made for beams."""
         if do_sample:
             return int(self._either(options, "num_return_sequences", 1))
-        wanted = options.num_return_sequences or 1
-        if wanted > 1:
+        wanted = options.num_return_sequences
+        if wanted is None:
+            return min(self.options.num_return_sequences or 1, num_beams)
+        if wanted > num_beams:
+            reason = "num_beams" if num_beams > 1 else "as greedy decoding has one answer"
             raise OptionError(
-                f"num_return_sequences is {wanted}; allowed: 1 when decoding greedily, as all "
-                "answers would be the same; set do_sample=True to sample"
+                f"num_return_sequences is {wanted}; allowed: at most {num_beams}, {reason}; set "
+                "do_sample=True to sample, or more num_beams"
             )
         return wanted
 
@@ -351,15 +397,22 @@ def _single_bias(value: Any) -> dict[int, float] | None:
         return None
 
 
+def _beams(fields: Mapping[str, Any]) -> int:
+    """The file's `num_beams`; 1 where it asks for what there is not: beams that sample, or more
+    of them than a call may have."""
+    beams = fields.get("num_beams")
+    usable = type(beams) is int and 1 <= beams <= MAX_BEAMS and not fields.get("do_sample")
+    return beams if usable and beams is not None else 1
+
+
 def _unsupported(fields: Mapping[str, Any]) -> tuple[str, ...]:
-    beams = fields.get("num_beams") not in (None, 1)
     names = [
         name
         for name, neutral in _UNSUPPORTED.items()
-        if fields.get(name) is not None
-        and fields[name] not in neutral
-        and (beams or name not in _OF_BEAMS)
+        if fields.get(name) is not None and fields[name] not in neutral
     ]
+    if fields.get("num_beams") not in (None, _beams(fields)):
+        names.insert(0, "num_beams")
     if fields.get("sequence_bias") and _single_bias(fields["sequence_bias"]) is None:
         names.append("sequence_bias")
     return tuple(f"{name}={fields[name]!r}" for name in names)

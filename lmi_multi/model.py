@@ -23,6 +23,7 @@ from lmi_multi.defaults import GenerationDefaults
 from lmi_multi.engine.batch import Passage
 from lmi_multi.engine.batch import Prompt as EncoderPrompt
 from lmi_multi.engine.engine import Engine
+from lmi_multi.engine.request import Job
 from lmi_multi.engine.sequence import Sequence as EngineSequence
 from lmi_multi.errors import OptionError
 from lmi_multi.models.schema import check_degree
@@ -128,23 +129,24 @@ class Model:
     ) -> list[Completion]:
         """Complete every prompt; results come in the order of the prompts.
 
-        With `num_return_sequences`, a prompt's answers follow each other.
+        With `num_return_sequences`, a prompt's answers follow each other; those of a beam search
+        come the best first.
 
         Prompts are one string, many, or lists of token ids. Options are a `GenerateOptions` or a
         mapping, one for all or one a prompt, and the same names as keywords, which win. Raises
         OptionError before anything runs if a prompt or an option is invalid, or if a prompt with
         its answer would exceed `limits.max_tokens`.
         """
-        given, ids, answers = self._sequences(prompts, options, keywords)
+        given, ids, jobs = self._jobs(prompts, options, keywords)
         start = time.perf_counter()
-        self._engine.run([sequence for own in answers for sequence in own])
-        wanted = [own[0].options.prompt_logprobs for own in answers]
+        self._engine.run([request for job in jobs for request in job.requests])
+        wanted = [job.answers[0].options.prompt_logprobs for job in jobs]
         scores = self._score([Passage(p) for p, want in zip(ids, wanted, strict=True) if want])
         known = [[None, *next(scores).tolist()] if want else None for want in wanted]
         completions = [
             self._completion(prompt, token_ids, sequence, scored)
-            for prompt, token_ids, own, scored in zip(given, ids, answers, known, strict=True)
-            for sequence in own
+            for prompt, token_ids, job, scored in zip(given, ids, jobs, known, strict=True)
+            for sequence in job.answers
         ]
         generated = sum(len(c.token_ids) for c in completions)
         self.stats = Stats(len(given), generated, time.perf_counter() - start)
@@ -156,12 +158,13 @@ class Model:
         """Like `generate`, but yields what each step adds; all prompts advance together.
 
         Everything is checked before this returns. The texts of a prompt's chunks, joined, are
-        its completion's text. Closing the iterator frees the prompts' places.
+        its completion's text. An answer that beam search finds is one chunk: until its end any
+        other could become the best. Closing the iterator frees the prompts' places.
         """
-        _, _, answers = self._sequences(prompts, options, keywords, streaming=True)
-        if any(own[0].options.prompt_logprobs for own in answers):
+        _, _, jobs = self._jobs(prompts, options, keywords, streaming=True)
+        if any(job.answers[0].options.prompt_logprobs for job in jobs):
             raise OptionError("prompt_logprobs is True; allowed: False while streaming, or score")
-        return streaming.stream(self._engine, answers)
+        return streaming.stream(self._engine, jobs)
 
     def astream(
         self, prompts: Prompts, options: Options | None = None, **keywords: Any
@@ -259,22 +262,22 @@ class Model:
                 f"{self.spec.family} is an {self.spec.kind} and generates no text: use encode"
             )
 
-    def _sequences(
+    def _jobs(
         self,
         prompts: Prompts,
         options: Options | None,
         keywords: Mapping[str, Any],
         streaming: bool = False,
-    ) -> tuple[list[Prompt], list[list[int]], list[list[EngineSequence]]]:
-        """Every prompt as given, as token ids, and as one sequence an answer."""
+    ) -> tuple[list[Prompt], list[list[int]], list[Job]]:
+        """Every prompt as given, as token ids, and as work for the engine."""
         self._check_open("decoder", "encoder-decoder")
         given, ids = self._reader.read(prompts)
         wanted = per_prompt(options, len(given), keywords)
-        answers = [
-            self._reader.sequences(index, token_ids, option, streaming)
+        jobs = [
+            self._reader.job(index, token_ids, option, streaming)
             for index, (token_ids, option) in enumerate(zip(ids, wanted, strict=True))
         ]
-        return given, ids, answers
+        return given, ids, jobs
 
     def _score(self, passages: Sequence[Passage]) -> Iterator[Tensor]:
         """Log-probabilities of all but the first token of each passage: float32 [tokens - 1]."""
@@ -308,6 +311,7 @@ class Model:
             logprobs=list(sequence.logprobs) if sequence.options.logprobs is not None else None,
             cumulative_logprob=sequence.cumulative_logprob,
             prompt_logprobs=prompt_logprobs,
+            score=sequence.score,
         )
 
 

@@ -24,6 +24,11 @@ MAX_LOGPROBS = 20
 """The most alternatives whose log-probabilities one prompt may ask for."""
 MAX_RETURN_SEQUENCES = 16
 """The most answers that one prompt may have."""
+MAX_BEAMS = 16
+"""The most beams that one prompt may have."""
+MAX_LENGTH_PENALTY = 10.0
+"""The largest length penalty, up or down: what is beyond it could leave float32's range."""
+MAX_DIVERSITY_PENALTY = 100.0
 PENALTIES = (0.01, 100.0)
 """The range of the two repetition penalties: what is beyond it would leave float32's."""
 
@@ -47,13 +52,23 @@ _NEUTRAL: dict[str, tuple[float, ...]] = {
     "top_p": (1.0,),
     "min_p": (0.0,),
     "typical_p": (1.0,),
-    "num_return_sequences": (1,),
+}
+# The same for the options of beam search.
+_NEUTRAL_BEAMS: dict[str, tuple[Any, ...]] = {
+    "length_penalty": (1.0,),
+    "early_stopping": (False,),
+    "num_beam_groups": (1,),
+    "diversity_penalty": (0.0,),
 }
 _PENALTY = f"a number from {PENALTIES[0]} to {PENALTIES[1]:.0f} (1: off)"
 _IDS = f"a list of up to {MAX_IDS} token ids"
 
 _Penalty = Annotated[Float, Field(ge=PENALTIES[0], le=PENALTIES[1], allow_inf_nan=False)]
 _Additive = Annotated[Float, Field(ge=-2, le=2, allow_inf_nan=False)]
+_LengthPenalty = Annotated[
+    Float, Field(ge=-MAX_LENGTH_PENALTY, le=MAX_LENGTH_PENALTY, allow_inf_nan=False)
+]
+_Diversity = Annotated[Float, Field(ge=0, le=MAX_DIVERSITY_PENALTY, allow_inf_nan=False)]
 _Strings = Annotated[tuple[str, ...] | None, values.optional(values.strings)]
 _Words = Annotated[tuple[values.Word, ...] | None, values.optional(values.words)]
 _Ids = Annotated[tuple[int, ...] | None, values.optional(values.token_ids)]
@@ -108,7 +123,15 @@ class GenerateOptions(BaseModel):
       Decoder-only models; not while streaming.
     - `return_full_text`: the text begins with the prompt. Decoder-only models.
     - `num_return_sequences`: so many answers to the prompt, 1 to 16; more than one needs
-      `do_sample`.
+      `do_sample`, or as many beams.
+    - `num_beams`: beam search with so many beams, 1 to 16; not beside `do_sample` or an option of
+      sampling. Its answers come best first. A score is the sum of a beam's log-probabilities
+      over its length ** `length_penalty` (-10 to 10). `early_stopping` False stops when a better
+      answer is unlikely, True as soon as `num_beams` answers are found, "never" only when there
+      can be no better one.
+    - `num_beam_groups`: diverse beams, in so many groups of equal size, of which each avoids the
+      tokens that those before it take in the same step: `diversity_penalty` is subtracted from
+      their scores, once for each beam that takes one, after all other penalties.
 
     Raises OptionError, one line, for an unknown name or a value that is not allowed.
     """
@@ -179,6 +202,22 @@ class GenerateOptions(BaseModel):
     num_return_sequences: Annotated[Int, Field(ge=1, le=MAX_RETURN_SEQUENCES)] | None = Field(
         default=None, description=f"an integer from 1 to {MAX_RETURN_SEQUENCES}"
     )
+    num_beams: Annotated[Int, Field(ge=1, le=MAX_BEAMS)] | None = Field(
+        default=None, description=f"an integer from 1 to {MAX_BEAMS}"
+    )
+    length_penalty: _LengthPenalty | None = Field(
+        default=None,
+        description=f"a number from -{MAX_LENGTH_PENALTY:.0f} to {MAX_LENGTH_PENALTY:.0f}",
+    )
+    early_stopping: StrictBool | Literal["never"] | None = Field(
+        default=None, description='True, False or "never"'
+    )
+    num_beam_groups: Annotated[Int, Field(ge=1, le=MAX_BEAMS)] | None = Field(
+        default=None, description=f"an integer from 1 to {MAX_BEAMS}"
+    )
+    diversity_penalty: _Diversity | None = Field(
+        default=None, description=f"a number from 0 to {MAX_DIVERSITY_PENALTY:.0f}"
+    )
 
     if not TYPE_CHECKING:  # type checkers see the fields as keywords
 
@@ -198,10 +237,39 @@ class GenerateOptions(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _either_beams_or_sampling(self) -> GenerateOptions:
+        if (self.num_beams or 1) == 1:
+            return self
+        asked = ["do_sample"] if self.do_sample else self.sampling_asked()
+        if asked:
+            raise ValueError(
+                f"{asked[0]} is {getattr(self, asked[0])!r}, yet num_beams is {self.num_beams}; "
+                f"allowed: num_beams=1, or no {asked[0]}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _no_beam_options_without_beams(self) -> GenerateOptions:
+        asked = self.beams_asked()
+        if self.num_beams == 1 and asked:
+            raise ValueError(
+                f"{asked[0]} is {getattr(self, asked[0])!r}, yet num_beams is 1; allowed: "
+                f"num_beams of at least 2, or no {asked[0]}"
+            )
+        return self
+
     def sampling_asked(self) -> list[str]:
         """The sampling options set here to something other than Hugging Face's default."""
-        values = {name: getattr(self, name) for name in _NEUTRAL}
-        return [n for n, value in values.items() if value is not None and value not in _NEUTRAL[n]]
+        return self._asked(_NEUTRAL)
+
+    def beams_asked(self) -> list[str]:
+        """The options of beam search set here to something other than Hugging Face's default."""
+        return self._asked(_NEUTRAL_BEAMS)
+
+    def _asked(self, neutral: Mapping[str, tuple[Any, ...]]) -> list[str]:
+        values = {name: getattr(self, name) for name in neutral}
+        return [n for n, value in values.items() if value is not None and value not in neutral[n]]
 
     def given(self) -> dict[str, Any]:
         """The options that are set, by name."""
@@ -296,6 +364,7 @@ class Completion:
       was reached; "stop" a stop string or a token of `stop_token_ids` appeared;
       "numerical_error" the logits were not finite, or no token was allowed, and `error` says so;
       "cancelled" the caller went away.
+    - `score`: of an answer that beam search found, the one by which it was compared.
     - `logprobs`: one entry for each of `token_ids`, and `cumulative_logprob` their sum; None
       unless the option `logprobs` asks for them. `prompt_logprobs`: one for each of
       `prompt_token_ids`, None for the first, which nothing predicts.
@@ -310,3 +379,4 @@ class Completion:
     logprobs: list[TokenLogprob] | None = None
     cumulative_logprob: float | None = None
     prompt_logprobs: list[float | None] | None = None
+    score: float | None = None

@@ -10,7 +10,9 @@ from lmi_multi.backends.base import Limits
 from lmi_multi.defaults import GenerationDefaults
 from lmi_multi.engine import sequence as engine
 from lmi_multi.engine.batch import Passage
+from lmi_multi.engine.beams import BeamSearch
 from lmi_multi.engine.detokenizer import Detokenizer
+from lmi_multi.engine.request import Job
 from lmi_multi.errors import OptionError
 from lmi_multi.models.spec import ModelSpec
 from lmi_multi.options import GenerateOptions
@@ -132,12 +134,13 @@ class PromptReader:
             )
         return start
 
-    def sequences(
+    def job(
         self, index: int, ids: list[int], options: GenerateOptions, streaming: bool = False
-    ) -> list[engine.Sequence]:
-        """What the engine runs for one prompt: a sequence for each answer that is asked for.
+    ) -> Job:
+        """What the engine runs for one prompt: a sequence for each answer that is asked for, or a
+        beam search for all of them.
 
-        With `streaming` their texts grow with their tokens.
+        With `streaming` the answers' texts grow with their tokens.
         """
         decoder_only = self.spec.kind == "decoder"
         try:
@@ -154,7 +157,7 @@ class PromptReader:
         if resolved.stop and self.tokenizer is None:
             raise OptionError("stop needs a tokenizer, and the model has none")
         grows = self.tokenizer if resolved.stop or streaming else None
-        return [
+        answers = [
             engine.Sequence(
                 options=resolved,
                 tokens=list(ids) if decoder_only else [self.start_token()],
@@ -164,6 +167,38 @@ class PromptReader:
             )
             for stream in range(resolved.num_return_sequences)
         ]
+        if resolved.num_beams == 1:
+            return Job(answers, answers)
+        return Job([self._search(index, answers)], answers)
+
+    def _search(self, index: int, answers: Sequence[engine.Sequence]) -> BeamSearch:
+        """The beam search that finds `answers`, checked for what the model was loaded for."""
+        first = answers[0]
+        options = first.options
+        stops = self.tokenizer if options.stop else None
+        search = BeamSearch(
+            options,
+            first.tokens,
+            answers,
+            self.limits.block_size,
+            first.encoder_ids,
+            None if stops is None else Detokenizer(stops, options.stop),
+        )
+        limits = self.limits
+        if options.num_beams > limits.max_batch:
+            raise OptionError(
+                f"prompt {index}: num_beams is {options.num_beams}; allowed: at most "
+                f"{limits.max_batch}, the max_batch that the model was loaded with"
+            )
+        needed = sum(search.blocks_needed(limits.block_size))
+        if needed > limits.blocks:
+            raise OptionError(
+                f"prompt {index}: num_beams is {options.num_beams}, which with up to "
+                f"{options.max_new_tokens} new tokens needs {needed} cache blocks of "
+                f"{limits.block_size} tokens; allowed: at most {limits.blocks}, so fewer beams or "
+                "new tokens"
+            )
+        return search
 
     def continuations(self, continuations: Prompts) -> list[list[int]]:
         """Token ids to score: of strings without special tokens. None may be empty."""

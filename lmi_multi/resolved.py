@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from lmi_multi.errors import OptionError
 from lmi_multi.ops.bans import ngram_bans, word_bans
@@ -49,6 +50,16 @@ class Resolved:
     prompt_logprobs: bool = False
     return_full_text: bool = False
     num_return_sequences: int = 1
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
+    num_beam_groups: int = 1
+    diversity_penalty: float = 0.0
+
+    @property
+    def group_beams(self) -> int:
+        """Beams in each group."""
+        return self.num_beams // self.num_beam_groups
 
     @property
     def excludes(self) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 
 from lmi_multi.engine.engine import Engine
+from lmi_multi.engine.request import Job
 from lmi_multi.engine.sequence import Sequence as EngineSequence
 from lmi_multi.options import FinishReason, TokenLogprob
 
@@ -30,13 +31,13 @@ class Chunk:
     logprobs: list[TokenLogprob] | None = None
 
 
-def stream(engine: Engine, answers: Sequence[Sequence[EngineSequence]]) -> Iterator[Chunk]:
-    """Run each prompt's `answers`, and yield a chunk for each that a step moved on.
+def stream(engine: Engine, jobs: Sequence[Job]) -> Iterator[Chunk]:
+    """Run each prompt's job, and yield a chunk for each answer that a step moved on.
 
     Closing the iterator frees their places.
     """
-    views = [_View(index, sequence) for index, own in enumerate(answers) for sequence in own]
-    steps = engine.steps([view.sequence for view in views])
+    views = [_View(index, answer) for index, job in enumerate(jobs) for answer in job.answers]
+    steps = engine.steps([request for job in jobs for request in job.requests])
     try:
         for _ in steps:
             for view in views:

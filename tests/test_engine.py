@@ -48,8 +48,8 @@ def generate(opened: Model, made: list[Request]) -> list[list[int]]:
 
 def sequences(opened: Model, made: list[Request]) -> list[Sequence]:
     """What the engine gets for requests that have one answer each."""
-    *_, answers = opened._sequences([ids for ids, _ in made], [o for _, o in made], {})
-    return [sequence for [sequence] in answers]
+    *_, jobs = opened._jobs([ids for ids, _ in made], [o for _, o in made], {})
+    return [job.answers[0] for job in jobs]
 
 
 @pytest.fixture(params=SHAPES)
@@ -221,10 +221,7 @@ def test_others_go_on_when_the_driver_fails(family: str, at: int, checkpoints: P
     with model(built) as plain, model(built, watched) as opened:
         expected = generate(plain, made)
         engine = opened._engine
-        ours, others = (
-            [s for own in opened._sequences(*zip(*part, strict=True), {})[2] for s in own]
-            for part in (made[:2], made[2:])
-        )
+        ours, others = (sequences(opened, part) for part in (made[:2], made[2:]))
         theirs = engine.steps(others)
         for sequence in ours:  # as another thread would have, while it waits
             engine.scheduler.add(sequence)

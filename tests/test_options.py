@@ -6,6 +6,7 @@ import json
 import logging
 import pickle
 from collections.abc import Iterator
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -161,11 +162,32 @@ def test_sampling_options_beside_explicit_greedy() -> None:
     GenerateOptions(do_sample=False, top_k=0, min_p=0, typical_p=1, num_return_sequences=1)
     refused(do_sample=False, min_p=0.1)
     refused(do_sample=False, typical_p=0.9)
-    assert refused(do_sample=False, num_return_sequences=2) == (
-        "do_sample is False, yet num_return_sequences is 2; "
-        "allowed: do_sample=True, or no num_return_sequences"
-    )
     GenerateOptions(temperature=0.7)
+
+
+def test_beams_beside_sampling_or_without_beams() -> None:
+    assert refused(num_beams=4, typical_p=0.9) == (
+        "typical_p is 0.9, yet num_beams is 4; allowed: num_beams=1, or no typical_p"
+    )
+    assert refused(num_beams=2, do_sample=True).startswith("do_sample is True, yet num_beams is 2")
+    for name, value in {"temperature": 0.5, "top_k": 3, "top_p": 0.5, "min_p": 0.1}.items():
+        assert refused(**{"num_beams": 2, name: value}).startswith(f"{name} is {value}, yet num_b")
+    assert refused(num_beams=1, length_penalty=2.0) == (
+        "length_penalty is 2.0, yet num_beams is 1; allowed: num_beams of at least 2, or no "
+        "length_penalty"
+    )
+    for name, value in {"early_stopping": "never", "num_beam_groups": 2}.items():
+        assert refused(**{"num_beams": 1, name: value}).startswith(f"{name} is {value!r}, yet")
+    for name, value in {
+        "num_beams": 17,
+        "num_beam_groups": 0,
+        "length_penalty": INF,
+        "early_stopping": "always",
+        "diversity_penalty": -1.0,
+    }.items():
+        assert refused(**{name: value}).startswith(f"{name} is {value!r}; allowed: ")
+    GenerateOptions(num_beams=4, top_k=50, temperature=1.0, top_p=1.0, do_sample=False)
+    GenerateOptions(num_beams=1, length_penalty=1, early_stopping=False, num_beam_groups=1)
 
 
 def test_options_are_values() -> None:
@@ -319,9 +341,9 @@ def test_unsupported_settings_are_named(tmp_path: Path) -> None:
         "use_cache": True,
     }
     assert read(tmp_path, neutral).unsupported == ()
-    settings = {"num_beams": 4, "encoder_no_repeat_ngram_size": 2, "eta_cutoff": 0.1}
+    settings = {"num_beams": 17, "encoder_no_repeat_ngram_size": 2, "eta_cutoff": 0.1}
     assert set(read(tmp_path, neutral | settings).unsupported) == {
-        "num_beams=4",
+        "num_beams=17",
         "encoder_no_repeat_ngram_size=2",
         "eta_cutoff=0.1",
     }
@@ -370,8 +392,9 @@ def test_a_bias_beyond_ours_is_named(tmp_path: Path, bias: Any) -> None:
 def test_every_setting_of_hugging_face_is_sorted() -> None:
     """A setting that a new version of transformers adds must be looked at."""
     harmless = {
-        # Beams only, or how the result is returned.
-        *("early_stopping", "length_penalty", "output_attentions", "output_hidden_states"),
+        "num_beams",  # a field of its own
+        # How the result is returned.
+        *("output_attentions", "output_hidden_states"),
         *("output_scores", "output_logits", "return_dict_in_generate"),
         # How it is computed, which is the engine's affair.
         *("use_cache", "cache_implementation", "cache_config", "max_cache_len", "use_mtp"),
@@ -451,7 +474,7 @@ def test_sampling_options_without_sampling_are_logged_once(
     for _ in range(3):
         assert resolve(temperature=0.7, top_k=50).do_sample is False
     assert [record.getMessage() for record in warnings.records] == [
-        "temperature: no effect, as this model decodes greedily by default; "
+        "temperature: no effect, as this model does not sample by default; "
         "set do_sample=True to sample"
     ]
     warnings.clear()
@@ -480,8 +503,47 @@ def test_ignore_eos_and_rows() -> None:
 def test_several_answers_need_sampling() -> None:
     assert resolve(do_sample=True, num_return_sequences=4).num_return_sequences == 4
     assert resolve(having(do_sample=True), num_return_sequences=4).num_return_sequences == 4
-    with pytest.raises(OptionError, match=r"num_return_sequences is 2; allowed: 1 when decoding g"):
+    with pytest.raises(OptionError, match=r"num_return_sequences is 2; allowed: at most 1, as gr"):
         resolve(num_return_sequences=2)
+
+
+def test_beams() -> None:
+    filed = having(length_penalty=0.5, early_stopping=True, num_return_sequences=3)
+    filed = replace(filed, num_beams=4)
+    got = resolve(filed)
+    assert (got.num_beams, got.length_penalty, got.early_stopping) == (4, 0.5, True)
+    assert got.num_return_sequences == 3
+    got = resolve(filed, num_beams=2, length_penalty=2)
+    assert (got.num_beams, got.length_penalty, got.num_return_sequences) == (2, 2.0, 2)
+    assert resolve(filed, do_sample=True).num_beams == 1
+    assert resolve(filed, num_beams=1).num_return_sequences == 1
+    got = resolve(num_beams=6, num_beam_groups=3, diversity_penalty=0.5)
+    assert (got.group_beams, got.num_beam_groups, got.diversity_penalty) == (2, 3, 0.5)
+    with pytest.raises(OptionError, match="num_return_sequences is 5; allowed: at most 4, num_be"):
+        resolve(num_beams=4, num_return_sequences=5)
+    with pytest.raises(OptionError, match=r"num_beams is 2, and .* has do_sample=True; allowed"):
+        resolve(having(do_sample=True), num_beams=2)
+    with pytest.raises(OptionError, match="num_beam_groups is 4; allowed: what num_beams, 6, can"):
+        resolve(num_beams=6, num_beam_groups=4, diversity_penalty=1)
+    with pytest.raises(OptionError, match="diversity_penalty is 0, yet num_beam_groups is 2"):
+        resolve(num_beams=6, num_beam_groups=2)
+    with pytest.raises(OptionError, match=r"diversity_penalty is 0\.5, yet num_beam_groups is 1"):
+        resolve(num_beams=6, diversity_penalty=0.5)
+
+
+def test_beam_options_without_beams_are_logged(warnings: pytest.LogCaptureFixture) -> None:
+    assert resolve(length_penalty=0.7, early_stopping=False).num_beams == 1
+    assert [record.getMessage() for record in warnings.records] == [
+        "length_penalty: no effect without beams; set num_beams"
+    ]
+
+
+def test_beams_of_the_file(tmp_path: Path) -> None:
+    found = read(tmp_path, {"num_beams": 4, "length_penalty": 2.0, "top_k": 10, "typical_p": 0.9})
+    assert (found.num_beams, found.options.length_penalty, found.unsupported) == (4, 2.0, ())
+    assert resolve(found).num_beams == 4
+    found = read(tmp_path, {"num_beams": 4, "do_sample": True})
+    assert (found.num_beams, found.unsupported) == (1, ("num_beams=4",))
 
 
 def test_forced_tokens_must_not_be_suppressed() -> None:

@@ -10,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from lmi_multi.backends.base import Limits
 from lmi_multi.defaults import Resolved
 from lmi_multi.engine.batch import Batch
+from lmi_multi.engine.request import Share
 from lmi_multi.engine.scheduler import Scheduler
 from lmi_multi.engine.sequence import Sequence
 
@@ -21,6 +22,10 @@ def sequence(prompt: int, new: int, encoder: bool = False) -> Sequence:
     options = Resolved(new, 0, False, 1.0, 0, 1.0, 0, False, (), (EOS,))
     ids = list(range(100, 100 + prompt))
     return Sequence(options, [0] if encoder else ids, ids if encoder else None)
+
+
+def requests(shares: list[Share]) -> list[Sequence]:
+    return [share.request for share in shares if isinstance(share.request, Sequence)]
 
 
 class Traffic(RuleBasedStateMachine):
@@ -66,7 +71,8 @@ class Traffic(RuleBasedStateMachine):
     @rule(data=st.data(), again=st.booleans())
     def step(self, data: st.DataObject, again: bool) -> None:
         running = [own for own in self.scheduler.running if own not in self.queue]
-        batch, sequences = self.scheduler.plan()
+        batch, shares = self.scheduler.plan()
+        sequences = requests(shares)
         note(f"{batch}")
         self.check_limits(batch)
         self.check_rows(batch, sequences)
@@ -75,8 +81,8 @@ class Traffic(RuleBasedStateMachine):
             return
         for row, own in zip(batch.rows, sequences, strict=True):
             if row.sample is not None:
-                own.accept(data.draw(st.sampled_from([5, 5, 5, EOS])), True)
-        self.scheduler.commit(batch, sequences)
+                own.push(data.draw(st.sampled_from([5, 5, 5, EOS])))
+        self.scheduler.commit(shares)
         self.encoded |= set(sequences)
         self.queue = [own for own in self.queue if own not in self.scheduler.running]
         for own in sequences:
@@ -139,12 +145,12 @@ class Traffic(RuleBasedStateMachine):
         for _ in range(self.work):
             if self.scheduler.idle:
                 break
-            batch, sequences = self.scheduler.plan()
+            batch, shares = self.scheduler.plan()
             self.check_limits(batch)
-            for row, own in zip(batch.rows, sequences, strict=True):
+            for row, own in zip(batch.rows, requests(shares), strict=True):
                 if row.sample is not None:
-                    own.accept(5, True)
-            self.scheduler.commit(batch, sequences)
+                    own.push(5)
+            self.scheduler.commit(shares)
         assert self.scheduler.idle
         assert self.scheduler.allocator.free == self.limits.blocks
         assert all(own.finish_reason in ("length", "eos") for own in self.alive)
@@ -167,16 +173,17 @@ def test_a_long_prompt_is_prefilled_beside_what_runs() -> None:
     short, long = sequence(2, 10), sequence(17, 2)
     scheduler.add(short)
     scheduler.add(long)
-    shares = []
+    parts = []
     while long.computed < 17:
-        batch, sequences = scheduler.plan()
+        batch, shares = scheduler.plan()
+        sequences = requests(shares)
         planned = zip(batch.rows, sequences, strict=True)
-        shares.append([(own is long, len(row.token_ids)) for row, own in planned])
+        parts.append([(own is long, len(row.token_ids)) for row, own in planned])
         for row, own in zip(batch.rows, sequences, strict=True):
             if row.sample:
-                own.accept(5, True)
-        scheduler.commit(batch, sequences)
-    assert shares == [
+                own.push(5)
+        scheduler.commit(shares)
+    assert parts == [
         [(False, 2), (True, 6)],
         [(False, 1), (True, 7)],
         [(False, 1), (True, 4)],
@@ -190,11 +197,12 @@ def test_an_encoder_prompt_beyond_the_step_goes_alone() -> None:
         scheduler.add(own)
     tokens = []
     for _ in range(3):
-        batch, sequences = scheduler.plan()
+        batch, shares = scheduler.plan()
+        sequences = requests(shares)
         tokens.append([len(prompt.token_ids) for prompt in batch.prompts] + [len(batch.rows)])
         for own in sequences:
-            own.accept(5, True)
-        scheduler.commit(batch, sequences)
+            own.push(5)
+        scheduler.commit(shares)
     assert tokens == [[3, 1], [8, 1], [2, 3]]
 
 
@@ -212,6 +220,6 @@ def test_a_finished_sequence_is_not_planned_again() -> None:
     scheduler.add(done)
     scheduler.add(other)
     scheduler.plan()
-    done.accept(5, True)
-    _, sequences = scheduler.plan()
-    assert sequences == [other] and not done.blocks
+    done.push(5)
+    _, shares = scheduler.plan()
+    assert requests(shares) == [other] and not done.blocks

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lmi_multi.backends.base import Limits
+from lmi_multi.backends.drawing import draw
 from lmi_multi.engine.batch import Batch, Passage, Prompt, Row, StepResult
 from lmi_multi.models.spec import ModelSpec
 from lmi_multi.models.transformer import Transformer
@@ -16,8 +17,6 @@ from lmi_multi.ops import Ops
 from lmi_multi.ops.heads import Heads
 from lmi_multi.ops.packed import PackedAttention
 from lmi_multi.ops.paged import PagedAttention, PagedCache
-from lmi_multi.ops.sampling import Sampled, SampleRow, Sampling, sample
-from lmi_multi.options import TokenLogprob
 from lmi_multi.parallel.collectives import Collectives
 
 SCORED_TOKENS = 256
@@ -55,15 +54,11 @@ class TorchExecutor:
     def step(self, batch: Batch) -> StepResult:
         """See `Executor.step`."""
         hidden = self._decode(batch)
-        if hidden is None:
-            return StepResult((), ())
         drawing = [row for row in batch.rows if row.sample is not None]
-        if not drawing:
-            return StepResult((), ())
+        if hidden is None or not drawing:
+            return StepResult()
         logits = self._network.logits(hidden[self._last_tokens(batch.rows)])
-        rows = [row.sample for row in drawing if row.sample is not None]
-        drawn = sample(logits, Sampling.of(rows, self._device))
-        return StepResult(drawn.tokens.tolist(), drawn.finite.tolist(), _logprobs(rows, drawn))
+        return StepResult(draw(logits, drawing))
 
     @torch.inference_mode()
     def logits(self, batch: Batch) -> Tensor:
@@ -105,8 +100,10 @@ class TorchExecutor:
         self.__dict__.pop("_cache", None)
 
     def _decode(self, batch: Batch) -> Tensor | None:
-        if fresh := [row for row in batch.rows if not row.start]:
-            self._cache.clear([b for row in fresh for b in (*row.blocks, *row.cross_blocks)])
+        if fresh := [block for row in batch.rows for block in row.fresh]:
+            self._cache.clear(fresh)
+        if copies := [pair for row in batch.rows for pair in row.copies]:
+            self._cache.copy(copies)
         if batch.prompts:
             self._write_cross(batch.prompts, self._encode(batch.prompts))
         if not batch.rows:
@@ -170,20 +167,3 @@ class TorchExecutor:
             if row.sample is not None:
                 last.append(end - 1)
         return torch.tensor(last, device=self._device)
-
-
-def _logprobs(rows: Sequence[SampleRow], drawn: Sampled) -> list[TokenLogprob | None]:
-    """Each row's, None where it did not ask; nothing at all when no row did."""
-    if drawn.logprobs is None:
-        return []
-    chosen, ids, top = (tensor.tolist() for tensor in drawn.logprobs)
-    found = zip(chosen, ids, top, strict=True)
-    results: list[TokenLogprob | None] = []
-    for row, token in zip(rows, drawn.tokens.tolist(), strict=True):
-        if row.logprobs is None:
-            results.append(None)
-            continue
-        own, likeliest, values = next(found)
-        best = dict(zip(likeliest[: row.logprobs], values, strict=False))
-        results.append(TokenLogprob(token, own, best))
-    return results

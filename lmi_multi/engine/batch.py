@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from lmi_multi.ops.beams import Beams
 from lmi_multi.ops.sampling import SampleRow
 from lmi_multi.options import TokenLogprob
 
@@ -16,6 +17,10 @@ class Row:
     `blocks` are the cache blocks that hold the sequence, in order; `cross_blocks` hold its
     encoded prompt of `cross_length` tokens. `sample` asks for the next token; None while a
     prompt is still being prefilled in slices.
+
+    `beams`, in the first of as many rows as it has scores, asks for their best continuations
+    instead. Before anything is computed the `fresh` blocks are zeroed and then, for each pair of
+    `copies`, the first block is copied to the second.
     """
 
     token_ids: Sequence[int]
@@ -25,6 +30,9 @@ class Row:
     cross_blocks: Sequence[int] = ()
     cross_length: int = 0
     sample: SampleRow | None = None
+    beams: Beams | None = None
+    fresh: Sequence[int] = ()
+    copies: Sequence[tuple[int, int]] = ()
 
     @property
     def length(self) -> int:
@@ -53,7 +61,8 @@ class Passage:
 class Batch:
     """One step: first the prompts are encoded, then every row's tokens are decoded.
 
-    Rows of a single token come before longer ones.
+    Rows of a single token come before longer ones. All keys and values of a layer are written
+    before any are read, so a row may attend to blocks that another row fills in the same step.
     """
 
     rows: Sequence[Row] = ()
@@ -61,11 +70,38 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class StepResult:
-    """The token drawn for each row that asked for one, in row order; False in `finite` marks a
-    row whose logits held NaN or inf, or left nothing to draw. `logprobs` has an entry for each of
-    them too, None where a row did not ask; it is empty when none did."""
+class Draw:
+    """The token drawn for a row. `finite` is False if its logits held NaN or inf, or left nothing
+    to draw; `logprob` is None unless the row asks for it."""
 
-    tokens: Sequence[int]
-    finite: Sequence[bool]
-    logprobs: Sequence[TokenLogprob | None] = ()
+    token: int
+    finite: bool = True
+    logprob: TokenLogprob | None = None
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """Beam number `beam` with one more `token`; `score` is the sum of processed log-probabilities,
+    `logprob` the model's own, if the row asks for it."""
+
+    beam: int
+    token: int
+    score: float
+    logprob: TokenLogprob | None = None
+
+
+@dataclass(frozen=True)
+class Continuations:
+    """The best of a search's beams, the best first; fewer than were wanted if no more are
+    allowed. `finite` is False if the logits of a beam held NaN or inf."""
+
+    best: Sequence[Continuation]
+    finite: bool = True
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What was drawn, in the order of the rows: a `Draw` for each row that asked for a token,
+    `Continuations` for each group of rows that are the beams of a search."""
+
+    draws: Sequence[Draw | Continuations] = ()

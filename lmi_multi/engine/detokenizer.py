@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 
 from lmi_multi.tokenizer import Tokenizer, text_of
@@ -65,6 +66,14 @@ class Detokenizer:
         text = self._decode(self._window)
         partial = text.endswith(_REPLACEMENT)
         return self._emit(self._release(text[:-1] if partial else text, settled=not partial))
+
+    def pushed(self, token_id: int) -> Detokenizer:
+        """A copy with one more token; this one stays as it is."""
+        other = copy.copy(self)
+        other._window, other._pieces = [*self._window], [*self._pieces]
+        other._stops = copy.copy(self._stops)
+        other.push(token_id)
+        return other
 
     def flush(self) -> str:
         """The rest of the text: no more tokens come."""

@@ -1,4 +1,4 @@
-"""Steps the executor until every sequence that was submitted has its answer."""
+"""Steps the executor until every request that was submitted has its answer."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lmi_multi.backends.base import Executor
 from lmi_multi.engine.batch import Passage, Prompt
+from lmi_multi.engine.request import Request
 from lmi_multi.engine.scheduler import Scheduler
-from lmi_multi.engine.sequence import Sequence
 from lmi_multi.errors import OptionError
 
 _T = TypeVar("_T")
@@ -23,7 +23,7 @@ class Engine:
     """One executor shared by any number of callers and threads.
 
     There is no thread of its own: whoever waits for an answer drives the steps, and each step
-    carries everybody's sequences. While one caller's step runs the others wait, come and go.
+    carries everybody's requests. While one caller's step runs the others wait, come and go.
     """
 
     def __init__(self, executor: Executor) -> None:
@@ -37,33 +37,33 @@ class Engine:
         self._steps = 0
         self._closed = False
 
-    def run(self, sequences: Iterable[Sequence]) -> None:
-        """Drive `sequences` to their end. Whatever ends this early frees their places."""
-        for _ in self.steps(sequences):
+    def run(self, requests: Iterable[Request]) -> None:
+        """Drive `requests` to their end. Whatever ends this early frees their places."""
+        for _ in self.steps(requests):
             pass
 
-    def steps(self, sequences: Iterable[Sequence]) -> Generator[None]:
+    def steps(self, requests: Iterable[Request]) -> Generator[None]:
         """Like `run`, pausing after every step, one's own or another caller's.
 
         Closing the iterator frees their places.
         """
-        own = pending = list(sequences)
+        own = pending = list(requests)
         seen = self._steps
         try:
             with self._lock:
-                for sequence in own:
-                    self.scheduler.add(sequence)
+                for request in own:
+                    self.scheduler.add(request)
             while pending:
                 if self._steps == seen:  # what others' steps brought is shown first
                     self._use(self._step, unless=partial(self._stepped_since, seen))
                 seen = self._steps
-                pending = [s for s in pending if s.finish_reason is None]
+                pending = [r for r in pending if r.finish_reason is None]
                 yield
         finally:
             with self._lock:
-                for sequence in own:
-                    sequence.finish_reason = sequence.finish_reason or "cancelled"
-                    self.scheduler.release(sequence)
+                for request in own:
+                    request.cancel()
+                    self.scheduler.release(request)
 
     def encode(self, prompts: Items[Prompt]) -> tuple[Tensor, Tensor | None]:
         """`Executor.encode`, between two steps."""
@@ -106,16 +106,13 @@ class Engine:
 
     def _step(self) -> None:
         with self._lock:
-            batch, sequences = self.scheduler.plan()
-        result = self.executor.step(batch)
-        drawing = [s for s, row in zip(sequences, batch.rows, strict=True) if row.sample]
-        logprobs = result.logprobs or [None] * len(drawing)
-        answers = zip(drawing, result.tokens, result.finite, logprobs, strict=True)
+            batch, shares = self.scheduler.plan()
+        draws = iter(self.executor.step(batch).draws)
         with self._lock:
-            for sequence, token, finite, logprob in answers:
-                if sequence.finish_reason is None:  # else its caller left while the step ran
-                    sequence.accept(token, finite, logprob)
-            self.scheduler.commit(batch, sequences)
+            for share in shares:
+                if share.draws:
+                    share.request.accept(draws)
+            self.scheduler.commit(shares)
             self._steps += 1
 
     def _stepped_since(self, seen: int) -> bool:

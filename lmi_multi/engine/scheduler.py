@@ -1,52 +1,49 @@
-"""Continuous batching: which sequences take part in the next step, and with how many tokens."""
+"""Continuous batching: which requests take part in the next step, and with how many tokens."""
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 
 from lmi_multi.backends.base import Limits
 from lmi_multi.engine.batch import Batch
 from lmi_multi.engine.cache import BlockAllocator
-from lmi_multi.engine.sequence import Sequence
+from lmi_multi.engine.request import Request, Share
 
 
 class Scheduler:
-    """First come, first served. A sequence is admitted once every block it can ever need is
-    free, so that nothing that runs is ever thrown out; a finished one's place is taken at the
+    """First come, first served. A request is admitted once every row and block it can ever need
+    is free, so that nothing that runs is ever thrown out; a finished one's place is taken at the
     next step."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.allocator = BlockAllocator(limits.blocks)
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
-        self._newcomers: list[Sequence] = []  # admitted by the last plan, not committed yet
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self._newcomers: list[Request] = []  # admitted by the last plan, not committed yet
 
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
         return not self.waiting and not self.running
 
-    def add(self, sequence: Sequence) -> None:
-        """Queue a sequence. Raises ValueError if the whole cache could not hold it."""
-        needed = sum(self.blocks_needed(sequence))
-        if needed > self.limits.blocks:  # waiting for so many would never end
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises ValueError if it could never run: waiting would not end."""
+        needed = sum(request.blocks_needed(self.limits.block_size))
+        if needed > self.limits.blocks:
             raise ValueError(
                 f"a sequence needs {needed} blocks, the cache has {self.limits.blocks}"
             )
-        self.waiting.append(sequence)
+        rows = min(self.limits.max_batch, self.limits.max_step_tokens)
+        if request.width > rows:
+            raise ValueError(f"a request needs {request.width} rows, a step has {rows}")
+        self.waiting.append(request)
 
-    def blocks_needed(self, sequence: Sequence) -> tuple[int, int]:
-        """Blocks for its decoder tokens, and for its encoded prompt."""
-        size = self.limits.block_size
-        # The last token drawn is never fed back, so it needs no place.
-        own = -(-(sequence.longest - 1) // size)
-        return max(own, 1), -(-len(sequence.encoder_ids or ()) // size)
+    def plan(self) -> tuple[Batch, list[Share]]:
+        """The next step, and what each request has of it; shares follow each other as the rows do.
 
-    def plan(self) -> tuple[Batch, list[Sequence]]:
-        """The next step, and the sequence behind each of its rows.
-
-        Running sequences come first, so that newcomers' prefill only takes what is left of
+        Running requests come first, so that newcomers' prefill only takes what is left of
         `max_step_tokens`; a prompt that is longer than that is prefilled in slices. Encoders take
         a prompt whole: one that does not fit beside what runs gets a step for itself.
 
@@ -56,82 +53,91 @@ class Scheduler:
         self._drop_finished()
         self._requeue_newcomers()
         budget = self.limits.max_step_tokens
-        shares: list[tuple[Sequence, int]] = []
-        for sequence in sorted(self.running, key=lambda s: len(s.tokens) - s.computed):
-            budget -= self._share(sequence, budget, shares)
+        counts: list[tuple[Request, int]] = []
+        for request in sorted(self.running, key=lambda r: r.pending):
+            budget -= self._share(request, budget, counts)
         while newcomer := self._admit(budget):
             budget -= len(newcomer.encoder_ids or ())
-            budget -= self._share(newcomer, budget, shares)
+            budget -= self._share(newcomer, budget, counts)
         if not self._newcomers and self._too_long() and (newcomer := self._admit()):
-            shares = [(newcomer, 1)]
-        shares.sort(key=lambda share: share[1] > 1)
+            counts = [(newcomer, 1)]
+        counts.sort(key=lambda share: share[1] > 1)
+        shares = [Share(request, request.rows(count)) for request, count in counts]
         batch = Batch(
-            rows=[sequence.row(count) for sequence, count in shares],
-            prompts=[s.prompt() for s in self._newcomers if s.encoder_ids is not None],
+            rows=[row for share in shares for row in share.rows],
+            prompts=[r.prompt() for r in self._newcomers if r.encoder_ids is not None],
         )
-        return batch, [sequence for sequence, _ in shares]
+        return batch, shares
 
     def _requeue_newcomers(self) -> None:
         while self._newcomers:
-            sequence = self._newcomers[-1]
-            if sequence in self.running:
-                self.release(sequence)
-                sequence.computed = 0
-                self.waiting.appendleft(sequence)
+            request = self._newcomers[-1]
+            if request in self.running:
+                self.release(request)
+                request.restart()
+                self.waiting.appendleft(request)
             self._newcomers.pop()
 
     def _drop_finished(self) -> None:
         """Release what ended in a step that never came to its `commit`."""
-        for sequence in [s for s in self.running if s.finish_reason is not None]:
-            self.release(sequence)
+        for request in [r for r in self.running if r.finish_reason is not None]:
+            self.release(request)
 
-    def _share(self, sequence: Sequence, budget: int, shares: list[tuple[Sequence, int]]) -> int:
-        count = max(0, min(len(sequence.tokens) - sequence.computed, budget))
+    def _share(self, request: Request, budget: int, counts: list[tuple[Request, int]]) -> int:
+        """Give a request of what is left, and say how many tokens that takes. Rows beside each
+        other, a beam search's, advance together or not at all."""
+        rows = request.tokens_of_step
+        count = max(0, min(request.pending, budget // rows))
         if count:
-            shares.append((sequence, count))
-        return count
+            counts.append((request, count))
+        return count * rows
+
+    def _rows(self) -> int:
+        """The most rows that the running requests can have."""
+        return sum(request.width for request in self.running)
 
     def _too_long(self) -> bool:
         """Whether the first waiting prompt is an encoder's that fits beside nothing that runs."""
         if not self.waiting or self.waiting[0].encoder_ids is None:
             return False
-        room = self.limits.max_step_tokens - len(self.running)
-        return len(self.waiting[0].encoder_ids) >= room
+        return len(self.waiting[0].encoder_ids) >= self.limits.max_step_tokens - self._rows()
 
-    def _admit(self, budget: int | None = None) -> Sequence | None:
-        """Move the first waiting sequence to the running ones, if there is room for it now.
+    def _admit(self, budget: int | None = None) -> Request | None:
+        """Move the first waiting request to the running ones, if there is room for it now.
 
         `budget`: the step's tokens that are left; None if it may take as many as it has.
         """
-        if not self.waiting or len(self.running) >= self.limits.max_batch:
+        if not self.waiting:
             return None
-        sequence = self.waiting[0]
-        if budget is not None and len(sequence.encoder_ids or ()) >= budget:
+        request = self.waiting[0]
+        if self._rows() + request.width > self.limits.max_batch:
             return None
-        own, cross = self.blocks_needed(sequence)
+        if budget is not None and len(request.encoder_ids or ()) >= budget:
+            return None
+        own, cross = request.blocks_needed(self.limits.block_size)
         if own + cross > self.allocator.free:
             return None
         # In this order an interrupt leaves nothing that `_requeue_newcomers` could not undo.
-        self._newcomers.append(sequence)
-        self.running.append(sequence)
+        self._newcomers.append(request)
+        self.running.append(request)
         self.waiting.popleft()
-        self.allocator.take(own, sequence.blocks)
-        self.allocator.take(cross, sequence.cross_blocks)
-        return sequence
+        self.allocator.take(own, request.blocks)
+        self.allocator.take(cross, request.cross_blocks)
+        return request
 
-    def commit(self, batch: Batch, sequences: list[Sequence]) -> None:
-        """Note what a step computed. Sequences that finished since are released."""
-        for row, sequence in zip(batch.rows, sequences, strict=True):
-            sequence.computed = row.length
-            if sequence.finish_reason is not None:
-                self.release(sequence)
+    def commit(self, shares: Sequence[Share]) -> None:
+        """Note what a step computed. Requests that finished since are released."""
+        for share in shares:
+            share.request.advance(share.rows[0].length)
+            if share.request.finish_reason is not None:
+                self.release(share.request)
         self._newcomers = []
 
-    def release(self, sequence: Sequence) -> None:
-        """Forget a sequence, wherever it is, and free its blocks. Unknown ones are ignored."""
-        if sequence in self.waiting:
-            self.waiting.remove(sequence)
-        if sequence in self.running:
-            self.running.remove(sequence)
-        self.allocator.give_back(sequence.blocks)
-        self.allocator.give_back(sequence.cross_blocks)
+    def release(self, request: Request) -> None:
+        """Forget a request, wherever it is, and free its blocks. Unknown ones are ignored."""
+        if request in self.waiting:
+            self.waiting.remove(request)
+        if request in self.running:
+            self.running.remove(request)
+        self.allocator.give_back(request.blocks)
+        self.allocator.give_back(request.cross_blocks)

@@ -1,21 +1,27 @@
-"""One prompt on its way to an answer."""
+"""One prompt on its way to an answer, token by token."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import cast
 
 from lmi_multi.defaults import Resolved
-from lmi_multi.engine.batch import Prompt, Row
+from lmi_multi.engine.batch import Continuations, Draw, Prompt, Row
 from lmi_multi.engine.detokenizer import Detokenizer
 from lmi_multi.options import FinishReason, TokenLogprob
 
 
 @dataclass(eq=False)
 class Sequence:
-    """`tokens` are the decoder's: those given (the prompt, or the start token of an
+    """A `Request` of one row.
+
+    `tokens` are the decoder's: those given (the prompt, or the start token of an
     encoder-decoder), then those generated. The first `computed` of them are in the cache. With a
     `detokenizer`, `pieces` are the text so far. Answers to one prompt differ in `stream`.
-    `logprobs` has an entry for each generated token where the options ask for them."""
+    `logprobs` has an entry for each generated token where the options ask for them. The answer of
+    a beam search is a sequence too, which nothing runs: the search fills it, and its `score`.
+    """
 
     options: Resolved
     tokens: list[int]
@@ -28,6 +34,7 @@ class Sequence:
     pieces: list[str] = field(default_factory=list)
     stream: int = 0
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    score: float | None = None
     finish_reason: FinishReason | None = None
     error: str | None = None
 
@@ -57,18 +64,39 @@ class Sequence:
         """The most decoder tokens that this sequence can reach."""
         return self.given + self.options.max_new_tokens
 
+    @property
+    def width(self) -> int:
+        """See `Request.width`."""
+        return 1
+
+    @property
+    def tokens_of_step(self) -> int:
+        """See `Request.tokens_of_step`."""
+        return 1
+
+    @property
+    def pending(self) -> int:
+        """See `Request.pending`."""
+        return len(self.tokens) - self.computed
+
+    def blocks_needed(self, size: int) -> tuple[int, int]:
+        """See `Request.blocks_needed`."""
+        # The last token drawn is never fed back, so it needs no place.
+        own = -(-(self.longest - 1) // size)
+        return max(own, 1), -(-len(self.encoder_ids or ()) // size)
+
     def prompt(self) -> Prompt:
-        """Its encoder work."""
+        """See `Request.prompt`."""
         return Prompt(self.encoder_ids or [], None, tuple(self.cross_blocks))
 
-    def row(self, count: int) -> Row:
-        """Its share of a step that computes `count` more tokens."""
+    def rows(self, count: int) -> list[Row]:
+        """See `Request.rows`."""
         stop = self.computed + count
         sample = None
         if stop == len(self.tokens):
             drawn = stop - self.given
             sample = self.options.row(drawn, self.tokens, self.encoder_ids or (), self.stream)
-        return Row(
+        row = Row(
             token_ids=self.tokens[self.computed : stop],
             start=self.computed,
             blocks=tuple(self.blocks),  # the caller may leave, and empty it, while the step runs
@@ -76,16 +104,22 @@ class Sequence:
             cross_blocks=tuple(self.cross_blocks),
             cross_length=len(self.encoder_ids or ()),
             sample=sample,
+            fresh=() if self.computed else (*self.blocks, *self.cross_blocks),
         )
+        return [row]
 
-    def accept(self, token: int, finite: bool, logprob: TokenLogprob | None = None) -> None:
-        """Take the token that a step drew, and see whether the sequence ends with it."""
-        if not finite:
-            self.error = f"logits of generated token {len(self.generated)} hold NaN or infinity"
-            if self.options.excludes:
-                self.error += ", or the options exclude every token"
-            self._finish("numerical_error")
+    def accept(self, draws: Iterator[Draw | Continuations]) -> None:
+        """See `Request.accept`."""
+        draw = cast(Draw, next(draws))
+        if self.finish_reason is not None:
             return
+        if draw.finite:
+            self.push(draw.token, draw.logprob)
+        else:
+            self.fail(not_finite(len(self.generated), self.options))
+
+    def push(self, token: int, logprob: TokenLogprob | None = None) -> None:
+        """Add a generated token, and see whether the sequence ends with it."""
         if logprob is not None:  # first, so that whoever sees the token finds it
             self.logprobs.append(logprob)
         self.tokens.append(token)
@@ -103,8 +137,31 @@ class Sequence:
         if reason is not None:
             self._finish(reason)
 
+    def fail(self, error: str) -> None:
+        """End it with a numerical error."""
+        self.error = error
+        self._finish("numerical_error")
+
+    def advance(self, length: int) -> None:
+        """See `Request.advance`."""
+        self.computed = length
+
+    def restart(self) -> None:
+        """See `Request.restart`."""
+        self.computed = 0
+
+    def cancel(self) -> None:
+        """See `Request.cancel`."""
+        self.finish_reason = self.finish_reason or "cancelled"
+
     def _finish(self, reason: FinishReason) -> None:
         """The reason comes last: another thread that sees it finds all else in place."""
         if self.detokenizer is not None:
             self.pieces.append(self.detokenizer.flush())
         self.finish_reason = reason
+
+
+def not_finite(token: int, options: Resolved) -> str:
+    """What to say when generated token number `token` could not be drawn."""
+    error = f"logits of generated token {token} hold NaN or infinity"
+    return error + (", or the options exclude every token" if options.excludes else "")

@@ -97,6 +97,12 @@ class PagedCache:
         for pool in (*self.k, *self.v):
             pool.index_fill_(0, index, 0)
 
+    def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy the first block of each pair to the second."""
+        sources, targets = torch.tensor(pairs, device=self.k[0].device).unbind(1)
+        for pool in (*self.k, *self.v):
+            pool.index_copy_(0, targets, pool.index_select(0, sources))
+
 
 class PagedAttention:
     """One decoder step's attention: every row over its own cached tokens."""

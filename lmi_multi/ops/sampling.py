@@ -146,10 +146,7 @@ def sample(logits: Tensor, sampling: Sampling) -> Sampled:
     given, finite = logits, None
     if sampling.any_banned or sampling.edits is not None:
         finite = torch.isfinite(logits.amax(-1))  # neither must hide an infinity
-    if sampling.edits is not None:
-        logits = sampling.edits.apply(logits)
-    if sampling.any_banned:
-        logits = _ban(logits, sampling.banned)
+    logits = processed(logits, sampling)
     best, tokens = logits.max(-1)  # NaN counts as the largest: one pass finds both
     if sampling.any_sampled:
         best = best / sampling.temperature
@@ -160,6 +157,15 @@ def sample(logits: Tensor, sampling: Sampling) -> Sampled:
     tokens = torch.where(finite, tokens, 0)
     wanted = sampling.wanted
     return Sampled(tokens, finite, None if wanted is None else wanted.look_up(given, tokens))
+
+
+def processed(logits: Tensor, sampling: Sampling) -> Tensor:
+    """`logits` float32[rows, vocab] after the rows' edits and bans."""
+    if sampling.edits is not None:
+        logits = sampling.edits.apply(logits)
+    if sampling.any_banned:
+        logits = _ban(logits, sampling.banned)
+    return logits
 
 
 def _ban(logits: Tensor, banned: Tensor) -> Tensor:

@@ -1,0 +1,227 @@
+"""Beam search as one request of several rows that share cache blocks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import cast
+
+from lmi_multi.defaults import Resolved
+from lmi_multi.engine import hypotheses, sequence
+from lmi_multi.engine.batch import Continuations, Draw, Prompt, Row
+from lmi_multi.engine.detokenizer import Detokenizer
+from lmi_multi.engine.hypotheses import Group, Hypothesis
+from lmi_multi.ops.beams import Beams
+from lmi_multi.options import FinishReason
+
+
+@dataclass(frozen=True)
+class _State:
+    """Everything that a step changes, so that it changes at once: an interrupt (Ctrl-C) leaves
+    one state or the next. Blocks have the numbers of their places in `BeamSearch.blocks`; before
+    the next step `fresh` ones are zeroed, and each pair of `copies` is copied."""
+
+    groups: tuple[Group, ...]
+    drawn: int = 0
+    fresh: tuple[int, ...] = ()
+    copies: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def rows(self) -> list[Hypothesis]:
+        return [beam for group in self.groups for beam in group.running]
+
+
+class BeamSearch:
+    """A `Request` of `num_beams` rows, which fills `answers`, the best first.
+
+    The prompt is computed once. Beams share its blocks, and later ones for as long as they have
+    the same tokens: a block is copied when one of several beams in it goes on. All of them read
+    the same encoded prompt.
+    """
+
+    def __init__(
+        self,
+        options: Resolved,
+        tokens: Sequence[int],
+        answers: Sequence[sequence.Sequence],
+        block_size: int,
+        encoder_ids: list[int] | None = None,
+        detokenizer: Detokenizer | None = None,
+    ) -> None:
+        self.options = options
+        self.encoder_ids = encoder_ids
+        self.blocks: list[int] = []
+        self.cross_blocks: list[int] = []
+        self.finish_reason: FinishReason | None = None
+        self._given = list(tokens)
+        self._answers = answers
+        self._size = block_size
+        self._prefilled = 0
+        prompt = tuple(range(-(-len(tokens) // block_size)))
+        beam = Hypothesis(blocks=prompt, detokenizer=detokenizer)
+        self._start = _State((Group((beam,)),) * options.num_beam_groups)
+        self._state = self._start
+
+    @property
+    def width(self) -> int:
+        """See `Request.width`."""
+        return self.options.num_beams
+
+    @property
+    def computed(self) -> int:
+        """See `Request.computed`."""
+        drawn = self._state.drawn
+        return len(self._given) + drawn - 1 if drawn else self._prefilled
+
+    @property
+    def pending(self) -> int:
+        """See `Request.pending`."""
+        return len(self._given) + self._state.drawn - self.computed
+
+    @property
+    def tokens_of_step(self) -> int:
+        """See `Request.tokens_of_step`."""
+        return len(self._state.rows) if self._state.drawn else 1
+
+    def blocks_needed(self, size: int) -> tuple[int, int]:
+        """See `Request.blocks_needed`."""
+        longest = len(self._given) + self.options.max_new_tokens - 1
+        shared = len(self._given) // size
+        own = shared + self.width * (-(-longest // size) - shared)
+        return max(own, 1), -(-len(self.encoder_ids or ()) // size)
+
+    def prompt(self) -> Prompt:
+        """See `Request.prompt`."""
+        return Prompt(self.encoder_ids or [], None, tuple(self.cross_blocks))
+
+    def rows(self, count: int) -> list[Row]:
+        """See `Request.rows`."""
+        state = self._state
+        if not state.drawn:
+            return [self._prefill(count)]
+        rows = [
+            self._row(beam, group.running if place == 0 else ())
+            for group in state.groups
+            for place, beam in enumerate(group.running)
+        ]
+        copies = tuple((self.blocks[a], self.blocks[b]) for a, b in state.copies)
+        rows[0] = replace(rows[0], fresh=self._own(state.fresh), copies=copies)
+        return rows
+
+    def accept(self, draws: Iterator[Draw | Continuations]) -> None:
+        """See `Request.accept`."""
+        state = self._state
+        if state.drawn:
+            found = [cast(Continuations, next(draws)) if g.running else None for g in state.groups]
+        else:  # one row, with which all groups begin
+            found = [cast(Continuations, next(draws))] * len(state.groups)
+        if self.finish_reason is not None:
+            return
+        error = sequence.not_finite(state.drawn, self.options)
+        if not all(own is None or own.finite for own in found):
+            self._fail(error)
+            return
+        groups: list[Group] = []
+        taken: Counter[int] = Counter()
+        for group, own in zip(state.groups, found, strict=True):
+            if own is not None:
+                group = hypotheses.advance(group, own.best, taken, self.options)
+            groups.append(group)
+        if any(group.running for group in groups):
+            self._state = self._placed(groups, state.drawn + 1)
+        else:
+            self._answer(groups, error)
+
+    def advance(self, length: int) -> None:
+        """See `Request.advance`."""
+        if not self._state.drawn:
+            self._prefilled = length
+
+    def restart(self) -> None:
+        """See `Request.restart`."""
+        self._prefilled = 0
+        self._state = self._start
+
+    def cancel(self) -> None:
+        """See `Request.cancel`."""
+        for answer in self._answers:
+            answer.cancel()
+        self.finish_reason = self.finish_reason or "cancelled"
+
+    def _prefill(self, count: int) -> Row:
+        stop = self._prefilled + count
+        row = self._row(self._start.rows[0], self._start.rows[:1])
+        fresh = () if self._prefilled else (*row.blocks, *row.cross_blocks)
+        whole = stop == len(self._given)
+        return replace(
+            row,
+            token_ids=self._given[self._prefilled : stop],
+            start=self._prefilled,
+            sample=row.sample if whole else None,
+            beams=row.beams if whole else None,
+            fresh=fresh,
+        )
+
+    def _row(self, beam: Hypothesis, group: Sequence[Hypothesis]) -> Row:
+        """One beam's last token; the first of a group asks for the whole group."""
+        tokens = [*self._given, *beam.tokens]
+        encoder_ids = self.encoder_ids or ()
+        scores = tuple(own.score for own in group)
+        return Row(
+            token_ids=tokens[-1:],
+            start=len(tokens) - 1,
+            blocks=self._own(beam.blocks),
+            prompt_length=len(self._given),
+            cross_blocks=tuple(self.cross_blocks),
+            cross_length=len(encoder_ids),
+            sample=self.options.row(len(beam.tokens), tokens, encoder_ids),
+            beams=Beams(scores, hypotheses.continuations(self.options)) if scores else None,
+        )
+
+    def _own(self, numbers: Sequence[int]) -> tuple[int, ...]:
+        return tuple(self.blocks[number] for number in numbers)
+
+    def _placed(self, groups: Sequence[Group], drawn: int) -> _State:
+        """The next state: every beam gets a block of its own for the token that it adds."""
+        beams = [beam for group in groups for beam in group.running]
+        sharers = Counter(block for beam in beams for block in beam.blocks)
+        unused = (number for number in range(len(self.blocks)) if not sharers[number])
+        place = (len(self._given) + drawn - 1) // self._size
+        fresh: list[int] = []
+        copies: list[tuple[int, int]] = []
+        placed: list[Hypothesis] = []
+        for beam in beams:
+            blocks = beam.blocks
+            if len(blocks) == place:
+                fresh.append(next(unused))
+                blocks = (*blocks, fresh[-1])
+            elif sharers[blocks[place]] > 1:
+                sharers[blocks[place]] -= 1
+                copies.append((blocks[place], next(unused)))
+                blocks = (*blocks[:place], copies[-1][1])
+            placed.append(replace(beam, blocks=blocks))
+        rest = iter(placed)
+        done = (replace(g, running=tuple(next(rest) for _ in g.running)) for g in groups)
+        return _State(tuple(done), drawn, tuple(fresh), tuple(copies))
+
+    def _answer(self, groups: Sequence[Group], error: str) -> None:
+        """Fill the answers and end. Done twice, as when an interrupt came between, it goes on
+        where it stopped."""
+        best = hypotheses.best_of(groups)
+        for number, answer in enumerate(self._answers):
+            if number >= len(best):
+                few = f"the options leave only {len(best)} different answers" if best else error
+                answer.fail(few)
+                continue
+            score, beam = best[number]
+            answer.score = score
+            logprobs = beam.logprobs or (None,) * len(beam.tokens)
+            for place in range(len(answer.generated), len(beam.tokens)):
+                answer.push(beam.tokens[place], logprobs[place])
+        self.finish_reason = self._answers[0].finish_reason
+
+    def _fail(self, error: str) -> None:
+        for answer in self._answers:
+            answer.fail(error)
+        self.finish_reason = "numerical_error"

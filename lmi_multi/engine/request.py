@@ -1,0 +1,87 @@
+"""What the scheduler and the engine ask of whatever takes part in a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from lmi_multi.engine.batch import Continuations, Draw, Prompt, Row
+from lmi_multi.options import FinishReason
+
+if TYPE_CHECKING:
+    from lmi_multi.engine import sequence
+
+
+class Request(Protocol):
+    """One prompt on its way: a `Sequence`, or a `BeamSearch` of several rows.
+
+    `tokens` are those the decoder is given first. The first `computed` tokens of each row are in
+    the cache, `pending` more can be computed now. `blocks` and `cross_blocks` are the cache blocks
+    that belong to it. `finish_reason` is set once it has ended.
+    """
+
+    encoder_ids: list[int] | None
+    blocks: list[int]
+    cross_blocks: list[int]
+
+    @property
+    def finish_reason(self) -> FinishReason | None: ...
+
+    @property
+    def width(self) -> int:
+        """The most rows that it can have in a step."""
+
+    @property
+    def computed(self) -> int: ...
+
+    @property
+    def pending(self) -> int: ...
+
+    @property
+    def tokens_of_step(self) -> int:
+        """How many tokens a step with one token for each of its rows has."""
+
+    def blocks_needed(self, size: int) -> tuple[int, int]:
+        """The most blocks of `size` tokens that it can need for the decoder's tokens, and those
+        for its encoded prompt."""
+
+    def prompt(self) -> Prompt:
+        """Its encoder work."""
+
+    def rows(self, count: int) -> list[Row]:
+        """Its share of a step that computes `count` more tokens of each of its rows."""
+
+    def accept(self, draws: Iterator[Draw | Continuations]) -> None:
+        """Take what is its own from the draws of a step, and see whether it ends. Once it has
+        ended, they are only taken off."""
+
+    def advance(self, length: int) -> None:
+        """Note that a step has left `length` tokens of each row in the cache."""
+
+    def restart(self) -> None:
+        """Note that nothing is in the cache any more."""
+
+    def cancel(self) -> None:
+        """End it, unless it has ended: nobody wants its answer."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One prompt's requests, and the answers that they fill."""
+
+    requests: Sequence[Request]
+    answers: Sequence[sequence.Sequence]
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one request has of a step."""
+
+    request: Request
+    rows: Sequence[Row]
+
+    @property
+    def draws(self) -> bool:
+        """Whether the step draws for it."""
+        return self.rows[0].sample is not None

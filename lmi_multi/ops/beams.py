@@ -1,0 +1,42 @@
+"""Beam search on the device: the best continuations of each prompt's running beams."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Beams:
+    """The running beams of one search, which are as many consecutive rows: `scores` are their
+    log-probabilities so far. `keep` >= 1 of their best continuations are wanted."""
+
+    scores: tuple[float, ...]
+    keep: int
+
+
+def best_continuations(log_probs: Tensor, groups: Sequence[Beams]) -> tuple[Tensor, Tensor]:
+    """For each of `groups` the continuations with the largest sum of scores, falling.
+
+    `log_probs` float32[rows, vocab] are those of all groups' beams, one group after the other.
+    Returns scores float32[groups, most] and places int64[groups, most], where a place is
+    beam * vocab + token; `most` is the largest `keep`, or all there are. Groups of fewer beams
+    than others are filled up with places of score -inf.
+    """
+    vocab, device = log_probs.shape[-1], log_probs.device
+    widths = [len(group.scores) for group in groups]
+    widest = max(widths)
+    scores = torch.tensor([s for group in groups for s in group.scores], device=device)
+    total = log_probs + scores[:, None]
+    if min(widths) < widest:
+        filled = total.new_full((len(groups), widest, vocab), float("-inf"))
+        group_of = torch.tensor([g for g, n in enumerate(widths) for _ in range(n)], device=device)
+        beam_of = torch.tensor([b for n in widths for b in range(n)], device=device)
+        filled[group_of, beam_of] = total
+        total = filled
+    total = total.view(len(groups), widest * vocab)
+    best = total.topk(min(max(group.keep for group in groups), widest * vocab), dim=-1)
+    return best.values, best.indices
