@@ -72,6 +72,7 @@ def load(
     max_tokens: int | None = None,
     revision: str | None = None,
     verify: bool = False,
+    prefix_caching: bool = True,
     progress: Progress | None = None,
 ) -> Model:
     """Load a model from a local folder, an artifact, a Hugging Face Hub id, or "demo".
@@ -80,8 +81,10 @@ def load(
     "auto", "cuda", "neuron" or "cpu"; `dtype` "auto" (the checkpoint's own, bf16 for T5 in place
     of fp16), "fp32", "fp16" or "bf16"; `quantize` None or "int8". `max_batch` rows run at once;
     `max_tokens` bounds prompt plus generated tokens of a decoder, and each of the two for an
-    encoder-decoder. `verify` compares the artifact's files with their sha256 first. `progress`
-    is called with bytes done, bytes in all, and the tensor's name while converting.
+    encoder-decoder. `verify` compares the artifact's files with their sha256 first. With
+    `prefix_caching` prompts of a decoder-only model that begin alike, in one call or in several,
+    share what has been computed of them. `progress` is called with bytes done, bytes in all, and
+    the tensor's name while converting.
 
     Raises OptionError, CheckpointError, BackendError or CapacityError, each one clear line.
     """
@@ -99,13 +102,15 @@ def load(
     executor = chosen.load(
         artifact, tensor_parallel=tensor_parallel, max_batch=max_batch, max_tokens=max_tokens
     )
-    return Model(artifact, chosen.name, executor)
+    return Model(artifact, chosen.name, executor, prefix_caching)
 
 
 class Model:
     """A loaded model. Safe to use from several threads; close it, or use it in a `with`."""
 
-    def __init__(self, artifact: Artifact, backend: str, executor: Executor) -> None:
+    def __init__(
+        self, artifact: Artifact, backend: str, executor: Executor, prefix_caching: bool = True
+    ) -> None:
         self.backend = backend
         self.device = executor.device
         self.spec: ModelSpec = artifact.spec
@@ -115,7 +120,8 @@ class Model:
         self.defaults = GenerationDefaults.read(artifact.folder)
         self.stats = Stats(0, 0, 0.0)
         self._reader = PromptReader(self.spec, self.limits, self.tokenizer, self.defaults)
-        self._engine = Engine(executor)
+        reusable = self.spec.kind == "decoder" and not self.spec.length_dependent
+        self._engine = Engine(executor, prefix_caching and reusable)
         self._closed = False
         if self.defaults.unsupported:
             log.warning(

@@ -135,7 +135,7 @@ class Traffic(RuleBasedStateMachine):
             return
         blocks = [b for own in self.alive for b in own.blocks + own.cross_blocks]
         assert len(set(blocks)) == len(blocks)
-        assert self.scheduler.allocator.free == self.limits.blocks - len(blocks)
+        assert self.scheduler.cache.free == self.limits.blocks - len(blocks)
         assert self.scheduler.idle == (not self.alive)
 
     def teardown(self) -> None:
@@ -152,7 +152,7 @@ class Traffic(RuleBasedStateMachine):
                     own.push(5)
             self.scheduler.commit(shares)
         assert self.scheduler.idle
-        assert self.scheduler.allocator.free == self.limits.blocks
+        assert self.scheduler.cache.free == self.limits.blocks
         assert all(own.finish_reason in ("length", "eos") for own in self.alive)
         assert all(own.computed == len(own.tokens) - 1 for own in self.alive)
 

@@ -70,7 +70,7 @@ def test_closing_frees_the_places(model: Model) -> None:
     assert scheduler.running
     stream.close()
     assert scheduler.idle
-    assert scheduler.allocator.free == model.limits.blocks
+    assert scheduler.cache.free == model.limits.blocks
 
 
 def test_invalid_options_are_refused_before_the_first_chunk(model: Model) -> None:

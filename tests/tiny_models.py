@@ -57,7 +57,7 @@ def model(artifact: Artifact, opened: Executor | None = None, **limits: Any) -> 
 
 def free_blocks(model: Model) -> int:
     """How many of the cache's blocks nobody holds."""
-    return model._engine.scheduler.allocator.free
+    return model._engine.scheduler.cache.free
 
 
 def is_clean(model: Model) -> bool:

@@ -57,11 +57,16 @@ class BeamSearch:
         self._given = list(tokens)
         self._answers = answers
         self._size = block_size
-        self._prefilled = 0
+        self._prefilled = self._reused = self._shared = 0
         prompt = tuple(range(-(-len(tokens) // block_size)))
         beam = Hypothesis(blocks=prompt, detokenizer=detokenizer)
         self._start = _State((Group((beam,)),) * options.num_beam_groups)
         self._state = self._start
+
+    @property
+    def first_tokens(self) -> list[int]:
+        """See `Request.first_tokens`."""
+        return self._given
 
     @property
     def width(self) -> int:
@@ -138,9 +143,10 @@ class BeamSearch:
         if not self._state.drawn:
             self._prefilled = length
 
-    def restart(self) -> None:
-        """See `Request.restart`."""
-        self._prefilled = 0
+    def start(self, reused: int, shared: int) -> None:
+        """See `Request.start`."""
+        self._prefilled = self._reused = reused
+        self._shared = shared
         self._state = self._start
 
     def cancel(self) -> None:
@@ -152,7 +158,9 @@ class BeamSearch:
     def _prefill(self, count: int) -> Row:
         stop = self._prefilled + count
         row = self._row(self._start.rows[0], self._start.rows[:1])
-        fresh = () if self._prefilled else (*row.blocks, *row.cross_blocks)
+        fresh: tuple[int, ...] = ()
+        if self._prefilled == self._reused:  # its first step
+            fresh = (*row.blocks[self._shared :], *row.cross_blocks)
         whole = stop == len(self._given)
         return replace(
             row,

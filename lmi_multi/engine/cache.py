@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Container
 
 
 class BlockAllocator:
@@ -22,31 +23,40 @@ class BlockAllocator:
         return len(self._free)
 
     def take(self, count: int, owner: list[int]) -> None:
-        """Append the first `count` free blocks in one piece to `owner`, else the lowest ones.
+        """Append `count` free blocks to `owner`: in one piece those behind its last one, else the
+        first ones, else the lowest.
 
         Raises ValueError if fewer are free: check `free` first. Here and in `give_back` the blocks
         change hands at once: an interrupt (Ctrl-C) leaves them on one side or the other.
         """
         if count > len(self._free):
             raise ValueError(f"{count} blocks wanted, {len(self._free)} free")
-        start = self._run(count)
+        start = self._behind(owner, count) if owner else None
+        start = self._run(count) if start is None else start
         owner += self._free[start : start + count]
         del self._free[start : start + count]
 
-    def give_back(self, owner: list[int]) -> None:
-        """Free the blocks in `owner`, and empty it.
+    def give_back(self, owner: list[int], keep: Container[int] = ()) -> None:
+        """Free the blocks in `owner` but for those to `keep`, and empty it.
 
         Raises ValueError, and frees none, if one is free already: it would get two owners, and
         one's text would reach the other's answer.
         """
         if len(set(owner)) < len(owner) or any(self._is_free(block) for block in owner):
             raise ValueError(f"not all of the blocks {owner} are taken")
-        merged = sorted(self._free + owner)  # two runs: the sort merges them
+        # Two runs: the sort merges them.
+        merged = sorted(self._free + [block for block in owner if block not in keep])
         self._free, owner[:] = merged, []
 
     def _is_free(self, block: int) -> bool:
         at = bisect_left(self._free, block)
         return not 0 <= block < self.blocks or self._free[at : at + 1] == [block]
+
+    def _behind(self, owner: list[int], count: int) -> int | None:
+        """Where in the free list the `count` numbers after the owner's last one are, if there."""
+        first = owner[-1] + 1
+        at = bisect_left(self._free, first)
+        return at if self._free[at : at + count] == list(range(first, first + count)) else None
 
     def _run(self, count: int) -> int:
         """Where in the free list the first `count` consecutive numbers begin; 0 if nowhere."""

@@ -26,9 +26,9 @@ class Engine:
     carries everybody's requests. While one caller's step runs the others wait, come and go.
     """
 
-    def __init__(self, executor: Executor) -> None:
+    def __init__(self, executor: Executor, prefix_caching: bool = False) -> None:
         self.executor = executor
-        self.scheduler = Scheduler(executor.limits)
+        self.scheduler = Scheduler(executor.limits, prefix_caching)
         # Guards all but the executor, which `_user` has to itself. Used by itself, not through
         # its condition: an interrupt on the way into `with condition` leaves it locked for ever.
         self._lock = threading.RLock()

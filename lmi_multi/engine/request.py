@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class Request(Protocol):
     """One prompt on its way: a `Sequence`, or a `BeamSearch` of several rows.
 
-    `tokens` are those the decoder is given first. The first `computed` tokens of each row are in
+    The first `computed` tokens of each row are in
     the cache, `pending` more can be computed now. `blocks` and `cross_blocks` are the cache blocks
     that belong to it. `finish_reason` is set once it has ended.
     """
@@ -24,6 +24,10 @@ class Request(Protocol):
     encoder_ids: list[int] | None
     blocks: list[int]
     cross_blocks: list[int]
+
+    @property
+    def first_tokens(self) -> list[int]:
+        """The tokens that the decoder is given."""
 
     @property
     def finish_reason(self) -> FinishReason | None: ...
@@ -59,8 +63,9 @@ class Request(Protocol):
     def advance(self, length: int) -> None:
         """Note that a step has left `length` tokens of each row in the cache."""
 
-    def restart(self) -> None:
-        """Note that nothing is in the cache any more."""
+    def start(self, reused: int, shared: int) -> None:
+        """Note that the first `reused` tokens, and no others, are in the cache: in the first
+        `shared` blocks, which hold nothing else."""
 
     def cancel(self) -> None:
         """End it, unless it has ended: nobody wants its answer."""

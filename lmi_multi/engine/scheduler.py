@@ -6,19 +6,19 @@ from collections import deque
 from collections.abc import Sequence
 
 from lmi_multi.backends.base import Limits
-from lmi_multi.engine.batch import Batch
-from lmi_multi.engine.cache import BlockAllocator
+from lmi_multi.engine.batch import Batch, Row
+from lmi_multi.engine.prefix import PrefixCache
 from lmi_multi.engine.request import Request, Share
 
 
 class Scheduler:
     """First come, first served. A request is admitted once every row and block it can ever need
     is free, so that nothing that runs is ever thrown out; a finished one's place is taken at the
-    next step."""
+    next step. One that begins as another does whose prompt is being computed waits for that."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, prefix_caching: bool = False) -> None:
         self.limits = limits
-        self.allocator = BlockAllocator(limits.blocks)
+        self.cache = PrefixCache(limits.blocks, limits.block_size, prefix_caching)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self._newcomers: list[Request] = []  # admitted by the last plan, not committed yet
@@ -74,7 +74,7 @@ class Scheduler:
             request = self._newcomers[-1]
             if request in self.running:
                 self.release(request)
-                request.restart()
+                request.start(0, 0)
                 self.waiting.appendleft(request)
             self._newcomers.pop()
 
@@ -115,23 +115,48 @@ class Scheduler:
         if budget is not None and len(request.encoder_ids or ()) >= budget:
             return None
         own, cross = request.blocks_needed(self.limits.block_size)
-        if own + cross > self.allocator.free:
+        shared = [] if cross else self.cache.find(request.first_tokens)
+        if not self.cache.fits(own - len(shared) + cross, shared):
+            return None
+        if not cross and self._computed_soon(request, len(shared)):
             return None
         # In this order an interrupt leaves nothing that `_requeue_newcomers` could not undo.
         self._newcomers.append(request)
         self.running.append(request)
         self.waiting.popleft()
-        self.allocator.take(own, request.blocks)
-        self.allocator.take(cross, request.cross_blocks)
+        self.cache.share(shared, request.blocks)
+        self.cache.take(own - len(shared), request.blocks)
+        self.cache.take(cross, request.cross_blocks)
+        request.start(len(shared) * self.limits.block_size, len(shared))
         return request
+
+    def _computed_soon(self, request: Request, shared: int) -> bool:
+        """Whether another request is about to compute the block of the prompt that follows the
+        `shared` ones."""
+        stop = (shared + 1) * self.limits.block_size
+        if not self.cache.enabled or stop >= len(request.first_tokens):
+            return False
+        wanted = request.first_tokens[:stop]
+        return any(
+            other.computed < stop
+            and other.encoder_ids is None
+            and other.first_tokens[:stop] == wanted
+            for other in self.running
+        )
 
     def commit(self, shares: Sequence[Share]) -> None:
         """Note what a step computed. Requests that finished since are released."""
         for share in shares:
             share.request.advance(share.rows[0].length)
+            self._store(share.request, share.rows[0])
             if share.request.finish_reason is not None:
                 self.release(share.request)
         self._newcomers = []
+
+    def _store(self, request: Request, row: Row) -> None:
+        """Let others find what a step computed of a prompt."""
+        if row.start < len(request.first_tokens) and request.encoder_ids is None:
+            self.cache.store(request.first_tokens[: row.length], request.blocks)
 
     def release(self, request: Request) -> None:
         """Forget a request, wherever it is, and free its blocks. Unknown ones are ignored."""
@@ -139,5 +164,5 @@ class Scheduler:
             self.waiting.remove(request)
         if request in self.running:
             self.running.remove(request)
-        self.allocator.give_back(request.blocks)
-        self.allocator.give_back(request.cross_blocks)
+        self.cache.give_back(request.blocks)
+        self.cache.give_back(request.cross_blocks)

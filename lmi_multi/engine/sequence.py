@@ -17,7 +17,8 @@ class Sequence:
     """A `Request` of one row.
 
     `tokens` are the decoder's: those given (the prompt, or the start token of an
-    encoder-decoder), then those generated. The first `computed` of them are in the cache. With a
+    encoder-decoder), then those generated. The first `computed` of them are in the cache, of which
+    `reused` were there before it came, in the first `shared` of its blocks. With a
     `detokenizer`, `pieces` are the text so far. Answers to one prompt differ in `stream`.
     `logprobs` has an entry for each generated token where the options ask for them. The answer of
     a beam search is a sequence too, which nothing runs: the search fills it, and its `score`.
@@ -29,6 +30,8 @@ class Sequence:
     detokenizer: Detokenizer | None = None
     given: int = field(init=False)
     computed: int = 0
+    reused: int = 0
+    shared: int = 0
     blocks: list[int] = field(default_factory=list)
     cross_blocks: list[int] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
@@ -65,6 +68,11 @@ class Sequence:
         return self.given + self.options.max_new_tokens
 
     @property
+    def first_tokens(self) -> list[int]:
+        """See `Request.first_tokens`."""
+        return self.tokens[: self.given]
+
+    @property
     def width(self) -> int:
         """See `Request.width`."""
         return 1
@@ -96,6 +104,9 @@ class Sequence:
         if stop == len(self.tokens):
             drawn = stop - self.given
             sample = self.options.row(drawn, self.tokens, self.encoder_ids or (), self.stream)
+        fresh: tuple[int, ...] = ()
+        if self.computed == self.reused:  # its first step
+            fresh = (*self.blocks[self.shared :], *self.cross_blocks)
         row = Row(
             token_ids=self.tokens[self.computed : stop],
             start=self.computed,
@@ -104,7 +115,7 @@ class Sequence:
             cross_blocks=tuple(self.cross_blocks),
             cross_length=len(self.encoder_ids or ()),
             sample=sample,
-            fresh=() if self.computed else (*self.blocks, *self.cross_blocks),
+            fresh=fresh,
         )
         return [row]
 
@@ -146,9 +157,10 @@ class Sequence:
         """See `Request.advance`."""
         self.computed = length
 
-    def restart(self) -> None:
-        """See `Request.restart`."""
-        self.computed = 0
+    def start(self, reused: int, shared: int) -> None:
+        """See `Request.start`."""
+        self.reused = self.computed = reused
+        self.shared = shared
 
     def cancel(self) -> None:
         """See `Request.cancel`."""

@@ -173,6 +173,12 @@ class ModelSpec:
             return "encoder-decoder"
         return "decoder" if self.decoder_layers else "encoder"
 
+    @property
+    def length_dependent(self) -> bool:
+        """Whether a token's keys depend on the length of its text: with dynamic rope scaling."""
+        scaling = self.position.scaling if isinstance(self.position, Rope) else None
+        return scaling is not None and scaling.type == "dynamic"
+
     def scale(self, layer: int) -> float:
         """The factor on the attention scores of decoder layer `layer`."""
         return self.attention_scale / (layer + 1 if self.inverse_layer_scale else 1)
