@@ -57,11 +57,9 @@ GPT_DEFAULTS: Final[Mapping[str, Any]] = MappingProxyType(
 
 @dataclass(frozen=True)
 class _Same:
-    """A parameter that is one option. `neutral` values ask for nothing; with one beam,
-    `of_beams` means nothing whatever it is."""
+    """A parameter that is one option; with one beam, `of_beams` means nothing whatever it is."""
 
     option: str
-    neutral: tuple[Any, ...] = ()
     of_beams: bool = False
 
 
@@ -69,12 +67,12 @@ class _Same:
 _SAME: Final[Mapping[str, _Same]] = {
     "max_seq_len": _Same("max_new_tokens"),
     "output_len": _Same("max_new_tokens"),
-    "min_length": _Same("min_new_tokens", (0,)),
-    "random_seed": _Same("seed", (0,)),
-    "repetition_penalty": _Same("repetition_penalty", (1,)),
-    "presence_penalty": _Same("presence_penalty", (0,)),
-    "beam_width": _Same("num_beams", (1,)),
-    "len_penalty": _Same("length_penalty", (), of_beams=True),
+    "min_length": _Same("min_new_tokens"),
+    "random_seed": _Same("seed"),
+    "repetition_penalty": _Same("repetition_penalty"),
+    "presence_penalty": _Same("presence_penalty"),
+    "beam_width": _Same("num_beams"),
+    "len_penalty": _Same("length_penalty", of_beams=True),
 }
 # Parameters that are one for all prompts.
 _SINGLE: Final = (
@@ -115,11 +113,10 @@ def options(
 ) -> list[dict[str, Any]]:
     """The options of each of `count` prompts, which gets so many `answers`.
 
-    Raises OptionError, which names the parameter, for one that is invalid, or that this version
-    has no option for.
+    Raises OptionError, which names the parameter, for one that is invalid.
     """
     _refuse(parameters)
-    beams = parameters["beam_width"]
+    beams = parameters["beam_width"] or 1  # the model's own file does not count here
     spread = {
         name: _spread(name, value, count)
         for name, value in parameters.items()
@@ -137,7 +134,7 @@ def options(
             _put(result, "log probabilities", "logprobs", 0)
         if answers > 1:
             _put(result, "beam_width", "num_return_sequences", answers)
-        if beams is not None and beams > 1:
+        if beams > 1:
             _put(result, "beam_width", "early_stopping", True)
         results.append(result)
     return results
@@ -165,12 +162,8 @@ def _plain(own: Mapping[str, Any]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, same in _SAME.items():
         value = own.get(name)
-        if value is None or (same.of_beams and own["beam_width"] in (None, 1)):
-            continue
-        if same.option in GenerateOptions.model_fields:
+        if value is not None and not (same.of_beams and own["beam_width"] == 1):
             _put(result, name, same.option, value)
-        elif value not in same.neutral:
-            raise _missing(name, value)
     return result
 
 
@@ -187,25 +180,19 @@ def _sampling(own: Mapping[str, Any]) -> dict[str, Any]:
     _put(result, "temperature", "temperature", temperature if temperature is not None else 1.0)
     if isinstance(top_p, bool):
         raise OptionError(f"top_p is {top_p}, must be a number from 0 to 1")
-    if own["beam_width"] not in (None, 1) or top_k == 1 or not (top_k or top_p):
+    if own["beam_width"] > 1 or top_k == 1 or not (top_k or top_p):
         return {"do_sample": False}
     return {"do_sample": True, **result}
 
 
 def _put(result: dict[str, Any], name: str, option: str, value: Any) -> None:
     """Set an option after a look at its value, so that an error tells the parameter's name."""
-    if option not in GenerateOptions.model_fields:
-        raise _missing(name, value)
     try:
         GenerateOptions(**{option: value})
     except OptionError:
         allowed = GenerateOptions.model_fields[option].description
         raise OptionError(f"{name} is {value!r:.80}; allowed: {allowed}") from None
     result[option] = value
-
-
-def _missing(name: str, value: Any) -> OptionError:
-    return OptionError(f"{name} is {value!r:.80}, which this version has no option for")
 
 
 def _spread(name: str, value: Any, count: int | None) -> list[Any]:
