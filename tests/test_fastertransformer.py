@@ -21,7 +21,6 @@ import lmi_multi
 from lmi_multi import fastertransformer as ft
 from lmi_multi.errors import LmiError, OptionError
 from lmi_multi.fastertransformer import parameters as known
-from lmi_multi.options import GenerateOptions
 from tests.checkpoint.ft_writer import write
 from tests.families import FAMILIES
 
