@@ -237,9 +237,15 @@ class Sleeper:
         self.rank = rank
 
     def sleep(self):
+        print("a rank's output", flush=True)
         if self.rank == 1:  # the last to hear of it
-            print("ready", flush=True)
+            open("asleep", "w").close()
         time.sleep(600)
+
+def say_when_asleep():
+    while not os.path.exists("asleep"):
+        time.sleep(0.02)
+    print("ready", flush=True)
 
 def check(one, two):
     for options in ({}, {"do_sample": True, "seed": 3}, {"num_beams": 2}):
@@ -266,6 +272,7 @@ if __name__ == "__main__":
     assert not left, left
     with load(second, 1) as one, load(second, 2) as two:
         check(one, two)
+    threading.Thread(target=say_when_asleep, daemon=True).start()
     RankGroup(2, Sleeper).call("sleep")
 """
 
@@ -277,6 +284,8 @@ def test_a_whole_run_with_two_ranks(checkpoints: Path, tmp_path: Path) -> None:
     try:
         assert process.stdout is not None and process.stderr is not None
         line = process.stdout.readline()
+        if line != "ready\n":
+            process.kill()
         assert line == "ready\n", process.stderr.read()
         children = rank_processes(process.pid)
         assert len(children) == 2
