@@ -233,7 +233,7 @@ def _serve(
 ) -> None:
     """A rank's life: join the group, build, then answer calls until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the caller's to handle
-    # Standard output is for the caller's results; in torch 2.9 and 2.10 Gloo greets its peers there.
+    # Standard output is for the caller's results; Gloo of torch 2.9 and 2.10 greets its peers.
     os.dup2(2, 1)
     _follow(parent, Path(store).parent)
     torch.set_num_threads(threads)
