@@ -29,7 +29,9 @@ class Ours:
     """lmi_multi, loaded from an artifact as `load` does."""
 
     def __init__(self, folder: Path, dtype: str, device: str, max_batch: int) -> None:
-        self.model = lmi_multi.load(folder, backend=device, dtype=dtype, max_batch=max_batch)
+        self.model = lmi_multi.load(
+            folder, backend=device, dtype=dtype, max_batch=max_batch, prefix_caching=False
+        )
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
         """See `Contender.generate`."""

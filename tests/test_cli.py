@@ -114,6 +114,22 @@ def test_generate_json_from_standard_input(
     assert lines[0]["error"] is None
 
 
+def test_json_has_what_was_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["-o", "num_beams=3", "-o", "num_return_sequences=2", "-o", "logprobs=1"]
+    assert run(["generate", "demo", "ten dollars", "two", "--json", *asked]) == 0
+    records = [json.loads(row) for row in capsys.readouterr().out.splitlines()]
+    assert [record["prompt"] for record in records] == ["ten dollars"] * 2 + ["two"] * 2
+    for best, second in (records[:2], records[2:]):
+        assert best["score"] >= second["score"]
+        for record in (best, second):
+            tokens = [entry["token_id"] for entry in record["logprobs"]]
+            assert tokens == record["token_ids"]
+            total = sum(entry["logprob"] for entry in record["logprobs"])
+            assert record["cumulative_logprob"] == pytest.approx(total)
+            assert all(len(entry["top"]) == 1 for entry in record["logprobs"])
+            assert "prompt_logprobs" not in record
+
+
 def test_generate_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text(f"\ufeff{PROMPT}\n", encoding="utf-8")

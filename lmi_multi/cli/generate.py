@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -179,14 +180,16 @@ def summary(model: Model) -> str:
 def _answer(model: Model, prompts: Prompts, keywords: dict[str, Any], *, as_json: bool) -> bool:
     """Generate and print; true if a completion failed."""
     failed = False
-    for number, completion in enumerate(model.generate(prompts, **keywords)):
+    completions = model.generate(prompts, **keywords)
+    answers = max(1, len(completions) // max(1, model.stats.prompts))  # to each prompt
+    for number, completion in enumerate(completions):
         if as_json:
             json_line(record(completion))
         elif not completion.error:
             line(shown(completion))
         if completion.error:
             failed = True
-            note(f"error: prompt {number}: {completion.error}")
+            note(f"error: prompt {number // answers}: {completion.error}")
     return failed
 
 
@@ -198,7 +201,14 @@ def shown(completion: Completion) -> str:
 
 
 def record(completion: Completion) -> dict[str, object]:
-    """A completion as a JSON object."""
+    """A completion as a JSON object; what was not asked for is left out."""
+    logprobs = completion.logprobs
+    asked = {
+        "score": completion.score,
+        "logprobs": None if logprobs is None else [asdict(entry) for entry in logprobs],
+        "cumulative_logprob": completion.cumulative_logprob,
+        "prompt_logprobs": completion.prompt_logprobs,
+    }
     return {
         "prompt": completion.prompt,
         "prompt_token_ids": list(completion.prompt_token_ids),
@@ -206,4 +216,4 @@ def record(completion: Completion) -> dict[str, object]:
         "token_ids": list(completion.token_ids),
         "finish_reason": completion.finish_reason,
         "error": completion.error,
-    }
+    } | {name: value for name, value in asked.items() if value is not None}
