@@ -75,16 +75,17 @@ def load(
     prefix_caching: bool = True,
     progress: Progress | None = None,
 ) -> Model:
-    """Load a model from a local folder, an artifact, a Hugging Face Hub id, or "demo".
+    """Load a model from a local folder, "s3://bucket/prefix", a Hugging Face Hub id, or "demo".
 
-    A checkpoint that is no artifact yet is converted once into a cache folder. `backend` is
+    Anything but an artifact is converted once into a cache folder. `backend` is
     "auto", "cuda", "neuron" or "cpu"; `dtype` "auto" (the checkpoint's own, bf16 for T5 in place
     of fp16), "fp32", "fp16" or "bf16"; `quantize` None or "int8". `max_batch` rows run at once;
     `max_tokens` bounds prompt plus generated tokens of a decoder, and each of the two for an
     encoder-decoder. `verify` compares the artifact's files with their sha256 first. With
     `prefix_caching` prompts of a decoder-only model that begin alike, in one call or in several,
     share what has been computed of them. `progress` is called with bytes done, bytes in all, and
-    the tensor's name while converting.
+    the file's or tensor's name while downloading from S3 and while converting; by several threads,
+    but never by two at once.
 
     Raises OptionError, CheckpointError, BackendError or CapacityError, each one clear line.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +63,14 @@ class Manifest(_Strict):
     tensors: list[str]
     files: dict[str, FileEntry]
 
+    def only(self, ranks: Iterable[int]) -> dict[str, FileEntry]:
+        """`files` without the weights of any but `ranks`. Raises CheckpointError for others."""
+        every = {rank_file(rank, self.tensor_parallel) for rank in range(self.tensor_parallel)}
+        kept = {rank_file(rank, self.tensor_parallel) for rank in ranks}
+        if unknown := sorted(kept - every):
+            raise CheckpointError(f"the artifact has no {listed(unknown)}")
+        return {n: entry for n, entry in self.files.items() if n not in every or n in kept}
+
 
 def rank_file(rank: int, degree: int) -> str:
     """The name of a rank's weights."""
@@ -120,10 +128,14 @@ class Artifact:
     stored: tuple[Stored, ...]
 
     @classmethod
-    def open(cls, folder: str | Path, verify_hashes: bool = False) -> Artifact:
+    def open(
+        cls, folder: str | Path, verify_hashes: bool = False, ranks: Iterable[int] | None = None
+    ) -> Artifact:
         """Check sizes and headers of all files (and, on request, hashes); no weights are read.
 
-        Raises CheckpointError naming the file, what was expected and what is there.
+        With `ranks`, the weights of other ranks may be absent: `load_rank` then serves these, at
+        the degree of the files. Raises CheckpointError naming the file, what was expected and what
+        is there.
         """
         folder = Path(folder)
         recover(folder)
@@ -133,9 +145,10 @@ class Artifact:
         manifest = read_manifest(folder / MANIFEST)
         spec, stored = _describe(folder / MANIFEST, manifest)
         artifact = cls(folder, manifest, spec, stored)
-        for name, entry in manifest.files.items():
+        chosen = list(range(artifact.tensor_parallel) if ranks is None else ranks)
+        for name, entry in manifest.only(chosen).items():
             _check_file(folder / name, entry, verify_hashes)
-        for rank in range(artifact.tensor_parallel):
+        for rank in chosen:
             artifact._check_header(rank)
         return artifact
 

@@ -5,26 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-from platformdirs import user_cache_dir
-
 from lmi_multi.checkpoint.artifact import FORMAT_VERSION, Artifact, is_artifact
 from lmi_multi.checkpoint.convert import check_options, convert
+from lmi_multi.checkpoint.files import cache_dir
+from lmi_multi.checkpoint.lock import locked
 from lmi_multi.checkpoint.source import Source, resolve
 from lmi_multi.checkpoint.writer import Progress
 from lmi_multi.errors import CheckpointError, OptionError
 
 logger = logging.getLogger(__name__)
-
-
-def cache_dir() -> Path:
-    """Where converted artifacts are kept: $LMI_MULTI_CACHE, or the user's cache folder."""
-    return Path(os.environ.get("LMI_MULTI_CACHE") or user_cache_dir("lmi_multi")).expanduser()
 
 
 def open_or_convert(
@@ -39,12 +32,13 @@ def open_or_convert(
 ) -> Artifact:
     """Open `source` when it is an artifact; else convert it into the cache once, and open that.
 
-    The options are those of `convert`; `verify` also checks every file's sha256. A cached artifact
-    that is broken is converted again. Raises OptionError when an artifact has another dtype or
-    quantization than asked for, and whatever `convert` and `Artifact.open` raise.
+    The options are those of `convert`; `progress` tells of a download too; `verify` also checks
+    every file's sha256. A cached artifact that is broken is converted again. Raises OptionError
+    when an artifact has another dtype or quantization than asked for, and whatever `convert` and
+    `Artifact.open` raise.
     """
     check_options(dtype, quantize, tensor_parallel)
-    found = resolve(source, revision)
+    found = resolve(source, revision, progress)
     if is_artifact(found.folder):
         artifact = Artifact.open(found.folder, verify)
         _check_same(artifact, dtype, quantize)
@@ -97,19 +91,7 @@ def _convert_locked(
     progress: Progress | None,
 ) -> Artifact:
     """Convert while no other process does; what that one made in the meantime is taken."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder.with_name(f"{folder.name}.lock"))
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            logger.info("waiting for another process that converts %s", source.name)
-            lock.acquire()
-    except OSError as error:
-        raise CheckpointError(
-            f"the cache {cache_dir()} cannot be used: {error}; LMI_MULTI_CACHE names another folder"
-        ) from None
-    try:
+    with locked(folder, f"converts {source.name}"):
         artifact = _cached(folder, verify, logging.WARNING)
         if artifact is not None:
             return artifact
@@ -123,5 +105,3 @@ def _convert_locked(
             tensor_parallel=degree,
             progress=progress,
         )
-    finally:
-        lock.release()

@@ -35,6 +35,7 @@ from lmi_multi.checkpoint.layout import (
 from lmi_multi.checkpoint.plan import Entry, Plan, fuse, make_plan
 from lmi_multi.checkpoint.quantize import quantize_int8
 from lmi_multi.checkpoint.reader import Reader
+from lmi_multi.checkpoint.s3.address import is_address
 from lmi_multi.checkpoint.shard import local_chunks
 from lmi_multi.checkpoint.source import Source, resolve
 from lmi_multi.checkpoint.writer import Progress as Progress
@@ -68,11 +69,13 @@ def convert(
     that is neither empty nor an artifact) and CapacityError (too little free disk space).
     """
     check_options(dtype, quantize, tensor_parallel)
+    if is_address(target):
+        raise OptionError(f"target is {target!r}, must be a folder; `publish` writes to S3")
     if isinstance(source, Source):
         if revision is not None:
             raise OptionError("revision: a resolved source already has one")
     else:
-        source = resolve(source, revision)
+        source = resolve(source, revision, progress)
     if is_artifact(source.folder):
         raise CheckpointError(f"{source.folder} is an artifact already, expected a checkpoint")
     reader = open_reader(source.folder)

@@ -1,9 +1,12 @@
-"""Names and sizes of files, as every module of this folder sees them."""
+"""Names, places and sizes of files, as every module of this folder sees them."""
 
 from __future__ import annotations
 
 import fnmatch
+import os
 from pathlib import Path, PurePosixPath
+
+from platformdirs import user_cache_dir
 
 from lmi_multi.errors import CheckpointError
 
@@ -21,7 +24,13 @@ SIDE_FILES = (
     "chat_template.*",
 )
 WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json")
+RANK_FILES = "rank-*-of-*.safetensors"  # an artifact's
 BIN_FILES = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
+
+
+def cache_dir() -> Path:
+    """Where downloads and converted artifacts are kept: $LMI_MULTI_CACHE, or the user's cache."""
+    return Path(os.environ.get("LMI_MULTI_CACHE") or user_cache_dir("lmi_multi")).expanduser()
 
 
 def matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:

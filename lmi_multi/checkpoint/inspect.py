@@ -14,6 +14,7 @@ from lmi_multi.checkpoint.formats import open_reader
 from lmi_multi.checkpoint.layout import DtypeName, QuantizeName, parameters, stored_tensors
 from lmi_multi.checkpoint.plan import make_plan
 from lmi_multi.checkpoint.source import Source, resolve
+from lmi_multi.checkpoint.writer import Progress
 from lmi_multi.models.schema import valid_degrees
 
 
@@ -47,13 +48,18 @@ class Description(BaseModel):
         return self.model_dump(mode="json")
 
 
-def describe(source: str | Path, verify: bool = False, revision: str | None = None) -> Description:
+def describe(
+    source: str | Path,
+    verify: bool = False,
+    revision: str | None = None,
+    progress: Progress | None = None,
+) -> Description:
     """Describe the artifact or checkpoint `source`; every header is checked against its config.
 
-    `verify` compares the hashes of an artifact's files. Raises the errors of `resolve`,
-    `Artifact.open` and `make_plan`.
+    `verify` compares the hashes of an artifact's files; `progress` tells of a download. Raises
+    the errors of `resolve`, `Artifact.open` and `make_plan`.
     """
-    found = resolve(source, revision)
+    found = resolve(source, revision, progress)
     return _artifact(found, verify) if is_artifact(found.folder) else _checkpoint(found)
 
 

@@ -1,4 +1,4 @@
-"""Turns what a user names (a folder, a Hub id, the demo) into a local folder."""
+"""Turns what a user names (a folder, a Hub id, a place on S3, the demo) into a local folder."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from pathlib import Path
 
 from lmi_multi.checkpoint import fastertransformer, hub
 from lmi_multi.checkpoint.files import BIN_FILES, MANIFEST, SIDE_FILES, WEIGHT_FILES, matching
+from lmi_multi.checkpoint.s3.address import Address, is_address
+from lmi_multi.checkpoint.s3.download import download
+from lmi_multi.checkpoint.writer import Progress
 from lmi_multi.errors import CheckpointError, OptionError
 
 DEMO = "demo"
@@ -18,8 +21,8 @@ DEMO = "demo"
 class Source:
     """A checkpoint or artifact on this machine.
 
-    `name` is the Hub id, `demo`, or the folder's absolute path; `revision` is the Hub's commit, or
-    a fingerprint of a local folder's files.
+    `name` is the Hub id, the address on S3, `demo`, or the folder's absolute path; `revision` is
+    the Hub's commit, or a fingerprint of the files, of local folders and of S3.
     """
 
     name: str
@@ -27,17 +30,20 @@ class Source:
     revision: str | None
 
 
-def resolve(source: str | Path, revision: str | None = None) -> Source:
-    """Find `source`: `demo`, a local folder, or a Hub id, in this order; the Hub downloads it.
+def resolve(
+    source: str | Path, revision: str | None = None, progress: Progress | None = None
+) -> Source:
+    """Find `source`: `s3://...`, a local folder, `demo`, or a Hub id; what is remote is downloaded.
 
-    `revision` is a branch, tag or commit of the Hub. Raises CheckpointError, which tells where it
-    was looked for, and OptionError for a revision of something that has none.
+    `revision` is a branch, tag or commit of the Hub. `progress` is called while a download from S3
+    goes on. Raises CheckpointError, which tells where it was looked for, CapacityError, and
+    OptionError for a revision of something that has none.
     """
     text = str(source)
     if not text.strip():
-        raise OptionError("source is empty, must be a folder or a Hub id")
-    if text.startswith("s3://"):
-        return _s3(text)
+        raise OptionError("source is empty, must be a folder, s3://BUCKET/PREFIX or a Hub id")
+    if is_address(source):
+        return _s3(text, revision, progress)
     try:
         path = Path(text).expanduser()
         exists = path.exists()
@@ -55,9 +61,12 @@ def resolve(source: str | Path, revision: str | None = None) -> Source:
     return Source(text, folder, folder.name)
 
 
-def _s3(url: str) -> Source:
-    """The one place where S3 sources belong."""
-    raise CheckpointError(f"{url}: S3 sources are not supported yet; copy it to a local folder")
+def _s3(url: str, revision: str | None, progress: Progress | None) -> Source:
+    address = Address.parse(url)
+    if revision is not None:
+        raise OptionError(f"revision is {revision!r}, but {address} is on S3, which has none")
+    found = download(address, progress=progress)
+    return Source(str(address), found.folder, found.revision)
 
 
 def _demo() -> Source:

@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from lmi_multi.cli import options
-from lmi_multi.cli.console import json_page, out, pairs, size, table
+from lmi_multi.cli.console import byte_progress, json_page, out, pairs, size, table
 
 if TYPE_CHECKING:
     from lmi_multi.checkpoint.inspect import Description
@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 def inspect(
     path: Annotated[
-        str, typer.Argument(help="A checkpoint or artifact folder, a Hub id, or 'demo'.")
+        str,
+        typer.Argument(
+            help="A checkpoint or artifact: a folder, a Hub id, s3://BUCKET/PREFIX, or 'demo'."
+        ),
     ],
     json: options.Json = False,
     verify: options.Verify = False,
@@ -25,7 +28,8 @@ def inspect(
     """Show what a checkpoint or artifact holds, without loading it."""
     from lmi_multi.checkpoint.inspect import describe
 
-    description = describe(path, verify=verify, revision=revision)
+    with byte_progress(f"fetching {path}") as progress:
+        description = describe(path, verify=verify, revision=revision, progress=progress)
     if json:
         json_page(description.to_json())
         return

@@ -11,7 +11,9 @@ LOADING = "Model and hardware"
 
 Source = Annotated[
     str,
-    typer.Argument(help="A folder, a Hub id such as google/flan-t5-base, or 'demo'."),
+    typer.Argument(
+        help="A folder, a Hub id such as google/flan-t5-base, s3://BUCKET/PREFIX, or 'demo'."
+    ),
 ]
 Backend = Annotated[
     str, typer.Option(help="What runs it: auto, cpu, cuda or neuron.", rich_help_panel=LOADING)

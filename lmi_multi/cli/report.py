@@ -169,7 +169,7 @@ def cache_paths() -> dict[str, Path]:
     """The folders that hold downloads and converted models."""
     paths: dict[str, Path] = {}
     try:
-        from lmi_multi.checkpoint.cache import cache_dir
+        from lmi_multi.checkpoint.files import cache_dir
 
         paths["artifacts"] = cache_dir()
     except Exception:  # reported by `backend_states`

@@ -14,8 +14,9 @@ import torch
 
 from lmi_multi.checkpoint import cache as module
 from lmi_multi.checkpoint.artifact import Artifact
-from lmi_multi.checkpoint.cache import cache_dir, open_or_convert
+from lmi_multi.checkpoint.cache import open_or_convert
 from lmi_multi.checkpoint.convert import convert
+from lmi_multi.checkpoint.files import cache_dir
 from lmi_multi.errors import CheckpointError, OptionError
 
 from .tiny import llama_state, write

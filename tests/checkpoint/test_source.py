@@ -70,7 +70,7 @@ def test_demo(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ("~/no/such/folder", "does not exist"),
         ("~nobody-by-this-name/x", "is not a usable path"),
         (Path("none"), "the folder none does not exist"),
-        ("s3://bucket/model", "S3 sources are not supported yet"),
+        (Path("s3://bucket/model"), "the folder s3:/bucket/model does not exist"),
         ("x" * 300, "is not a usable path|neither a local folder nor a Hub id"),
         ("too/many/parts", "'too/many/parts' is neither a local folder nor a Hub id"),
         ("spaces in it", "neither a local folder nor a Hub id"),
