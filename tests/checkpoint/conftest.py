@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import http.client
+import logging
+import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from . import s3_server
 from .tiny import llama_state, write
 
 
@@ -21,3 +27,47 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "cache"
     monkeypatch.setenv("LMI_MULTI_CACHE", str(folder))
     return folder
+
+
+@pytest.fixture(scope="session")
+def moto() -> Iterator[tuple[str, int]]:
+    """moto's server on a free port."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    yield server.get_host_and_port()
+    server.stop()
+
+
+@pytest.fixture
+def s3(moto: tuple[str, int], monkeypatch: pytest.MonkeyPatch) -> Iterator[s3_server.Door]:
+    """An empty S3 with one bucket, and credentials for it in the environment."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_CONFIG_FILE": os.devnull,
+        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("LMI_MULTI_S3", raising=False)
+    host, port = moto
+    link = http.client.HTTPConnection(host, port, timeout=30)
+    link.request("POST", "/moto-api/reset")
+    assert link.getresponse().status == 200
+    client = _client(f"http://{host}:{port}")
+    client.create_bucket(Bucket=s3_server.BUCKET)
+    with s3_server.serve(moto, client) as door:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", door.url)
+        yield door
+
+
+def _client(url: str) -> Any:
+    import boto3
+
+    return boto3.session.Session().client("s3", endpoint_url=url)
