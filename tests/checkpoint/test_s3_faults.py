@@ -247,22 +247,14 @@ def test_removed_while_it_was_read(s3: Door, url: str, transport: str) -> None:
         resolve(url)
 
 
-def test_a_cut_answer_is_resumed(s3: Door, url: str) -> None:
+def test_a_cut_answer_is_resumed(s3: Door, url: str, transport: str) -> None:
     cut = [Fault(cut=100), Fault(cut=2000)]
     s3.fault = lambda r: (
         cut.pop() if cut and is_weights(r) and r.range and r.range.startswith("bytes=0-") else None
     )
     found = resolve(url)
     assert (found.folder / "model.safetensors").read_bytes() == weights(s3)
-    assert f"bytes=2000-{PART - 1}" in parts(s3)
-
-
-def test_a_cut_answer_over_the_runtime(s3: Door, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("awscrt")
-    monkeypatch.setenv("LMI_MULTI_S3", "crt")
-    cut = [Fault(cut=100)]
-    s3.fault = lambda r: cut.pop() if cut and is_weights(r) else None
-    assert (resolve(url).folder / "model.safetensors").read_bytes() == weights(s3)
+    assert transport == "crt" or f"bytes=2000-{PART - 1}" in parts(s3)
 
 
 def test_an_object_that_is_always_cut(s3: Door, url: str) -> None:
@@ -282,16 +274,18 @@ def test_answers_that_are_no_range(s3: Door, url: str, monkeypatch: pytest.Monke
 
 
 def test_throttling_is_sat_out(s3: Door, url: str, transport: str) -> None:
-    left = [Fault(503, SLOW_DOWN)] * 3
+    left = [Fault(503, SLOW_DOWN)] * 2
     s3.fault = lambda r: left.pop() if left and r.method == "GET" else None
     assert (resolve(url).folder / "model.safetensors").read_bytes() == weights(s3)
     assert not left
 
 
-def test_a_storm_ends(s3: Door, url: str) -> None:
+def test_a_storm_ends(s3: Door, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transports, "THREADS", 2)  # each waits for its turn, as S3 wants it
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
     s3.fault = lambda r: Fault(503, SLOW_DOWN) if r.is_data else None
     with pytest.raises(
-        CheckpointError, match=r"S3 still answers 503 \(SlowDown\) after 3 attempts.*AWS_MAX_ATTEMP"
+        CheckpointError, match=r"S3 still answers 503 \(SlowDown\) after 2 attempts.*AWS_MAX_ATTEMP"
     ):
         resolve(url)
 
@@ -317,7 +311,7 @@ def test_refusals(s3: Door, url: str, fault: Fault, message: str) -> None:
 
 
 def test_no_such_bucket_or_folder(s3: Door, url: str) -> None:
-    with pytest.raises(CheckpointError, match="^s3://nobody/m: there is no such bucket"):
+    with pytest.raises(CheckpointError, match=r"^s3://nobody/m: there is no such bucket"):
         resolve("s3://nobody/m")
     with pytest.raises(CheckpointError, match=r"^s3://models/n/ holds no objects, expected"):
         resolve("s3://models/n")
@@ -331,7 +325,7 @@ def test_no_credentials(s3: Door, url: str, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(CheckpointError, match="no AWS credentials were found; set AWS_PROFILE"):
         resolve(url)
     monkeypatch.setenv("AWS_PROFILE", "nobody")
-    with pytest.raises(CheckpointError, match="S3 cannot be used: .*nobody"):
+    with pytest.raises(CheckpointError, match=r"S3 cannot be used: .*nobody"):
         resolve(url)
 
 

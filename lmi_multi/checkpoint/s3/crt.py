@@ -7,14 +7,14 @@ an address for each part, and the runtime's client, which itself signs nothing, 
 from __future__ import annotations
 
 from functools import lru_cache
+from threading import Event
 from typing import Any
 from urllib.parse import urlsplit
 
 from lmi_multi.checkpoint.s3.address import Address
 from lmi_multi.checkpoint.s3.client import first_line
 from lmi_multi.checkpoint.s3.listing import Object
-from lmi_multi.checkpoint.s3.ranges import Sink, check_range, refused
-from lmi_multi.errors import CheckpointError
+from lmi_multi.checkpoint.s3.ranges import BrokenOffError, Sink, check_range, refused
 
 PART = 64 * 2**20  # which the runtime gets in pieces of its own
 THREADS = 8  # these only wait
@@ -26,15 +26,18 @@ class CrtTransport:
 
     def __init__(self, client: Any, address: Address) -> None:
         self._client, self._address = client, address
-        self._crt = _crt_client(urlsplit(client.meta.endpoint_url).scheme == "https")
-        self.part_size, self.threads = PART, THREADS
+        self._crt = _crt_client(client.meta.endpoint_url)
+        self.part_size, self.threads, self.stop = PART, THREADS, Event()
+
+    def url(self, item: Object) -> str:
+        """See `Transport.url`."""
+        return self._address.url(item.name)
 
     def get(self, item: Object, start: int, stop: int, sink: Sink) -> None:
-        """See `Transport.get`. The runtime itself retries what breaks off."""
+        """See `Transport.get`."""
         from awscrt.exceptions import AwsCrtError
         from awscrt.s3 import S3RequestType, S3ResponseError
 
-        url = self._address.url(item.name)
         state = _State(start, stop, sink)
         request = self._crt.make_request(
             type=S3RequestType.GET_OBJECT,
@@ -50,18 +53,12 @@ class CrtTransport:
         except AwsCrtError as error:
             if state.error is not None:
                 raise state.error from None
-            raise CheckpointError(
-                f"{url}: bytes {state.position} to {stop} did not come: {first_line(error)}"
-            ) from None
+            raise BrokenOffError(first_line(error)) from None
         finally:
             state.cancel = None  # the request holds the state: no circle
         if state.error is not None:
             raise state.error
-        check_range(url, state.range, item, start, stop)
-        if state.position != stop:
-            raise CheckpointError(
-                f"{url} is truncated: bytes end at {state.position}, expected {stop}"
-            )
+        check_range(self.url(item), state.range, item, start, stop)
 
     def _request(self, item: Object, start: int, stop: int) -> Any:
         from awscrt.http import HttpHeaders, HttpRequest
@@ -121,11 +118,15 @@ class _State:
 
 
 @lru_cache(maxsize=2)
-def _crt_client(tls: bool) -> Any:
-    """One client a process: each has threads and connections of its own."""
+def _crt_client(endpoint: str) -> Any:
+    """One client a process and endpoint: each has threads and connections of its own.
+
+    One for several endpoints would mix up those that differ in their port alone.
+    """
     from awscrt.io import ClientBootstrap, DefaultHostResolver, EventLoopGroup
     from awscrt.s3 import S3Client, S3RequestTlsMode, get_recommended_throughput_target_gbps
 
+    tls = urlsplit(endpoint).scheme == "https"
     group = EventLoopGroup()
     return S3Client(
         bootstrap=ClientBootstrap(group, DefaultHostResolver(group)),

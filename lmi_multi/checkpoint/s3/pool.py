@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from threading import Event, Lock
+from threading import Lock
 
 from lmi_multi.checkpoint.s3.parts import PartFile
-from lmi_multi.checkpoint.s3.ranges import Transport
+from lmi_multi.checkpoint.s3.ranges import Transport, fetch
 from lmi_multi.checkpoint.writer import Progress
-
-
-class _StoppedError(Exception):
-    """Another part failed, or the user interrupts."""
 
 
 class Pool:
@@ -28,7 +24,7 @@ class Pool:
         progress: Progress | None,
     ) -> None:
         self._transport, self._whole, self._progress = transport, whole, progress
-        self._stop, self._lock = Event(), Lock()
+        self._lock = Lock()
         self._done = self._total = 0
 
     def run(self, files: list[PartFile]) -> None:
@@ -47,18 +43,16 @@ class Pool:
                 for job in as_completed(jobs):
                     job.result()
             except BaseException:
-                self._stop.set()
+                self._transport.stop.set()
                 threads.shutdown(wait=False, cancel_futures=True)
                 raise
 
     def _part(self, file: PartFile, start: int, stop: int) -> None:
         def sink(offset: int, data: bytes) -> None:
-            if self._stop.is_set():
-                raise _StoppedError
             file.write(offset, data)
             self._tell(len(data), file.item.name)
 
-        self._transport.get(file.item, start, stop, sink)
+        fetch(self._transport, file.item, start, stop, sink)
         if file.note(start):
             self._whole(file)
 
