@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
+from typing import Any
 
-from lmi_multi.checkpoint.files import BIN_FILES, SIDE_FILES, WEIGHT_FILES, matching
+from lmi_multi.checkpoint.files import BIN_FILES, SIDE_FILES, WEIGHT_FILES, matching, plain_name
 from lmi_multi.errors import CapacityError, CheckpointError
 
 _SUBFOLDERS = "*/*"
@@ -39,6 +40,50 @@ def _snapshot(repo: str, revision: str | None, patterns: tuple[str, ...]) -> Pat
     except Exception as error:  # network libraries raise their own kinds below the Hub's
         raise _translate(error, repo, revision) from None
     return Path(folder)
+
+
+def is_offline() -> bool:
+    """Whether the Hub is not to be asked: then its cache is all there is."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+def list_files(repo: str, revision: str | None) -> tuple[str, list[str]]:
+    """The commit that `revision` means, and the names of the files at the top of `repo`.
+
+    Raises CheckpointError as `download` does.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        info = HfApi().model_info(repo, revision=revision)
+    except Exception as error:  # network libraries raise their own kinds below the Hub's
+        raise _translate(error, repo, revision) from None
+    names = [item.rfilename for item in info.siblings or ()]
+    return str(info.sha), [name for name in names if plain_name(name)]
+
+
+def read_range(repo: str, commit: str, name: str, start: int, stop: int) -> tuple[bytes, int]:
+    """The bytes [start, stop) of a file, as far as it reaches, and the file's size in bytes.
+
+    Raises CheckpointError as `download` does.
+    """
+    from huggingface_hub import hf_hub_url, utils
+
+    tools: Any = utils  # whose type hints hide what it re-exports
+    url = hf_hub_url(repo, name, revision=commit)
+    headers = tools.build_hf_headers() | {"range": f"bytes={start}-{stop - 1}"}
+    try:
+        answer = tools.get_session().get(url, headers=headers, timeout=30)
+        tools.hf_raise_for_status(answer)
+    except Exception as error:  # network libraries raise their own kinds below the Hub's
+        raise _translate(error, repo, commit) from None
+    data: bytes = answer.content
+    told = answer.headers.get("content-range", "").rpartition("/")[2]
+    if answer.status_code != 206 or not told.isdecimal():  # the server sent the whole file
+        return data[start:stop], len(data)
+    return data, int(told)
 
 
 def _translate(error: Exception, repo: str, revision: str | None) -> Exception:

@@ -58,10 +58,11 @@ class Plan:
         return [entry.name for entry in self.entries]
 
 
-def make_plan(folder: Path, reader: Reader) -> Plan:
+def make_plan(folder: Path, reader: Reader, compare: bool = True) -> Plan:
     """Match the checkpoint in `folder` with its family's table.
 
-    Only a head that might be a copy of the embedding has its data read. Raises CheckpointError
+    Only a head that might be a copy of the embedding has its data read; without `compare` nothing
+    has, and such a head is a copy where config.json says so. Raises CheckpointError
     (missing, left over, misshapen or inconsistent tensors) or UnsupportedModelError.
     """
     config = reader.config()
@@ -84,7 +85,8 @@ def make_plan(folder: Path, reader: Reader) -> Plan:
     _check_uniform(entries)
     _check_head(config, entries, table)
     ignored = _check_leftover(folder, family, names, entries)
-    if _tied(spec, entries, reader):
+    told = config.fields.get("tie_word_embeddings") is True
+    if _tied(spec, entries, reader if compare else None, told):
         entries = [entry for entry in entries if entry.name != "head.weight"]
     dtype = _dominant(reader.tensors, entries)
     return Plan(architecture, family, spec, dtype, tuple(entries), tuple(ignored))
@@ -233,15 +235,18 @@ def _check_leftover(
     return sorted(ignored.values())
 
 
-def _tied(spec: ModelSpec, entries: list[Entry], reader: Reader) -> bool:
-    """Whether the head is a copy of the embedding, so that one of them suffices."""
+def _tied(spec: ModelSpec, entries: list[Entry], reader: Reader | None, told: bool) -> bool:
+    """Whether the head is a copy of the embedding, so that one of them suffices.
+
+    Without a reader, whether it is `told` to be.
+    """
     by_name = {entry.name: entry for entry in entries}
     head, embed = by_name.get("head.weight"), by_name["embed.weight"]
     if head is None or "head.bias" in by_name or head.fix or embed.fix:
         return False
     (left,), (right,) = head.sources, embed.sources
-    if left == right:
-        return True
+    if left == right or reader is None:
+        return told or left == right
     info = reader.tensors[left]
     if info.dtype != reader.tensors[right].dtype:
         return False

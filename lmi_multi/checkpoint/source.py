@@ -55,10 +55,23 @@ def resolve(
         return _demo() if not path.is_dir() else _local(path)
     if exists:
         raise CheckpointError(f"{text} is a file, expected the folder that holds the checkpoint")
-    if isinstance(source, Path) or text.startswith(("/", "~", "./", "../")):
+    if is_local(source):
         raise CheckpointError(f"the folder {text} does not exist")
     folder = hub.download(text, revision)
     return Source(text, folder, folder.name)
+
+
+def is_local(source: str | Path) -> bool:
+    """Whether `source` needs no download: `resolve` finds it here, or says that it is wrong."""
+    text = str(source)
+    if is_address(source):
+        return False
+    if isinstance(source, Path) or not text.strip() or text == DEMO:
+        return True
+    try:
+        return text.startswith(("/", "~", "./", "../")) or Path(text).exists()
+    except OSError:  # too long a name
+        return True
 
 
 def _s3(url: str, revision: str | None, progress: Progress | None) -> Source:

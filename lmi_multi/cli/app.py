@@ -13,6 +13,7 @@ from lmi_multi.cli.doctor import doctor
 from lmi_multi.cli.generate import generate
 from lmi_multi.cli.inspect import inspect
 from lmi_multi.cli.perplexity import perplexity
+from lmi_multi.cli.plan import plan
 
 NAME = "lmi-multi"
 
@@ -24,7 +25,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for command in (generate, perplexity, convert, inspect, doctor, demo):
+for command in (generate, perplexity, convert, inspect, plan, doctor, demo):
     app.command()(command)
 
 

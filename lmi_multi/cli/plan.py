@@ -1,0 +1,103 @@
+"""`lmi-multi plan`: which instance a model fits, from its headers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from lmi_multi.cli import options
+from lmi_multi.cli.console import json_page, note, out, size, table
+
+if TYPE_CHECKING:
+    from lmi_multi.fit import InstanceFit, Option, Report
+
+
+def plan(
+    source: options.Source,
+    instance: Annotated[
+        str | None,
+        typer.Option(help="One instance type, such as g5.12xlarge, in every detail."),
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Tokens a sequence, as for generate.")
+    ] = None,
+    json: options.Json = False,
+    revision: options.Revision = None,
+) -> None:
+    """Estimate which AWS instances a model fits, at which dtype and degree; reads no tensors.
+
+    Figures come from shapes. They assume 1 GiB of each device and 2 GiB of the host for everything
+    else, and give 80% of what the weights leave to the cache.
+    """
+    from lmi_multi.fit import read_network, report
+    from lmi_multi.instances import INSTANCES, find
+
+    chosen = INSTANCES if instance is None else (find(instance),)
+    found = report(read_network(source, revision), chosen, max_tokens)
+    if json:
+        json_page(found.model_dump(mode="json"))
+        return
+    out().print(_overview(found) if instance is None else _detail(found, found.instances[0]))
+    _closing(found)
+
+
+def _overview(found: Report) -> Table:
+    formats = list(dict.fromkeys((o.dtype, o.quantize) for i in found.instances for o in i.options))
+    heads = [f"{dtype} {quantize}" if quantize else dtype for dtype, quantize in formats]
+    shown = table("instance", "devices", "each", "host", *heads, title=_title(found))
+    for fit in found.instances:
+        best = [fit.best(dtype, quantize) for dtype, quantize in formats]
+        shown.add_row(
+            fit.name,
+            f"{fit.devices} x {fit.device}",
+            size(fit.device_bytes),
+            size(fit.host_bytes),
+            *(_cell(option) for option in best),
+        )
+    for column in shown.columns:
+        column.no_wrap = True
+    return shown
+
+
+def _cell(option: Option | None) -> str:
+    if option is None:
+        return "-"
+    degree = f"tp {option.tensor_parallel}"
+    return degree if option.batch is None else f"{degree}: {option.batch:,}"
+
+
+def _detail(found: Report, fit: InstanceFit) -> Table:
+    title = (
+        f"{_title(found)} on {fit.name}: {fit.devices} x {fit.device} with "
+        f"{size(fit.device_bytes)}, host {size(fit.host_bytes)}"
+    )
+    shown = table("dtype", "tp", "weights a rank", "cache a rank", "batch", "longest", title=title)
+    for option in fit.options:
+        name = f"{option.dtype} {option.quantize}" if option.quantize else option.dtype
+        row = (name, str(option.tensor_parallel), size(option.weight_bytes))
+        if not option.fits:
+            shown.add_row(*row, f"does not fit: {option.reason}", "-", "-")
+            continue
+        batch = "-" if option.batch is None else f"{option.batch:,} of {option.max_tokens:,} tokens"
+        longest = "-" if option.longest is None else f"{option.longest:,} tokens"
+        shown.add_row(*row, size(option.cache_bytes), batch, longest)
+    return shown
+
+
+def _title(found: Report) -> str:
+    own = f"{found.dtype} {found.quantize}" if found.quantize else found.dtype
+    return f"{found.source}: {found.family}, {found.parameters:,} parameters, own dtype {own}"
+
+
+def _closing(found: Report) -> None:
+    tokens = next((o.max_tokens for i in found.instances for o in i.options if o.max_tokens), None)
+    if tokens is not None and len(found.instances) > 1:
+        note(f"tp D: N is the least degree D that fits, and N sequences of {tokens:,} tokens")
+    for best in found.smallest:
+        name = f"{best.dtype} {best.quantize}" if best.quantize else best.dtype
+        note(f"smallest for {name}: {best.instance} at tp {best.tensor_parallel}")
+    if not found.smallest:
+        note("none of these instances takes it")
+    note("estimates from shapes, ordered by memory and not by price; see `lmi-multi plan --help`")

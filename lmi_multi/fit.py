@@ -1,0 +1,270 @@
+"""Whether a model fits an instance: from shapes alone, by the arithmetic that loading uses.
+
+These are estimates. What is exact: the bytes of weights that a rank holds, and the bytes of a cache
+block. What is assumed: `RESERVED` bytes of every device are taken by driver, runtime, libraries and
+communication; of what the weights leave, `CACHE_SHARE` is for the cache and the rest for
+activations, as the CUDA backend has it, and the same on NeuronCores; the host holds all ranks'
+weights once while they load, and `HOST_RESERVED` bytes beside them. Nothing of this was measured on
+the instances.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+from pydantic import BaseModel, computed_field
+
+from lmi_multi.backends.limits import plan_limits, row_blocks
+from lmi_multi.checkpoint.artifact import Artifact, is_artifact
+from lmi_multi.checkpoint.convert import chosen_dtype
+from lmi_multi.checkpoint.files import gib
+from lmi_multi.checkpoint.formats import open_reader
+from lmi_multi.checkpoint.layout import DtypeName, QuantizeName, parameters, stored_tensors
+from lmi_multi.checkpoint.outline import outlined
+from lmi_multi.checkpoint.plan import make_plan
+from lmi_multi.errors import CapacityError
+from lmi_multi.instances import GIB, INSTANCES, Instance
+from lmi_multi.models.schema import valid_degrees
+from lmi_multi.models.spec import ModelSpec
+
+RESERVED = 1 * GIB
+HOST_RESERVED = 2 * GIB
+CACHE_SHARE = 0.8
+_ROWS = 2**40  # more than any memory holds: the memory is to be the limit
+
+
+@dataclass(frozen=True)
+class Network:
+    """What the estimates are made of. `dtype` and `quantize` are the source's own.
+
+    An artifact is loaded as it is; anything else can be converted to every dtype.
+    """
+
+    source: str
+    spec: ModelSpec
+    tensors: tuple[str, ...]
+    dtype: DtypeName
+    quantize: QuantizeName | None
+    is_artifact: bool
+
+    def formats(self) -> list[tuple[DtypeName, QuantizeName | None]]:
+        """The combinations of dtype and quantization that can be loaded."""
+        if self.is_artifact:
+            return [(self.dtype, self.quantize)]
+        kinds: tuple[QuantizeName | None, ...] = (None, *get_args(QuantizeName))
+        return [(dtype, kind) for kind in kinds for dtype in get_args(DtypeName)]
+
+    def weight_bytes(self, dtype: DtypeName, quantize: QuantizeName | None, degree: int) -> int:
+        """Bytes of weights on each of `degree` ranks."""
+        stored = stored_tensors(self.spec, self.tensors, dtype, quantize)
+        return sum(tensor.nbytes(degree) for tensor in stored)
+
+
+def read_network(source: str | Path, revision: str | None = None) -> Network:
+    """Read what `source` is from its config and headers, or its manifest; no tensor is read.
+
+    A head of its own that is a copy of the embedding counts twice unless config.json says that
+    they are tied. Raises the errors of `outlined`, `Artifact.open` and `make_plan`.
+    """
+    with outlined(source, revision) as found:
+        if is_artifact(found.folder):
+            artifact = Artifact.open(found.folder, ranks=())
+            names = tuple(artifact.manifest.tensors)
+            return Network(
+                found.name, artifact.spec, names, artifact.dtype, artifact.quantize, True
+            )
+        plan = make_plan(found.folder, open_reader(found.folder), compare=False)
+        dtype = chosen_dtype(plan, "auto")
+        return Network(found.name, plan.spec, tuple(plan.tensors), dtype, None, False)
+
+
+class Option(BaseModel):
+    """One way to load the model on one instance. Bytes are those of one rank.
+
+    `batch` sequences of `max_tokens` tokens each fit at once (of an encoder-decoder: so many prompt
+    and so many generated tokens), or one of `longest` tokens; they are None for an encoder, which
+    has no cache. `reason` says why it does not fit.
+    """
+
+    dtype: DtypeName
+    quantize: QuantizeName | None
+    tensor_parallel: int
+    weight_bytes: int
+    cache_bytes: int
+    fits: bool
+    reason: str | None
+    batch: int | None
+    max_tokens: int | None
+    longest: int | None
+
+
+class InstanceFit(BaseModel):
+    """All ways to load the model on one instance type; sizes in bytes."""
+
+    name: str
+    backend: str
+    device: str
+    devices: int
+    device_bytes: int
+    host_bytes: int
+    options: list[Option]
+
+    def best(self, dtype: DtypeName, quantize: QuantizeName | None) -> Option | None:
+        """The least degree at which the model fits in this format."""
+        return next(
+            (o for o in self.options if o.fits and (o.dtype, o.quantize) == (dtype, quantize)), None
+        )
+
+
+class Smallest(BaseModel):
+    """The smallest instance that takes the model in one format, by memory: prices are not known."""
+
+    instance: str
+    dtype: DtypeName
+    quantize: QuantizeName | None
+    tensor_parallel: int
+
+
+class Report(BaseModel):
+    """What `lmi-multi plan` shows. Instances are ordered by size; all figures are estimates.
+
+    `dtype` and `quantize` are the source's own. `smallest` has one entry for each format that fits
+    an instance.
+    """
+
+    source: str
+    family: str
+    kind: str
+    parameters: int
+    dtype: DtypeName
+    quantize: QuantizeName | None
+    degrees: list[int]
+    smallest: list[Smallest]
+    instances: list[InstanceFit]
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def assumptions(self) -> dict[str, float]:
+        """What the estimates assume beside the shapes; bytes, and a share."""
+        return {
+            "reserved_bytes_per_device": RESERVED,
+            "reserved_bytes_of_host": HOST_RESERVED,
+            "cache_share_of_the_rest": CACHE_SHARE,
+        }
+
+
+def report(
+    network: Network, instances: Iterable[Instance] = INSTANCES, max_tokens: int | None = None
+) -> Report:
+    """Estimate `network` on every instance; `max_tokens` as in `load` (None: its default).
+
+    Raises OptionError for a `max_tokens` beyond the model's positions.
+    """
+    fits = [_on(network, i, max_tokens) for i in sorted(instances, key=lambda i: i.size)]
+    spec = network.spec
+    return Report(
+        source=network.source,
+        family=spec.family,
+        kind=spec.kind,
+        parameters=parameters(spec, network.tensors),
+        dtype=network.dtype,
+        quantize=network.quantize,
+        degrees=valid_degrees(spec),
+        smallest=_smallest(network, fits),
+        instances=fits,
+    )
+
+
+def _smallest(network: Network, fits: list[InstanceFit]) -> list[Smallest]:
+    result = []
+    for dtype, quantize in network.formats():
+        for fit in fits:
+            if option := fit.best(dtype, quantize):
+                result.append(
+                    Smallest(
+                        instance=fit.name,
+                        dtype=dtype,
+                        quantize=quantize,
+                        tensor_parallel=option.tensor_parallel,
+                    )
+                )
+                break
+    return result
+
+
+def _on(network: Network, instance: Instance, max_tokens: int | None) -> InstanceFit:
+    possible = set(valid_degrees(network.spec, instance.devices))
+    degrees = [degree for degree in instance.degrees if degree in possible]
+    return InstanceFit(
+        name=instance.name,
+        backend=instance.backend,
+        device=instance.device,
+        devices=instance.devices,
+        device_bytes=instance.device_bytes,
+        host_bytes=instance.host_bytes,
+        options=[
+            estimate(network, instance, dtype, quantize, degree, max_tokens)
+            for dtype, quantize in network.formats()
+            for degree in degrees
+        ],
+    )
+
+
+def estimate(
+    network: Network,
+    instance: Instance,
+    dtype: DtypeName,
+    quantize: QuantizeName | None,
+    degree: int,
+    max_tokens: int | None = None,
+) -> Option:
+    """One format at one degree on one instance."""
+    weights = network.weight_bytes(dtype, quantize, degree)
+    left = instance.device_bytes - RESERVED - weights
+    option = Option(
+        dtype=dtype,
+        quantize=quantize,
+        tensor_parallel=degree,
+        weight_bytes=weights,
+        cache_bytes=max(0, int(left * CACHE_SHARE)),
+        fits=False,
+        reason=None,
+        batch=None,
+        max_tokens=None,
+        longest=None,
+    )
+    host = HOST_RESERVED + degree * weights
+    if left < 0:
+        option.reason = f"{gib(-left)} of device memory are missing for the weights"
+    elif host > instance.host_bytes:
+        option.reason = f"{gib(host - instance.host_bytes)} of host memory are missing to load it"
+    else:
+        _fill(option, network.spec, max_tokens)
+    return option
+
+
+def _fill(option: Option, spec: ModelSpec, max_tokens: int | None) -> None:
+    """What fits into the cache; nothing where there is none to fill."""
+    try:
+        limits = plan_limits(
+            spec,
+            item_bytes=4 if option.dtype == "fp32" else 2,
+            ranks=option.tensor_parallel,
+            memory=option.cache_bytes,
+            max_batch=_ROWS,
+            max_tokens=max_tokens,
+        )
+    except CapacityError as error:
+        option.reason = str(error)
+        return
+    option.fits = True
+    if spec.kind == "encoder":
+        return
+    per_row = row_blocks(spec, limits.max_tokens, limits.max_tokens, limits.block_size)
+    stacks = row_blocks(spec, 1, 1, limits.block_size)  # an encoder's prompt is cached too
+    longest = limits.blocks // stacks * limits.block_size
+    option.batch, option.max_tokens = limits.blocks // per_row, limits.max_tokens
+    option.longest = min(longest, spec.max_positions or longest)
