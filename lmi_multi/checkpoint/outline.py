@@ -7,16 +7,15 @@ and checks sizes works on it as on the real one.
 
 from __future__ import annotations
 
-import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from lmi_multi.checkpoint import hub
-from lmi_multi.checkpoint.files import BIN_FILES, MANIFEST, matches
+from lmi_multi.checkpoint.files import BIN_FILES, MANIFEST, WEIGHT_FILES, matches
 from lmi_multi.checkpoint.header import MAX_HEADER
 from lmi_multi.checkpoint.s3 import listing
 from lmi_multi.checkpoint.s3.address import Address, is_address
@@ -61,6 +60,9 @@ def _from_s3(address: Address, folder: Path) -> Source:
 
     _check_kind(str(address), objects)
     _outline(folder, objects, fetch, address.url)
+    for item in objects.values():
+        if not (folder / item.name).exists():
+            _write(folder / item.name, b"", item.size)
     return Source(str(address), folder, listing.revision(objects.values()))
 
 
@@ -95,8 +97,7 @@ def _from_hub(repo: str, revision: str | None, folder: Path) -> Source:
     return Source(repo, folder, commit)
 
 
-def _check_kind(where: str, names: Iterable[str]) -> None:
-    names = list(names)
+def _check_kind(where: str, names: Collection[str]) -> None:
     if any(name.endswith(".safetensors") for name in names):
         return
     found = [name for name in names if matches(name, BIN_FILES)]
@@ -107,8 +108,10 @@ def _check_kind(where: str, names: Iterable[str]) -> None:
     )
 
 
-def _outline(folder: Path, names: Iterable[str], fetch: Fetch, url: Callable[[str], str]) -> None:
-    wanted = [n for n in names if n in _TEXT or n.endswith(".safetensors")]
+def _outline(folder: Path, names: Collection[str], fetch: Fetch, url: Callable[[str], str]) -> None:
+    # A manifest tells by itself what the headers would.
+    kinds = () if MANIFEST in names else WEIGHT_FILES
+    wanted = [name for name in names if matches(name, (*_TEXT, *kinds))]
 
     def one(name: str) -> None:
         data, size = fetch(name, 0, HEAD)
@@ -119,13 +122,17 @@ def _outline(folder: Path, names: Iterable[str], fetch: Fetch, url: Callable[[st
             data += fetch(name, len(data), end)[0]
         if len(data) < end:
             raise CheckpointError(f"{url(name)}: {len(data)} bytes came, expected {end}")
-        with (folder / name).open("wb") as file:
-            file.write(data[:end])
-            os.truncate(file.fileno(), size)
+        _write(folder / name, data[:end], size)
 
     with ThreadPoolExecutor(_THREADS) as threads:
         for _ in threads.map(one, wanted):
             pass
+
+
+def _write(path: Path, data: bytes, size: int) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.truncate(size)
 
 
 def _end(data: bytes, size: int) -> int:
