@@ -43,11 +43,15 @@ def outlined(source: str | Path, revision: str | None = None) -> Iterator[Source
     if is_local(source) or (hub.is_offline() and not is_address(source)):
         yield resolve(source, revision)
         return
+    name = str(Address.parse(str(source)) if is_address(source) else source)
     with tempfile.TemporaryDirectory(prefix="lmi_multi-") as folder:
-        if is_address(source):
-            yield _from_s3(Address.parse(str(source)), Path(folder))
-        else:
-            yield _from_hub(str(source), revision, Path(folder))
+        try:
+            if is_address(source):
+                yield _from_s3(Address.parse(name), Path(folder))
+            else:
+                yield _from_hub(name, revision, Path(folder))
+        except CheckpointError as error:  # which may name the temporary folder
+            raise type(error)(str(error).replace(folder, name)) from None
 
 
 def _from_s3(address: Address, folder: Path) -> Source:

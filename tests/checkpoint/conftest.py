@@ -30,19 +30,22 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="session")
-def moto() -> Iterator[tuple[str, int]]:
-    """moto's server on a free port."""
+def moto() -> Iterator[tuple[tuple[str, int], Any]]:
+    """moto's server on a free port, and a client that talks to it directly."""
     from moto.server import ThreadedMotoServer
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
-    yield server.get_host_and_port()
+    host, port = server.get_host_and_port()
+    yield (host, port), _client(f"http://{host}:{port}")
     server.stop()
 
 
 @pytest.fixture
-def s3(moto: tuple[str, int], monkeypatch: pytest.MonkeyPatch) -> Iterator[s3_server.Door]:
+def s3(
+    moto: tuple[tuple[str, int], Any], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[s3_server.Door]:
     """An empty S3 with one bucket, and credentials for it in the environment."""
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
@@ -56,13 +59,12 @@ def s3(moto: tuple[str, int], monkeypatch: pytest.MonkeyPatch) -> Iterator[s3_se
     }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("LMI_MULTI_S3", raising=False)
-    host, port = moto
-    link = http.client.HTTPConnection(host, port, timeout=30)
+    place, client = moto
+    link = http.client.HTTPConnection(*place, timeout=30)
     link.request("POST", "/moto-api/reset")
     assert link.getresponse().status == 200
-    client = _client(f"http://{host}:{port}")
     client.create_bucket(Bucket=s3_server.BUCKET)
-    with s3_server.serve(moto, client) as door:
+    with s3_server.serve(place, client) as door:
         monkeypatch.setenv("AWS_ENDPOINT_URL", door.url)
         yield door
 
@@ -70,4 +72,6 @@ def s3(moto: tuple[str, int], monkeypatch: pytest.MonkeyPatch) -> Iterator[s3_se
 def _client(url: str) -> Any:
     import boto3
 
-    return boto3.session.Session().client("s3", endpoint_url=url)
+    return boto3.session.Session("test", "test", region_name="us-east-1").client(
+        "s3", endpoint_url=url
+    )

@@ -19,12 +19,13 @@ Files = dict[str, bytes]
 class Hub:
     """`repos` maps a name to its revisions (a commit or a branch that names one) and files.
 
-    `requests` are the paths that were asked for.
+    `requests` are the paths that were asked for, `sent` the bytes of each file that were sent.
     """
 
     repos: dict[str, dict[str, str | Files]] = field(default_factory=dict)
     gated: set[str] = field(default_factory=set)
     requests: list[str] = field(default_factory=list)
+    sent: dict[str, int] = field(default_factory=dict)
     url: str = ""
 
     def find(self, repo: str, revision: str) -> tuple[str, Files] | None:
@@ -83,11 +84,18 @@ def serve() -> Iterator[Hub]:
         def do_GET(self) -> None:
             hub.requests.append(self.path)
             status, headers, body = _answer(hub, self.path)
+            asked = self.headers.get("Range", "").removeprefix("bytes=").split("-")
+            if status == 200 and "ETag" in headers and len(asked) == 2:
+                total, start, last = len(body), int(asked[0]), int(asked[1])
+                status, body = 206, body[start : last + 1]
+                headers["Content-Range"] = f"bytes {start}-{start + len(body) - 1}/{total}"
             self.send_response(status)
             for name, value in {**headers, "Content-Length": str(len(body))}.items():
                 self.send_header(name, value)
             self.end_headers()
             if self.command == "GET":
+                name = self.path.rsplit("/", 1)[-1]
+                hub.sent[name] = hub.sent.get(name, 0) + len(body)
                 self.wfile.write(body)
 
         do_HEAD = do_GET  # noqa: N815 (the name that http.server looks for)

@@ -1,0 +1,314 @@
+"""Which instance a model fits: against sums done by hand, and rules that hold for every model."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, get_args
+
+import moto.ec2
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lmi_multi.backends.cuda import backend as cuda
+
+from lmi_multi import fit
+from lmi_multi.checkpoint.convert import convert
+from lmi_multi.checkpoint.layout import DtypeName
+from lmi_multi.checkpoint.reader import SafetensorsFile
+from lmi_multi.cli.main import run
+from lmi_multi.errors import CheckpointError, OptionError
+from lmi_multi.fit import Network, Option, estimate, read_network, report
+from lmi_multi.instances import GIB, INSTANCES, Instance, find
+from lmi_multi.models.schema import valid_degrees
+from lmi_multi.models.spec import ModelSpec, Rope
+from tests.checkpoint.tiny import LLAMA, llama_state, t5_config, t5_state, write
+
+DTYPES: tuple[DtypeName, ...] = get_args(DtypeName)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("fit") / "llama", llama_state())
+
+
+def machine(device: int, host: int = 2**40, devices: int = 4) -> Instance:
+    return Instance("test.large", "cuda", "T", devices, device, host, tuple(range(1, devices + 1)))
+
+
+# The table
+
+
+def test_the_table_is_what_aws_tells() -> None:
+    file = Path(moto.ec2.__file__).parent / "resources" / "instance_types.json.gz"
+    told: dict[str, Any] = json.loads(gzip.decompress(file.read_bytes()))
+    for instance in INSTANCES:
+        entry = told[instance.name]
+        assert entry["MemoryInfo"]["SizeInMiB"] * 2**20 == instance.host_bytes
+        if instance.backend == "cuda":
+            (gpu,) = entry["GpuInfo"]["Gpus"]
+            assert (gpu["Name"], gpu["Count"]) == (instance.device, instance.devices)
+            assert gpu["MemoryInfo"]["SizeInMiB"] * 2**20 == instance.device_bytes
+        elif not instance.name.startswith("trn2"):  # there the API's figure is not the chip's
+            (chip,) = entry["NeuronInfo"]["NeuronDevices"]
+            cores = chip["CoreInfo"]["Count"]
+            assert chip["Count"] * cores == instance.devices
+            assert chip["MemoryInfo"]["SizeInMiB"] * 2**20 == instance.device_bytes * cores
+    families = {name.partition(".")[0] for name in told if name.split(".")[0] in FAMILIES}
+    assert families == {i.name.partition(".")[0] for i in INSTANCES}
+    for family in FAMILIES - {"trn2"}:
+        sizes = {name for name in told if name.startswith(f"{family}.")}
+        assert sizes == {i.name for i in INSTANCES if i.name.startswith(f"{family}.")}
+
+
+FAMILIES = {"g5", "g6", "g6e", "p4d", "p4de", "p5", "p5e", "p5en", "inf2", "trn1", "trn1n", "trn2"}
+    ["g5", "g6", "g6e", "p4d", "p4de", "p5", "p5e", "p5en", "inf2", "trn1", "trn1n", "trn2"]
+)
+
+
+def test_neuron_figures() -> None:
+    assert find("trn2.48xlarge").devices * find("trn2.48xlarge").device_bytes == 1536 * GIB
+    assert find("inf2.24xlarge").degrees == (1, 2, 4, 8)
+    assert find("trn1.32xlarge").degrees == (1, 2, 8, 16, 32)
+    assert find("inf2.48xlarge").degrees[-1] == 24
+
+
+def test_finding_an_instance() -> None:
+    assert find("ml.g5.12xlarge") == find(" G5.12xlarge") == find("g5.12xlarge")
+    with pytest.raises(OptionError, match=r"instance is 'g5.128xlarge'; did you mean 'g5.12xlarge"):
+        find("g5.128xlarge")
+    with pytest.raises(OptionError, match="did you mean"):
+        find("???")
+
+
+# By hand
+
+
+def test_weights_by_hand(llama: Path) -> None:
+    network = read_network(llama)
+    hidden, ffn, vocab, layers = 16, 24, 37, 2
+    # Whole on every rank: three norms a stack's end and two a layer.
+    norms = hidden + layers * 2 * hidden
+    qkv, out, up, down = (16 + 8 + 8) * hidden, hidden * 16, 2 * ffn * hidden, hidden * ffn
+    matrices = layers * (qkv + out + up + down)
+    assert network.weight_bytes("fp32", None, 1) == 4 * (2 * vocab * hidden + norms + matrices)
+    assert network.weight_bytes("bf16", None, 1) == 2 * (2 * vocab * hidden + norms + matrices)
+    # Two ranks: the vocabulary is filled up to 38.
+    assert network.weight_bytes("fp16", None, 2) == 2 * (38 * hidden + norms + matrices // 2)
+    # A byte a weight, and four a channel; the head is quantized, the embedding is not.
+    channels = layers * ((16 + 8 + 8) + hidden + 2 * ffn + hidden) + vocab
+    assert network.weight_bytes("bf16", "int8", 1) == (
+        2 * (vocab * hidden + norms) + matrices + vocab * hidden + 4 * channels
+    )
+
+
+def test_cache_by_hand(llama: Path) -> None:
+    network = read_network(llama)
+    # Keys and values of 2 layers, 2 kv heads of 4, two bytes each: 64 bytes a token.
+    block = 16 * 2 * 2 * 2 * 4 * 2
+    weights = network.weight_bytes("bf16", None, 1)
+    wanted = 10 * (64 // 16) * block  # ten rows of 64 tokens
+    left = -(-wanted * 10 // 8)  # of which 80% are the cache
+    one = machine(fit.RESERVED + weights + left)
+    option = estimate(network, one, "bf16", None, 1, max_tokens=64)
+    assert (option.fits, option.batch, option.max_tokens) == (True, 10, 64)
+    assert option.longest == 10 * 64 and option.cache_bytes == wanted
+    less = estimate(network, machine(one.device_bytes - 2), "bf16", None, 1, max_tokens=64)
+    assert less.batch == 9
+    halves = estimate(network, one, "fp32", None, 1, max_tokens=64)
+    assert halves.batch is not None and halves.batch < 5
+    # kv heads are split over two ranks, so a block takes half as much of each.
+    assert (estimate(network, one, "bf16", None, 2, max_tokens=64).batch or 0) >= 20
+
+
+def test_encoder_decoders_cache_the_prompt_too(tmp_path: Path) -> None:
+    network = read_network(write(tmp_path / "t5", t5_state(), t5_config()))
+    option = estimate(network, machine(2 * GIB), "bf16", None, 1, max_tokens=64)
+    blocks = option.cache_bytes // (16 * 2 * 1 * 2 * 4 * 2)
+    assert option.batch == blocks // 8 and option.longest == blocks // 2 * 16
+
+
+def test_why_it_does_not_fit(llama: Path) -> None:
+    network = read_network(llama)
+    weights = network.weight_bytes("bf16", None, 1)
+
+    def reason(device: int, host: int = 2**40) -> str:
+        option = estimate(network, machine(device, host), "bf16", None, 1)
+        assert not option.fits and option.batch is None
+        return option.reason or ""
+
+    assert "device memory are missing for the weights" in reason(fit.RESERVED + weights - 1)
+    assert "of host memory are missing to load it" in reason(GIB * 9, fit.HOST_RESERVED + 1)
+    assert "tokens needs" in reason(fit.RESERVED + weights)
+
+
+def test_the_share_is_the_backends() -> None:
+    assert fit.CACHE_SHARE == cuda.CACHE_SHARE
+
+
+# Rules
+
+
+@st.composite
+def networks(draw: st.DrawFn) -> Network:
+    """Llamas of any shape, from a toy to far beyond every instance."""
+    head_dim = draw(st.sampled_from([16, 64, 128]))
+    kv_heads = draw(st.sampled_from([1, 2, 8]))
+    heads = kv_heads * draw(st.sampled_from([1, 4, 8]))
+    layers = draw(st.integers(1, 120))
+    spec = ModelSpec(
+        family="llama",
+        vocab=draw(st.integers(100, 200_000)),
+        hidden=heads * head_dim,
+        heads=heads,
+        kv_heads=kv_heads,
+        ffn=64 * draw(st.integers(1, 512)),
+        position=Rope(dim=head_dim),
+        decoder_layers=layers,
+        max_positions=draw(st.sampled_from([512, 4096, 131_072])),
+        norm="rms",
+        gated=True,
+        activation="silu",
+    )
+    modules = ["embed", "norm", "head"] + [
+        f"decoder.{layer}.{name}"
+        for layer in range(layers)
+        for name in ("norm1", "norm2", "qkv", "out", "up", "down")
+    ]
+    names = tuple(f"{module}.weight" for module in modules)
+    return Network("drawn", spec, names, "bf16", None, False)
+
+
+def rooms(option: Option) -> tuple[int, int]:
+    return option.batch or 0, option.longest or 0
+
+
+@settings(max_examples=25, deadline=None)
+@given(networks(), st.integers(1, 1200), st.integers(1, 2500))
+def test_rules(network: Network, device_gib: int, host_gib: int) -> None:
+    one = machine(device_gib * GIB, host_gib * GIB, devices=8)
+    degrees = [d for d in one.degrees if d in valid_degrees(network.spec, 8)]
+    found = {
+        (dtype, kind, degree): estimate(network, one, dtype, kind, degree)
+        for dtype, kind in network.formats()
+        for degree in degrees
+    }
+    for (dtype, kind, degree), option in found.items():
+        assert option.fits == (option.reason is None) == (option.batch is not None)
+        assert option.cache_bytes + option.weight_bytes <= one.device_bytes or not option.fits
+        if kind == "int8":  # never more than the same without
+            plain = found[dtype, None, degree]
+            assert option.weight_bytes <= plain.weight_bytes
+            assert option.fits or not plain.fits
+            assert rooms(option) >= rooms(plain)
+        if dtype != "fp32":
+            wide = found["fp32", kind, degree]
+            assert option.weight_bytes <= wide.weight_bytes and (option.fits or not wide.fits)
+    for lower, higher in pairwise(degrees):
+        for dtype, kind in network.formats():
+            assert found[dtype, kind, higher].weight_bytes <= found[dtype, kind, lower].weight_bytes
+    more = machine(2 * one.device_bytes, 2 * one.host_bytes, devices=8)
+    for (dtype, kind, degree), option in found.items():
+        richer = estimate(network, more, dtype, kind, degree)
+        assert richer.fits or not option.fits
+        assert rooms(richer) >= rooms(option)
+
+
+def test_smallest_comes_first(llama: Path) -> None:
+    found = report(read_network(llama))
+    assert len(found.smallest) == 6 and {s.instance for s in found.smallest} == {"g5.xlarge"}
+    sizes = [i.devices * i.device_bytes for i in found.instances]
+    assert sizes == sorted(sizes) and len(found.instances) == len(INSTANCES)
+    none = report(read_network(llama), [machine(GIB)])
+    assert none.smallest == []
+
+
+# What is read
+
+
+def test_no_tensor_is_read(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("read")
+
+    monkeypatch.setattr(SafetensorsFile, "read", never)
+    assert len(read_network(llama).tensors) == 15
+    # Without looking, a head is a copy of the embedding where the config says so.
+    config = json.loads((llama / "config.json").read_text())
+    tied = llama.parent / "tied"
+    write(tied, llama_state(), config | {"tie_word_embeddings": True})
+    assert "head.weight" not in read_network(tied).tensors
+
+
+def test_artifacts_are_taken_as_they_are(llama: Path, tmp_path: Path) -> None:
+    artifact = convert(llama, tmp_path / "out", dtype="fp16", quantize="int8", tensor_parallel=2)
+    network = read_network(tmp_path / "out")
+    assert network.formats() == [("fp16", "int8")]
+    for degree in (1, 2, 4):
+        assert network.weight_bytes("fp16", "int8", degree) == artifact.tensor_bytes(0, degree)
+    found = report(network, [find("g5.12xlarge")])
+    assert {(o.dtype, o.quantize) for o in found.instances[0].options} == {("fp16", "int8")}
+
+
+# The command
+
+
+def test_overview(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", str(llama)]) == 0
+    shown = capsys.readouterr()
+    assert all(instance.name in shown.out for instance in INSTANCES)
+    assert "own dtype fp32" in shown.out and "bf16 int8" in shown.out
+    assert "smallest for bf16: g5.xlarge at tp 1" in shown.err
+    assert "estimates from shapes" in shown.err
+
+
+def test_one_instance(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["plan", str(llama), "--instance", "ml.inf2.24xlarge", "--max-tokens", "100"]
+    assert run(args) == 0
+    shown = capsys.readouterr().out
+    assert "12 x Inferentia2 core" in shown and "of 100 tokens" in shown
+    assert shown.count("bf16") == 6  # degrees 1, 2, 4; plain and int8
+
+
+def test_json(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", str(llama), "--instance", "p5.48xlarge", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert set(shown) == {
+        *("source", "family", "kind", "parameters", "dtype", "quantize", "degrees", "smallest"),
+        *("instances", "assumptions"),
+    }
+    (instance,) = shown["instances"]
+    assert (instance["name"], instance["devices"]) == ("p5.48xlarge", 8)
+    assert {o["tensor_parallel"] for o in instance["options"]} == {1, 2, 4}
+    assert set(instance["options"][0]) == {
+        *("dtype", "quantize", "tensor_parallel", "weight_bytes", "cache_bytes", "fits"),
+        *("reason", "batch", "max_tokens", "longest"),
+    }
+    assert shown["assumptions"]["cache_share_of_the_rest"] == 0.8
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        (["--instance", "g7.big"], 2, "instance is 'g7.big'; did you mean"),
+        (["--max-tokens", "0"], 2, "max_tokens is 0, must be an integer, at least 1"),
+        (["--max-tokens", "9999"], 2, "but the model's positions end at 2048"),
+        (["--revision", "x"], 2, "is a local folder without any"),
+    ],
+)
+def test_wrong_options(
+    llama: Path, capsys: pytest.CaptureFixture[str], args: list[str], code: int, message: str
+) -> None:
+    assert run(["plan", str(llama), *args]) == code
+    shown = capsys.readouterr()
+    assert message in shown.err and len(shown.err.splitlines()) == 1 and not shown.out
+
+
+def test_wrong_sources(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for source, message in (("./none", "does not exist"), ("", "source is empty")):
+        assert run(["plan", source]) in (1, 2)
+        assert message in capsys.readouterr().err
+    folder = write(tmp_path / "bad", llama_state(), LLAMA | {"hidden_size": 17})
+    with pytest.raises(CheckpointError):
+        read_network(folder)
