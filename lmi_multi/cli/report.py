@@ -17,10 +17,11 @@ from typing import TypedDict
 
 import psutil
 
-PACKAGES = ("lmi_multi", "torch", "transformers", "huggingface_hub", "safetensors", "numpy")
+CORE = ("lmi_multi", "torch", "transformers", "huggingface_hub", "safetensors", "numpy")
+PACKAGES = (*CORE, "boto3", "awscrt")
 VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
-PREFIXES = ("HF_", "LMI_MULTI_", "NEURON_")
-SECRETS = ("TOKEN", "SECRET", "PASSWORD", "KEY")
+PREFIXES = ("AWS_", "HF_", "LMI_MULTI_", "NEURON_")
+SECRETS = ("CREDENTIALS", "TOKEN", "SECRET", "PASSWORD", "KEY")
 LOW_DISK = 10 * 2**30
 LOW_MEMORY = 2 * 2**30
 
