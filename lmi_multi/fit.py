@@ -11,7 +11,7 @@ the instances.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args
 
@@ -49,6 +49,9 @@ class Network:
     dtype: DtypeName
     quantize: QuantizeName | None
     is_artifact: bool
+    _known: dict[tuple[DtypeName, QuantizeName | None, int], int] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def formats(self) -> list[tuple[DtypeName, QuantizeName | None]]:
         """The combinations of dtype and quantization that can be loaded."""
@@ -59,8 +62,11 @@ class Network:
 
     def weight_bytes(self, dtype: DtypeName, quantize: QuantizeName | None, degree: int) -> int:
         """Bytes of weights on each of `degree` ranks."""
-        stored = stored_tensors(self.spec, self.tensors, dtype, quantize)
-        return sum(tensor.nbytes(degree) for tensor in stored)
+        key = (dtype, quantize, degree)
+        if key not in self._known:  # the same for every instance
+            stored = stored_tensors(self.spec, self.tensors, dtype, quantize)
+            self._known[key] = sum(tensor.nbytes(degree) for tensor in stored)
+        return self._known[key]
 
 
 def read_network(source: str | Path, revision: str | None = None) -> Network:

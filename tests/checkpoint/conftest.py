@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 
+from lmi_multi.checkpoint.artifact import Artifact
+from lmi_multi.checkpoint.convert import convert
+
 from . import s3_server
 from .tiny import llama_state, write
 
@@ -19,6 +22,12 @@ from .tiny import llama_state, write
 def checkpoint(tmp_path: Path) -> Path:
     """A fresh Llama checkpoint that the test may break."""
     return write(tmp_path / "checkpoint", llama_state())
+
+
+@pytest.fixture
+def artifact(checkpoint: Path, tmp_path: Path) -> Artifact:
+    """That checkpoint in bf16, for two ranks."""
+    return convert(checkpoint, tmp_path / "artifact", dtype="bf16", tensor_parallel=2)
 
 
 @pytest.fixture(autouse=True)

@@ -78,6 +78,11 @@ class Door:
         return {entry["Key"].removeprefix(f"{prefix}/") for entry in page.get("Contents", ())}
 
 
+def names(folder: Path) -> set[str]:
+    """The names of a folder's files."""
+    return {path.name for path in folder.iterdir()}
+
+
 @contextmanager
 def serve(upstream: tuple[str, int], client: Any) -> Iterator[Door]:
     """Run a door before the server at `upstream`; `client` talks to the server directly."""

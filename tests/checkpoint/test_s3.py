@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -18,7 +16,6 @@ import lmi_multi
 from lmi_multi.checkpoint import convert as converting
 from lmi_multi.checkpoint.artifact import Artifact
 from lmi_multi.checkpoint.cache import open_or_convert
-from lmi_multi.checkpoint.convert import convert
 from lmi_multi.checkpoint.inspect import describe
 from lmi_multi.checkpoint.s3.address import Address
 from lmi_multi.checkpoint.s3.download import download, download_rank
@@ -27,12 +24,8 @@ from lmi_multi.cli.main import run
 from lmi_multi.errors import CheckpointError, OptionError
 from tests.families import FAMILIES
 
-from .s3_server import BUCKET, Door, Fault
+from .s3_server import BUCKET, Door, names
 from .tiny import llama_state, write, write_sharded
-
-
-def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
 
 
 def fetched(door: Door) -> set[str]:
@@ -200,11 +193,6 @@ def test_progress_counts_every_byte(s3: Door, checkpoint: Path) -> None:
 # Artifacts
 
 
-@pytest.fixture
-def artifact(checkpoint: Path, tmp_path: Path) -> Artifact:
-    return convert(checkpoint, tmp_path / "artifact", dtype="bf16", tensor_parallel=2)
-
-
 def test_artifacts_open_where_they_land(
     s3: Door, artifact: Artifact, monkeypatch: pytest.MonkeyPatch, cache: Path
 ) -> None:
@@ -274,173 +262,6 @@ def test_one_rank_fetches_only_its_shard(s3: Door, artifact: Artifact) -> None:
         own.load_rank(0, 2)
     with pytest.raises(CheckpointError, match=r"the artifact has no rank-2-of-2.safetensors"):
         download_rank(address, 2)
-
-
-# Uploads
-
-
-def test_publish_then_load(s3: Door, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    target = f"s3://{BUCKET}/published"
-    args = ["convert", str(checkpoint), target, "--dtype", "bf16", "--tensor-parallel", "2"]
-    assert run(args) == 0
-    assert capsys.readouterr().out == f"{target}\n"
-    puts = [request.name for request in s3.requests if request.method == "PUT"]
-    assert puts[-1] == "lmi_multi.json" and puts.count("lmi_multi.json") == 1
-    opened = open_or_convert(target, tensor_parallel=2, verify=True)
-    assert opened.dtype == "bf16" and opened.manifest.source.name == str(checkpoint)
-    assert names(opened.folder) == s3.keys("published")
-
-
-def test_publish_an_artifact(s3: Door, artifact: Artifact) -> None:
-    target = f"s3://{BUCKET}/as-it-is"
-    assert run(["convert", str(artifact.folder), target, "--tensor-parallel", "2"]) == 0
-    assert s3.keys("as-it-is") == names(artifact.folder)
-    assert run(["convert", str(artifact.folder), target, "--tensor-parallel", "4"]) == 2
-
-
-def test_half_an_upload_is_no_artifact(s3: Door, artifact: Artifact) -> None:
-    from lmi_multi.checkpoint.s3.upload import upload
-
-    address = Address.parse(f"s3://{BUCKET}/half")
-    upload(artifact, address)
-    again = convert(artifact.manifest.source.name, artifact.folder.parent / "b", tensor_parallel=2)
-
-    refuse = Fault(403, b"<Error><Code>AccessDenied</Code></Error>")
-    s3.fault = lambda r: refuse if r.method == "PUT" and r.name.startswith("rank-1") else None
-    with pytest.raises(CheckpointError, match=r"s3://models/half/rank-1.*access denied"):
-        upload(again, address)
-    s3.fault = lambda r: None
-    assert "lmi_multi.json" not in s3.keys("half")
-    with pytest.raises(CheckpointError, match="holds no weights"):
-        resolve(str(address))
-    s3.requests.clear()
-    upload(again, address)
-    puts = [request.name for request in s3.requests if request.method == "PUT"]
-    assert "rank-0-of-2.safetensors" not in puts and puts[-1] == "lmi_multi.json"
-    assert open_or_convert(str(address), verify=True).dtype == "fp32"
-
-
-def test_upload_replaces_other_degrees(s3: Door, artifact: Artifact, checkpoint: Path) -> None:
-    from lmi_multi.checkpoint.s3.upload import upload
-
-    address = Address.parse(f"s3://{BUCKET}/replaced")
-    upload(artifact, address)
-    upload(convert(checkpoint, artifact.folder.parent / "one"), address)
-    assert {name for name in s3.keys("replaced") if name.startswith("rank")} == {
-        "rank-0-of-1.safetensors"
-    }
-    assert open_or_convert(str(address)).tensor_parallel == 1
-
-
-def test_upload_replaces_nothing_else(s3: Door, artifact: Artifact, checkpoint: Path) -> None:
-    from lmi_multi.checkpoint.s3.upload import upload
-
-    address = Address.parse(s3.put("taken", checkpoint))
-    before = s3.keys("taken")
-    with pytest.raises(CheckpointError, match=r"s3://models/taken/ is not empty.*model.safetensor"):
-        upload(artifact, address)
-    assert s3.keys("taken") == before
-    with pytest.raises(OptionError, match="`publish` writes to S3"):
-        convert(checkpoint, str(address))
-
-
-# Transports
-
-
-def test_crt(s3: Door, artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("awscrt")
-    monkeypatch.setenv("LMI_MULTI_S3", "crt")
-    opened = open_or_convert(s3.put("crt", artifact.folder), verify=True)
-    assert names(opened.folder) == names(artifact.folder)
-    assert s3.data and all(request.if_match and request.range for request in s3.data)
-    assert all("X-Amz-Algorithm=AWS4" in request.query for request in s3.data)
-
-
-S5CMD = """#!{python}
-import json, os, pathlib, sys
-import boto3
-
-args = sys.argv[1:]
-with open({log!r}, "a") as log:
-    log.write(json.dumps(args) + "\\n")
-url, path = args[-2:]
-if os.environ.get("FAIL"):
-    sys.exit("ERROR first\\nERROR last words")
-bucket, _, key = url.removeprefix("s3://").partition("/")
-client = boto3.client("s3", endpoint_url=args[args.index("--endpoint-url") + 1])
-data = client.get_object(Bucket=bucket, Key=key)["Body"].read()
-pathlib.Path(path).write_bytes(data[: int(os.environ.get("CUT") or len(data))])
-"""
-
-
-@pytest.fixture
-def s5cmd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A stand-in for the command, and the log of its arguments."""
-    log, command = tmp_path / "s5cmd.log", tmp_path / "bin" / "s5cmd"
-    command.parent.mkdir()
-    command.write_text(S5CMD.format(python=sys.executable, log=str(log)))
-    command.chmod(0o755)
-    monkeypatch.setenv("PATH", str(command.parent), prepend=os.pathsep)
-    monkeypatch.setenv("LMI_MULTI_S3", "s5cmd")
-    return log
-
-
-def calls(log: Path) -> list[Sequence[str]]:
-    return [json.loads(line) for line in log.read_text().splitlines()]
-
-
-def test_s5cmd(s3: Door, artifact: Artifact, s5cmd: Path) -> None:
-    opened = open_or_convert(s3.put("s5", artifact.folder), verify=True)
-    assert names(opened.folder) == names(artifact.folder)
-    urls = {args[-2] for args in calls(s5cmd)}
-    assert urls == {
-        f"s3://models/s5/{name}" for name in names(artifact.folder) - {"lmi_multi.json"}
-    }
-
-
-def test_s5cmd_is_checked_and_resumed(
-    s3: Door, checkpoint: Path, s5cmd: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    url = s3.put("s5", checkpoint)
-    monkeypatch.setenv("FAIL", "1")
-    with pytest.raises(CheckpointError, match=r"config.json: s5cmd ended with 1 .*last words"):
-        resolve(url)
-    monkeypatch.delenv("FAIL")
-    monkeypatch.setenv("CUT", "3")
-    with pytest.raises(CheckpointError, match=r"came with 3 bytes, expected \d+"):
-        resolve(url)
-    monkeypatch.delenv("CUT")
-    assert names(resolve(url).folder) == names(checkpoint)
-    s3.client.put_object(Bucket=BUCKET, Key="s5/tokenizer.json", Body=b"{}")
-    resolve(url)
-
-
-def test_s5cmd_alters_weights(
-    s3: Door, artifact: Artifact, s5cmd: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = artifact.folder / "rank-1-of-2.safetensors"
-    good = path.read_bytes()
-    path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
-    with pytest.raises(CheckpointError, match=r"rank-1.* has sha256"):
-        resolve(s3.put("s5", artifact.folder))
-    path.write_bytes(good)
-    resolve(s3.put("s5", artifact.folder))
-
-
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
-        ("wget", "LMI_MULTI_S3 is 'wget', must be one of auto, boto3, crt, s5cmd"),
-        ("s5cmd", "LMI_MULTI_S3 is 's5cmd', but there is no such command"),
-    ],
-)
-def test_transports_that_are_not_there(
-    s3: Door, monkeypatch: pytest.MonkeyPatch, value: str, message: str
-) -> None:
-    monkeypatch.setenv("LMI_MULTI_S3", value)
-    monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(OptionError, match=message):
-        resolve("s3://models/x")
 
 
 # The command line, and what an import costs
