@@ -16,7 +16,7 @@ from lmi_multi.ops.paged import PagedAttention, PagedCache
 
 from .ops import Scratch
 
-LEAST_SPLIT = 64  # tokens: with fewer a block costs more than it saves
+LEAST_SPLIT = 128  # tokens: with fewer a block costs more than it saves
 MOST_SPLITS = 32
 
 

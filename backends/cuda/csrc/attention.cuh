@@ -10,8 +10,9 @@
 
 namespace lmi {
 
-constexpr int ATTENTION_THREADS = 128, ATTENTION_WARPS = ATTENTION_THREADS / 32;
-constexpr int KEYS = 4;  // at once in a lane
+constexpr int ATTENTION_THREADS = 256, ATTENTION_WARPS = ATTENTION_THREADS / 32;
+template <typename T>
+constexpr int KEYS = 8 / sizeof(T);  // at once in a lane; as many more are under way
 constexpr float LOG2E = 1.44269504f;
 
 // exp2(from - to), where nothing at all (-inf) stays nothing.
@@ -19,25 +20,58 @@ __device__ inline float rescale(float from, float to) {
   return from == -INFINITY ? 0.0f : exp2f(from - to);
 }
 
+// Eight elements as they lie in memory.
+template <typename T>
+struct Raw {
+  uint4 bits[sizeof(T) / 2] = {};
+
+  __device__ void read(const T* from) {
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(T) / 2); ++i) {
+      bits[i] = reinterpret_cast<const uint4*>(from)[i];
+    }
+  }
+
+  __device__ void write(T* to) const {
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(T) / 2); ++i) {
+      reinterpret_cast<uint4*>(to)[i] = bits[i];
+    }
+  }
+
+  __device__ void pack(const float (&x)[8]) { store8(reinterpret_cast<T*>(bits), x); }
+  __device__ void unpack(float (&x)[8]) const { load8(reinterpret_cast<const T*>(bits), x); }
+};
+
+// Keys, values, and how far back they are; negative: there is none.
+template <typename T>
+struct Keys {
+  Raw<T> k[KEYS<T>], v[KEYS<T>];
+  int distances[KEYS<T>];
+};
+
 // What a group of lanes has seen: the largest score (base 2), the sum of weights, and its
 // features of the weighted values.
 struct Softmax {
   float top = -INFINITY, sum = 0, values[8] = {};
 
-  __device__ void add(const float (&scores)[KEYS], const float (&v)[KEYS][8]) {
+  template <typename T>
+  __device__ void add(const float (&scores)[KEYS<T>], const Raw<T> (&v)[KEYS<T>]) {
     float highest = top;
 #pragma unroll
-    for (int j = 0; j < KEYS; ++j) highest = fmaxf(highest, scores[j]);
+    for (int j = 0; j < KEYS<T>; ++j) highest = fmaxf(highest, scores[j]);
     const float kept = rescale(top, highest);
     sum *= kept;
 #pragma unroll
     for (int i = 0; i < 8; ++i) values[i] *= kept;
 #pragma unroll
-    for (int j = 0; j < KEYS; ++j) {
+    for (int j = 0; j < KEYS<T>; ++j) {
       const float weight = rescale(scores[j], highest);
       sum += weight;
+      float own[8];
+      v[j].unpack(own);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) values[i] += weight * v[j][i];
+      for (int i = 0; i < 8; ++i) values[i] += weight * own[i];
     }
     top = highest;
   }
@@ -60,34 +94,40 @@ __device__ inline float sum_over(float x, int width) {
   return x;
 }
 
-// A lane's features of a new q or k head: normalized, rotated in half-split layout.
+// A lane's features of a new q or k head: normalized, rotated in half-split layout. There are no
+// branches around loads, so that they are all under way at once.
 template <typename T>
 __device__ void new_head(const AttentionParams& p, const T* head, int row, Operand norm,
                          float (&x)[8]) {
   const int first = threadIdx.x % p.width * 8;
   const bool active = first < p.dim;
-  if (active) load8(head + first, x);
-  float factor = 1;
+  load8(head + (active ? first : 0), x);
+  float partner[8], cos[8], sin[8];
+  int other[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const int at = active ? first + i : i;
+    const bool turned = at < 2 * p.pairs;
+    const int pair = at < p.pairs ? at : at - p.pairs;
+    other[i] = !turned ? at : at < p.pairs ? at + p.pairs : pair;
+    partner[i] = p.pairs ? widen(head[other[i]]) : 0;
+    cos[i] = turned ? p.cos[row * p.pairs + pair] : 1;
+    sin[i] = turned ? p.sin[row * p.pairs + pair] : 0;
+    if (at < p.pairs) sin[i] = -sin[i];
+  }
   if (norm.data) {
     float squares = 0;
 #pragma unroll
     for (int i = 0; i < 8; ++i) squares += active ? x[i] * x[i] : 0;
-    factor = rsqrtf(sum_over(squares, p.width) / p.dim + p.eps);
-  }
-  const auto normalized = [&](float value, int at) {
-    return norm.data ? widen(narrow<T>(value * factor * load(norm, at))) : value;
-  };
+    const float factor = rsqrtf(sum_over(squares, p.width) / p.dim + p.eps);
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const int at = first + i;
-    x[i] = active ? normalized(x[i], at) : 0;
-    if (!active || !p.cos || at >= 2 * p.pairs) continue;
-    const bool lower = at < p.pairs;
-    const int other = lower ? at + p.pairs : at - p.pairs, pair = lower ? at : other;
-    const float partner = normalized(widen(head[other]), other);
-    const float cos = p.cos[row * p.pairs + pair], sin = p.sin[row * p.pairs + pair];
-    x[i] = lower ? x[i] * cos - partner * sin : x[i] * cos + partner * sin;
+    for (int i = 0; i < 8; ++i) {  // rounded, as the norm by itself would be
+      x[i] = widen(narrow<T>(x[i] * factor * load(norm, active ? first + i : i)));
+      partner[i] = widen(narrow<T>(partner[i] * factor * load(norm, other[i])));
+    }
   }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) x[i] = active ? x[i] * cos[i] + partner[i] * sin[i] : 0;
 }
 
 // What the position adds to the score of a key `distance` back, in base 2.
@@ -98,100 +138,107 @@ __device__ inline float position_bias(const AttentionParams& p, int head, int di
   return bias * LOG2E;
 }
 
-template <int G>
-__device__ void fold(const AttentionParams& p, Softmax (&of)[G], const float (&q)[G][8],
-                     const float (&k)[KEYS][8], const float (&v)[KEYS][8],
-                     const int (&distances)[KEYS], int first_head, int count) {
-#pragma unroll
-  for (int g = 0; g < G; ++g) {
-    if (g >= count) break;
-    float scores[KEYS];
-#pragma unroll
-    for (int j = 0; j < KEYS; ++j) {
-      float dot = 0;
-#pragma unroll
-      for (int i = 0; i < 8; ++i) dot += q[g][i] * k[j][i];
-      dot = sum_over(dot, p.width);
-      const bool seen = distances[j] >= 0;
-      scores[j] = seen ? dot + position_bias(p, first_head + g, distances[j]) : -INFINITY;
-    }
-    of[g].add(scores, v);
-  }
-}
-
-// Tokens from `begin` to `end` that lie in the cache.
+// Take in some keys. Heads beyond `last_head` repeat it.
 template <typename T, int G>
-__device__ void fold_cached(const AttentionParams& p, Softmax (&of)[G], const float (&q)[G][8],
-                            int row, int kv, int begin, int end, int length, int first_head,
-                            int count) {
-  const int groups = 32 / p.width, lane = threadIdx.x % 32;
-  const int worker = threadIdx.x / 32 * groups + lane / p.width;
-  const int workers = ATTENTION_WARPS * groups, first = lane % p.width * 8;
-  for (int base = begin; base < end; base += workers * KEYS) {
-    float k[KEYS][8] = {}, v[KEYS][8] = {};
-    int distances[KEYS];
+__device__ void fold(const AttentionParams& p, Softmax (&of)[G], const float (&q)[G][8],
+                     const Keys<T>& keys, int first_head, int last_head) {
+  float bias[G][KEYS<T>], scores[G][KEYS<T>] = {};
 #pragma unroll
-    for (int j = 0; j < KEYS; ++j) {
-      const int key = base + worker + j * workers;
-      distances[j] = key < end ? length - 1 - key : -1;
-      if (key < end && first < p.dim) {
-        const int block = p.table[row * p.table_width + (key >> p.block_shift)];
-        const int64_t slot =
-            (static_cast<int64_t>(block) << p.block_shift) + (key & ((1 << p.block_shift) - 1));
-        const int64_t at = (slot * p.kv_heads + kv) * p.dim + first;
-        load8(static_cast<const T*>(p.k) + at, k[j]);
-        load8(static_cast<const T*>(p.v) + at, v[j]);
+  for (int j = 0; j < KEYS<T>; ++j) {
+    float k[8];
+    keys.k[j].unpack(k);
+#pragma unroll
+    for (int g = 0; g < G; ++g) {
+      bias[g][j] = position_bias(p, min(first_head + g, last_head), max(keys.distances[j], 0));
+#pragma unroll
+      for (int i = 0; i < 8; ++i) scores[g][j] += q[g][i] * k[i];
+    }
+  }
+  for (int offset = p.width / 2; offset > 0; offset /= 2) {
+#pragma unroll
+    for (int g = 0; g < G; ++g) {
+#pragma unroll
+      for (int j = 0; j < KEYS<T>; ++j) {
+        scores[g][j] += __shfl_xor_sync(~0u, scores[g][j], offset);
       }
     }
-    fold(p, of, q, k, v, distances, first_head, count);
+  }
+#pragma unroll
+  for (int g = 0; g < G; ++g) {
+#pragma unroll
+    for (int j = 0; j < KEYS<T>; ++j) {
+      scores[g][j] = keys.distances[j] < 0 ? -INFINITY : scores[g][j] + bias[g][j];
+    }
+    of[g].template add<T>(scores[g], keys.v);
   }
 }
 
-// The new token, which the first group of lanes takes, and writes to the cache. All lanes of the
+// Where a token's features lie in the cache, for this lane.
+__device__ inline int64_t slot_of(const AttentionParams& p, int row, int kv, int token, int first) {
+  const int64_t block = p.table[row * p.table_width + (token >> p.block_shift)];
+  const int64_t slot = (block << p.block_shift) + (token & ((1 << p.block_shift) - 1));
+  return (slot * p.kv_heads + kv) * p.dim + first;
+}
+
+// Start reading every `step`-th key from `key` on, up to `end`.
+template <typename T>
+__device__ void read(const AttentionParams& p, int row, int kv, int key, int step, int end,
+                     int length, Keys<T>& to) {
+  const int first = threadIdx.x % p.width * 8;
+#pragma unroll
+  for (int j = 0; j < KEYS<T>; ++j) {
+    const int at = key + j * step;
+    to.distances[j] = at < end ? length - 1 - at : -1;
+    if (at < end && first < p.dim) {
+      const int64_t slot = slot_of(p, row, kv, at, first);
+      to.k[j].read(static_cast<const T*>(p.k) + slot);
+      to.v[j].read(static_cast<const T*>(p.v) + slot);
+    }
+  }
+}
+
+// The new token, which the first lanes of a warp take, and write to the cache. All lanes of the
 // warp come here, since they shuffle.
 template <typename T, int G>
 __device__ void fold_new(const AttentionParams& p, Softmax (&of)[G], const float (&q)[G][8],
-                         int row, int kv, int length, int first_head, int count, bool write) {
+                         int row, int kv, int length, int first_head, int last_head, bool write) {
   const int64_t from = row * p.q_stride + static_cast<int64_t>(kv) * p.dim;
-  const int first = threadIdx.x % p.width * 8;
-  const bool own = threadIdx.x < p.width, active = own && first < p.dim;
-  float k[KEYS][8] = {}, v[KEYS][8] = {};
-  new_head(p, static_cast<const T*>(p.new_k) + from, row, p.k_norm, k[0]);
-#pragma unroll
-  for (int i = 0; i < 8; ++i) k[0][i] = widen(narrow<T>(k[0][i]));  // as the cache will hold it
-  if (first < p.dim) load8(static_cast<const T*>(p.new_v) + from + first, v[0]);
-  if (write && active) {
-    const int token = length - 1;
-    const int block = p.table[row * p.table_width + (token >> p.block_shift)];
-    const int64_t slot =
-        (static_cast<int64_t>(block) << p.block_shift) + (token & ((1 << p.block_shift) - 1));
-    const int64_t at = (slot * p.kv_heads + kv) * p.dim + first;
-    store8(static_cast<T*>(p.k) + at, k[0]);
-    store8(static_cast<T*>(p.v) + at, v[0]);
+  const int lane = threadIdx.x % 32, first = lane % p.width * 8;
+  const bool active = first < p.dim;
+  Keys<T> keys;
+  float k[8];
+  if (active) keys.v[0].read(static_cast<const T*>(p.new_v) + from + first);
+  new_head(p, static_cast<const T*>(p.new_k) + from, row, p.k_norm, k);
+  keys.k[0].pack(k);
+  if (write && active && lane < p.width) {
+    const int64_t slot = slot_of(p, row, kv, length - 1, first);
+    keys.k[0].write(static_cast<T*>(p.k) + slot);
+    keys.v[0].write(static_cast<T*>(p.v) + slot);
   }
-  int distances[KEYS];
 #pragma unroll
-  for (int j = 0; j < KEYS; ++j) distances[j] = own && j == 0 ? 0 : -1;
-  fold(p, of, q, k, v, distances, first_head, count);
+  for (int j = 0; j < KEYS<T>; ++j) keys.distances[j] = lane < p.width && j == 0 ? 0 : -1;
+  fold(p, of, q, keys, first_head, last_head);
 }
 
-// Feature d of a head from `parts` softmaxes: `top` and `sum` are `step` floats apart, and so are
-// the values. Volatile loads: what other blocks wrote may not come from a stale cache line.
-__device__ inline float merged(const float* values, const float* top, int parts, int step,
-                               float& highest, float& total) {
-  highest = -INFINITY, total = 0;
-  float value = 0;
-  for (int i = 0; i < parts; ++i) highest = fmaxf(highest, __ldcg(top + i * step));
-  for (int i = 0; i < parts; ++i) {
-    const float weight = rescale(__ldcg(top + i * step), highest);
-    total += __ldcg(top + i * step + 1) * weight;
-    value += __ldcg(values + i * step) * weight;
+// Feature d of a head from the splits' softmaxes, `step` floats apart. Past the L1 cache: what
+// other blocks wrote may not come from a stale line.
+__device__ inline float merged(const float* part, int d, int dim, int splits) {
+  const int step = dim + 2;
+  float top = -INFINITY, sum = 0, value = 0;
+#pragma unroll 4
+  for (int i = 0; i < splits; ++i) top = fmaxf(top, __ldcg(part + i * step + dim));
+#pragma unroll 4
+  for (int i = 0; i < splits; ++i) {
+    const float weight = rescale(__ldcg(part + i * step + dim), top);
+    sum += __ldcg(part + i * step + dim + 1) * weight;
+    value += __ldcg(part + i * step + d) * weight;
   }
-  return value;
+  return sum > 0 ? value / sum : 0;
 }
 
 template <typename T, int G>
-__global__ void __launch_bounds__(ATTENTION_THREADS) attention_kernel(const AttentionParams p) {
+__global__ void __launch_bounds__(ATTENTION_THREADS, G == 1 ? 2 : 1)
+    attention_kernel(const AttentionParams p) {
   // Of each warp and head: values, then top and sum.
   __shared__ float partial[ATTENTION_WARPS][G][MOST_HEAD_DIM + 2];
   const int split = blockIdx.x, row = blockIdx.z, group = p.heads / p.kv_heads;
@@ -203,28 +250,43 @@ __global__ void __launch_bounds__(ATTENTION_THREADS) attention_kernel(const Atte
   const int share = (length - start + p.splits - 1) / p.splits;
   const int begin = start + split * share, end = min(length, begin + share);
 
+  const int last_head = first_head + count - 1;
+  const bool newest = p.new_k && end == length && begin < end;
+  const int cached = newest ? end - 1 : end;
+
+  const int workers = ATTENTION_THREADS / p.width, own = begin + threadIdx.x / p.width;
+  Keys<T> next;
+  read(p, row, kv, own, workers, cached, length, next);
+  float q[G][8];
+  const T* heads = static_cast<const T*>(p.q) + row * p.q_stride;
+#pragma unroll
+  for (int g = 0; g < G; ++g) {
+    const int head = min(first_head + g, last_head);
+    new_head(p, heads + static_cast<int64_t>(head) * p.dim, row, p.q_norm, q[g]);
+  }
+#pragma unroll
+  for (int g = 0; g < G; ++g) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) q[g][i] *= p.scale * LOG2E;
+  }
   Softmax of[G];
-  if (begin < end) {
-    float q[G][8] = {};
-    const T* heads = static_cast<const T*>(p.q) + row * p.q_stride;
-#pragma unroll
-    for (int g = 0; g < G; ++g) {
-      if (g >= count) break;
-      new_head(p, heads + static_cast<int64_t>(first_head + g) * p.dim, row, p.q_norm, q[g]);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) q[g][i] *= p.scale * LOG2E;
-    }
-    const bool newest = p.new_k && end == length;
-    fold_cached<T, G>(p, of, q, row, kv, begin, newest ? end - 1 : end, length, first_head, count);
-    if (newest && threadIdx.x < 32) {
-      fold_new<T, G>(p, of, q, row, kv, length, first_head, count, chunk == 0);
-    }
+  // The last warp takes the new token: it has the fewest others.
+  if (newest && threadIdx.x / 32 == ATTENTION_WARPS - 1) {
+    fold_new<T, G>(p, of, q, row, kv, length, first_head, last_head, chunk == 0);
+  }
+  for (int done = 0; begin + done < cached; done += workers * KEYS<T>) {
+    const Keys<T> now = next;
+    read(p, row, kv, own + done + workers * KEYS<T>, workers, cached, length, next);
+    fold(p, of, q, now, first_head, last_head);
   }
 
   const int lane = threadIdx.x % 32;
+  for (int offset = p.width; offset < 32; offset *= 2) {
+#pragma unroll
+    for (int g = 0; g < G; ++g) of[g].merge_lane(offset);
+  }
 #pragma unroll
   for (int g = 0; g < G; ++g) {
-    for (int offset = p.width; offset < 32; offset *= 2) of[g].merge_lane(offset);
     float* mine = partial[threadIdx.x / 32][g];
     if (lane < p.width && lane * 8 < p.dim) {
 #pragma unroll
@@ -259,10 +321,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS) attention_kernel(const Atte
   if (p.splits == 1 || !is_last_part(p.counters + row * gridDim.y + blockIdx.y, p.splits)) return;
   for (int i = threadIdx.x; i < count * p.dim; i += ATTENTION_THREADS) {
     const int g = i / p.dim, d = i % p.dim;
-    const float* part = work + g * p.splits * (p.dim + 2);
-    float top, sum;
-    const float value = merged(part + d, part + p.dim, p.splits, p.dim + 2, top, sum);
-    out[i] = narrow<T>(sum > 0 ? value / sum : 0);
+    out[i] = narrow<T>(merged(work + g * p.splits * (p.dim + 2), d, p.dim, p.splits));
   }
 }
 

@@ -129,7 +129,8 @@ bool run_linear(Tensor x, Tensor weight, Maybe scale, Maybe bias, Maybe norm_wei
                             .inputs = static_cast<int>(inputs),
                             .outputs = static_cast<int>(outputs),
                             .tiles = static_cast<int>(tiles),
-                            .slice = 0};
+                            .slice = 0,
+                            .slots = 0};
   const lmi::Resources use{device_of(x), stream_of(x), static_cast<int>(splits), work.numel()};
   switch (type) {
     case lmi::Type::float16: return lmi::linear_float16(p, use);

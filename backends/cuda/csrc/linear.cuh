@@ -2,27 +2,21 @@
 //
 // A block keeps its rows of x, normalized, in shared memory, and goes through tiles of sixteen
 // weight rows (gated: eight of the gate, eight of what it gates). Its eight warps share the
-// features of a tile, so every weight byte is read once, straight into registers, and the next
-// step's bytes are under way while this one's are multiplied. Where x does not fit, features are
-// also shared among `splits` blocks, the last of which finishes.
+// features of a tile, so every weight byte is read once. Where x does not fit, features are also
+// shared among `splits` blocks, the last of which finishes.
 #pragma once
 
-#include "linear.h"
 #include "moments.cuh"
-#include "product.cuh"
+#include "stream.cuh"
 
 namespace lmi {
 
-constexpr int THREADS = 256, WARPS = THREADS / 32;
-constexpr int IN_FLIGHT = 8;  // loads of 16 bytes a lane
-
-template <typename W>
-constexpr int STEP_BLOCKS = IN_FLIGHT / LOADS<W>;  // blocks of features a warp and step
+constexpr int PAD = 128;  // x in shared memory is filled up to a multiple of this
 
 template <typename X>
 __host__ __device__ constexpr int row_stride(int features) {
   // A multiple of 128 bytes and 64 more: rows g and g + 1 then lie in different banks.
-  return (features + BLOCK - 1) / BLOCK * BLOCK + 64 / static_cast<int>(sizeof(X));
+  return (features + PAD - 1) / PAD * PAD + 64 / static_cast<int>(sizeof(X));
 }
 
 __device__ inline float activate(float x, Activation kind) {
@@ -36,57 +30,20 @@ __device__ inline float activate(float x, Activation kind) {
   }
 }
 
-// The tile's weight row that a lane loads as its lower or upper one; the last one twice if need be.
-__device__ inline int weight_row(const LinearParams& p, int tile, int upper) {
-  const int g = threadIdx.x % 32 / 4;
-  if (!p.gated) return min(tile * 16 + upper * 8 + g, p.outputs - 1);
-  return upper * (p.outputs / 2) + min(tile * 8 + g, p.outputs / 2 - 1);
-}
-
-template <typename W>
-__device__ void load_step(const LinearParams& p, int tile, int step, int begin, int end,
-                          uint4 (&to)[IN_FLIGHT]) {
-  constexpr int PER_LOAD = 16 / sizeof(W), HALF = LOADS<W> / 2;
-  const int warp = threadIdx.x / 32, t = threadIdx.x % 4;
-  const int first = begin + (step * WARPS + warp) * STEP_BLOCKS<W> * BLOCK + t * PER_LOAD;
-#pragma unroll
-  for (int upper = 0; upper < 2; ++upper) {
-    const W* row = static_cast<const W*>(p.weight) +
-                   static_cast<int64_t>(weight_row(p, tile, upper)) * p.inputs;
-#pragma unroll
-    for (int block = 0; block < STEP_BLOCKS<W>; ++block) {
-#pragma unroll
-      for (int i = 0; i < HALF; ++i) {
-        const int at = first + block * BLOCK + i * 4 * PER_LOAD;
-        uint4& value = to[block * LOADS<W> + upper * HALF + i];
-        value = make_uint4(0, 0, 0, 0);
-        if (at < end) {
-          asm("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
-              : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-              : "l"(row + at));
-        }
-      }
-    }
-  }
-}
-
 // Bring the start of the block's first tile into L2, while the last kernel still runs.
 template <typename W>
 __device__ void prefetch(const LinearParams& p, int tile, int begin, int end) {
   constexpr int LINE = 128 / sizeof(W), MOST_LINES = 64;
   const int lines = min((end - begin + LINE - 1) / LINE, MOST_LINES);
-  for (int i = threadIdx.x; i < 16 * lines; i += THREADS) {
-    const int r = i / lines;
-    const int row = p.gated ? r / 8 * (p.outputs / 2) + min(tile * 8 + r % 8, p.outputs / 2 - 1)
-                            : min(tile * 16 + r, p.outputs - 1);
-    const W* line = static_cast<const W*>(p.weight) + static_cast<int64_t>(row) * p.inputs + begin +
-                    i % lines * LINE;
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
+  for (int i = threadIdx.x; i < TILE * lines; i += THREADS) {
+    const W* row = static_cast<const W*>(p.weight) +
+                   static_cast<int64_t>(weight_row(p, tile, i / lines)) * p.inputs;
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(row + begin + i % lines * LINE));
   }
 }
 
 // Put features begin to end of every row of x into shared memory, normalized if there is a norm,
-// zeros up to a whole block. `scratch` holds a Moments a warp.
+// zeros up to a whole unit. `scratch` holds a Moments a warp.
 template <typename X, typename W>
 __device__ void stage(const LinearParams& p, int begin, int end, X* to, Moments* scratch) {
   // One to eight rows at a time: a warp, or several, for each.
@@ -191,67 +148,67 @@ __device__ void finish_tile(const LinearParams& p, int tile, const float (&own)[
   if (mine) put_both(p, tile, lane / 4, n * 8 + lane % 4 * 2 + c, sum.x, sum.y);
 }
 
+template <int NT>
+constexpr int PARTIALS = WARPS * NT * 4 * 32;
+
 template <typename Product, int NT>
-__global__ void __launch_bounds__(THREADS, Product::AT_ONCE) linear_kernel(const LinearParams p) {
+__global__ void __launch_bounds__(THREADS, Product::AT_ONCE)
+    linear_kernel(const LinearParams p) {
   using X = typename Product::X;
   using W = typename Product::W;
-  extern __shared__ __align__(16) unsigned char shared[];
-  constexpr int PARTIALS = WARPS * NT * 4 * 32;
-  float* partial = reinterpret_cast<float*>(shared);  // two buffers: one barrier a tile is enough
-  X* x = reinterpret_cast<X*>(partial + 2 * PARTIALS);
+  // The warps' rings, two buffers of partial sums (one barrier a tile is enough then), and x.
+  extern __shared__ __align__(128) unsigned char shared[];
+  float* partial = reinterpret_cast<float*>(shared + WARPS * p.slots * SLOT_BYTES);
+  X* x = reinterpret_cast<X*>(partial + 2 * PARTIALS<NT>);
   const int begin = blockIdx.y * p.slice, end = min(p.inputs, begin + p.slice);
 
   let_next_start();
   prefetch<W>(p, blockIdx.x, begin, end);
   wait_for_last();
-  uint4 next[IN_FLIGHT];
-  load_step<W>(p, blockIdx.x, 0, begin, end, next);
+  Stream<W> weights(p, shared, begin, end);
+  weights.fill();
   stage<X, W>(p, begin, end, x, reinterpret_cast<Moments*>(partial));
   __syncthreads();
 
-  constexpr int STEP = WARPS * STEP_BLOCKS<W> * BLOCK;
-  const int steps = (end - begin + STEP - 1) / STEP, stride = row_stride<X>(end - begin);
-  const int own = threadIdx.x / 32 * STEP_BLOCKS<W> * BLOCK;
+  const int units = weights.units(), stride = row_stride<X>(end - begin);
   for (int tile = blockIdx.x, turn = 0; tile < p.tiles; tile += gridDim.x, turn ^= 1) {
     Product product;
-    for (int step = 0; step < steps; ++step) {
-      uint4 now[IN_FLIGHT];
-#pragma unroll
-      for (int i = 0; i < IN_FLIGHT; ++i) now[i] = next[i];
-      const bool over = step + 1 == steps;
-      const int next_tile = over ? tile + gridDim.x : tile;
-      if (next_tile < p.tiles) load_step<W>(p, next_tile, over ? 0 : step + 1, begin, end, next);
-#pragma unroll
-      for (int block = 0; block < STEP_BLOCKS<W>; ++block) {
-        const int at = step * STEP + own + block * BLOCK;
-        if (begin + at < end) product.add(now + block * LOADS<W>, x + at, stride, p.rows);
-      }
+    for (int unit = threadIdx.x / 32; unit < units; unit += WARPS) {
+      product.add(weights.next(), x + unit * UNIT<W>, stride, p.rows);
     }
     float sums[NT][4];
     product.finish(sums);
-    finish_tile<NT>(p, tile, sums, partial + turn * PARTIALS);
+    finish_tile<NT>(p, tile, sums, partial + turn * PARTIALS<NT>);
   }
 }
 
-constexpr int partial_bytes(int nt) { return 2 * WARPS * nt * 4 * 32 * 4; }
+// How shared memory is used: as few splits as let x fit beside rings of a useful depth, two blocks
+// on a processor if both find room.
+template <typename X, int NT>
+int share_out(LinearParams& p, const Resources& use, int& at_once) {
+  constexpr int SLOT = WARPS * SLOT_BYTES, STATIC = 1024;  // what the system takes is in STATIC
+  const int room = use.gpu.shared_per_processor, most = use.gpu.shared_per_block - STATIC;
+  for (int splits = std::max(use.splits, 1);; ++splits) {
+    p.slice = ((p.inputs + splits - 1) / splits + PAD - 1) / PAD * PAD;
+    const int row = row_stride<X>(std::min(p.slice, p.inputs)) * static_cast<int>(sizeof(X));
+    const int fixed = 2 * PARTIALS<NT> * static_cast<int>(sizeof(float)) + p.rows * row;
+    for (at_once = 2; at_once > 0; --at_once) {
+      p.slots = (std::min(room / at_once - 2 * STATIC, most) - fixed) / SLOT;
+      p.slots = std::min(p.slots, MOST_SLOTS);
+      if (p.slots >= FEWEST_SLOTS) return fixed + p.slots * SLOT;
+    }
+    if (p.slice == PAD) return 0;
+  }
+}
 
-// How the work is shared: as few splits as let x fit, and tiles evenly over what runs at once.
 template <typename Product, int NT>
 bool launch_rows(LinearParams p, const Resources& use) {
-  using X = typename Product::X;
-  const auto shared = [&](int splits) {
-    p.slice = ((p.inputs + splits - 1) / splits + BLOCK - 1) / BLOCK * BLOCK;
-    const int row = row_stride<X>(std::min(p.slice, p.inputs)) * static_cast<int>(sizeof(X));
-    return 2 * WARPS * NT * 4 * 32 * static_cast<int>(sizeof(float)) + p.rows * row;
-  };
-  int splits = std::max(use.splits, 1);
-  while (shared(splits) > use.gpu.shared_per_block - 1024) ++splits;
-  const int bytes = shared(splits);
-  splits = (p.inputs + p.slice - 1) / p.slice;
-  if (splits > 1 && static_cast<int64_t>(p.tiles) * splits * NT * 128 > use.work_floats) return false;
+  int at_once = 0;
+  const int bytes = share_out<typename Product::X, NT>(p, use, at_once);
+  const int splits = (p.inputs + p.slice - 1) / p.slice;
+  const bool enough = static_cast<int64_t>(p.tiles) * splits * NT * 128 <= use.work_floats;
+  if (!bytes || (splits > 1 && !enough)) return false;
 
-  const int room = use.gpu.shared_per_processor / (bytes + 1024);
-  const int at_once = std::max(1, std::min(Product::AT_ONCE, room));
   const int places = std::max(1, use.gpu.processors * at_once / splits);
   const int rounds = (p.tiles + places - 1) / places;
   const dim3 grid((p.tiles + rounds - 1) / rounds, splits);

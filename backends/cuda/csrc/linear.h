@@ -21,7 +21,8 @@ struct LinearParams {
   bool gated;
   float eps;
   int rows, inputs, outputs, tiles;
-  int slice;  // features a block holds
+  int slice;  // features of a block
+  int slots;  // of a warp's ring
 };
 
 struct Resources {

@@ -1,23 +1,24 @@
 // How a warp multiplies sixteen weight rows with eight rows of x: on tensor cores for half types,
 // with fused multiply-adds for float32.
 //
-// Lane (g, t) = (lane / 4, lane % 4) loads 16 bytes at a time of weight rows g and g + 8. Which
-// features these are is the same for weights and x, so their order within a block of 64 does not
-// matter; it is chosen such that both are read in 16 bytes. Results have the layout of mma's C:
-// out[0], out[1]: row g, x rows 2t and 2t + 1; out[2], out[3]: row g + 8.
+// A warp works on units of 16 weight rows by 128 bytes. Lane (g, t) = (lane / 4, lane % 4) holds
+// chunks t and t + 4, of 16 bytes, of rows g and g + 8. Which features these are is the same for
+// weights and x, so their order does not matter; it is chosen such that both are read in 16 bytes.
+// Results have the layout of mma's C: out[0], out[1]: row g, x rows 2t and 2t + 1; out[2], out[3]:
+// row g + 8.
 #pragma once
 
 #include "common.cuh"
 
 namespace lmi {
 
-constexpr int BLOCK = 64;  // features
+constexpr int UNIT_BYTES = 128;
 
 template <typename W>
-constexpr int LOADS = 2 * sizeof(W);  // of 16 bytes, by each lane for one block of 16 rows
+constexpr int UNIT = UNIT_BYTES / sizeof(W);  // features
 
 // Where x's features at, at + 1, ... at + 7 lie in shared memory. A lane has 16 int8 features in
-// one load, but reads x in two: these are put apart, so that reads do not collide.
+// one chunk, but reads x in two: these are put apart, so that reads do not collide.
 template <typename X, typename W>
 __device__ inline int place(int at) {
   if constexpr (sizeof(X) == 2 && sizeof(W) == 1) {
@@ -62,39 +63,47 @@ __device__ inline void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2,
   }
 }
 
+// A lane's chunks: of row g, and of row g + 8.
+struct Chunks {
+  uint4 low[2], high[2];
+};
+
 // x of a half type; NT times eight rows.
 template <typename X_, typename W_, int NT>
 struct TensorProduct {
   using X = X_;
   using W = W_;
-  static constexpr int AT_ONCE = NT < 4 ? 2 : 1;  // blocks on a processor
+  static constexpr int AT_ONCE = 2;  // blocks on a processor that registers must allow
   float sums[NT][4] = {};
 
-  // Eight features of a lane, the first or second half of a block.
-  static __device__ uint4 features(const uint4* loaded, int half) {
-    if constexpr (sizeof(W) == 2) {
-      return loaded[half];
-    } else {
-      const uint32_t low = half ? loaded[0].z : loaded[0].x;
-      const uint32_t high = half ? loaded[0].w : loaded[0].y;
-      return make_uint4(expand(low, 0x4140, X()), expand(low, 0x4342, X()),
-                        expand(high, 0x4140, X()), expand(high, 0x4342, X()));
+  // Rows g and g + 8, eight features a lane, which lie at `b` in row 0 of x.
+  __device__ void add8(const uint4& low, const uint4& high, const X* b, int stride, int rows) {
+    const int g = threadIdx.x % 32 / 4;
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+      const int row = min(n * 8 + g, rows - 1);  // above the last: copies of it, not used
+      const uint4 x = *reinterpret_cast<const uint4*>(b + row * stride);
+      mma<X>(sums[n], low.x, high.x, low.y, high.y, x.x, x.y);
+      mma<X>(sums[n], low.z, high.z, low.w, high.w, x.z, x.w);
     }
   }
 
-  // x: the block's first feature in row 0; rows above the last are copies of it.
-  __device__ void add(const uint4* loaded, const X* x, int stride, int rows) {
-    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  static __device__ uint4 widened(uint32_t first, uint32_t second) {
+    return make_uint4(expand(first, 0x4140, X()), expand(first, 0x4342, X()),
+                      expand(second, 0x4140, X()), expand(second, 0x4342, X()));
+  }
+
+  // x: the unit's first feature in row 0.
+  __device__ void add(const Chunks& w, const X* x, int stride, int rows) {
+    x += threadIdx.x % 4 * 8;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const uint4 low = features(loaded, half);
-      const uint4 high = features(loaded + LOADS<W> / 2, half);
-#pragma unroll
-      for (int n = 0; n < NT; ++n) {
-        const X* row = x + min(n * 8 + g, rows - 1) * stride;
-        const uint4 b = *reinterpret_cast<const uint4*>(row + half * 32 + t * 8);
-        mma<X>(sums[n], low.x, high.x, low.y, high.y, b.x, b.y);
-        mma<X>(sums[n], low.z, high.z, low.w, high.w, b.z, b.w);
+    for (int c = 0; c < 2; ++c) {
+      const uint4 &low = w.low[c], &high = w.high[c];
+      if constexpr (sizeof(W) == 2) {
+        add8(low, high, x + c * 32, stride, rows);
+      } else {
+        add8(widened(low.x, low.y), widened(high.x, high.y), x + c * 64, stride, rows);
+        add8(widened(low.z, low.w), widened(high.z, high.w), x + c * 64 + 32, stride, rows);
       }
     }
   }
@@ -113,33 +122,40 @@ template <typename W_, int NT>
 struct PlainProduct {
   using X = float;
   using W = W_;
-  static constexpr int AT_ONCE = NT == 1 ? 2 : 1;
+  static constexpr int AT_ONCE = 2;
   float sums[NT * 8][2] = {};
 
-  static __device__ float4 features(const uint4* loaded, int quarter) {
-    if constexpr (sizeof(W) == 4) {
-      return reinterpret_cast<const float4*>(loaded)[quarter];
-    } else {
-      const uint4 all = loaded[0];
-      const uint32_t own = quarter == 0 ? all.x : quarter == 1 ? all.y : quarter == 2 ? all.z : all.w;
-      const char4 bytes = reinterpret_cast<const char4&>(own);
-      return make_float4(bytes.x, bytes.y, bytes.z, bytes.w);
+  static __device__ float4 widened(uint32_t four) {
+    const char4 bytes = reinterpret_cast<const char4&>(four);
+    return make_float4(bytes.x, bytes.y, bytes.z, bytes.w);
+  }
+
+  // Rows g and g + 8, four features a lane, which lie at `b` in row 0 of x.
+  __device__ void add4(const float4& low, const float4& high, const float* b, int stride,
+                       int rows) {
+#pragma unroll
+    for (int n = 0; n < NT * 8; ++n) {
+      if (n >= rows) break;
+      const float4 x = *reinterpret_cast<const float4*>(b + n * stride);
+      sums[n][0] += low.x * x.x + low.y * x.y + low.z * x.z + low.w * x.w;
+      sums[n][1] += high.x * x.x + high.y * x.y + high.z * x.z + high.w * x.w;
     }
   }
 
-  __device__ void add(const uint4* loaded, const float* x, int stride, int rows) {
+  __device__ void add(const Chunks& w, const float* x, int stride, int rows) {
     const int t = threadIdx.x % 4;
 #pragma unroll
-    for (int quarter = 0; quarter < 4; ++quarter) {
-      const float4 low = features(loaded, quarter);
-      const float4 high = features(loaded + LOADS<W> / 2, quarter);
-      const int at = sizeof(W) == 4 ? quarter * 16 + t * 4 : t * 16 + quarter * 4;
-#pragma unroll
-      for (int n = 0; n < NT * 8; ++n) {
-        if (n >= rows) break;
-        const float4 b = *reinterpret_cast<const float4*>(x + n * stride + at);
-        sums[n][0] += low.x * b.x + low.y * b.y + low.z * b.z + low.w * b.w;
-        sums[n][1] += high.x * b.x + high.y * b.y + high.z * b.z + high.w * b.w;
+    for (int c = 0; c < 2; ++c) {
+      const uint4 &low = w.low[c], &high = w.high[c];
+      if constexpr (sizeof(W) == 4) {
+        add4(reinterpret_cast<const float4&>(low), reinterpret_cast<const float4&>(high),
+             x + c * 16 + t * 4, stride, rows);
+      } else {
+        const float* b = x + c * 64 + t * 16;
+        add4(widened(low.x), widened(high.x), b, stride, rows);
+        add4(widened(low.y), widened(high.y), b + 4, stride, rows);
+        add4(widened(low.z), widened(high.z), b + 8, stride, rows);
+        add4(widened(low.w), widened(high.w), b + 12, stride, rows);
       }
     }
   }
