@@ -29,7 +29,7 @@ from lmi_multi.ops.reference import Reference
 
 FOOTPRINT = 256 << 20  # bytes that a graph goes through, some times an H200's L2
 MOST_LAUNCHES = 96
-REPLAYS = 15
+WARM_UP, REPLAYS = 10, 15
 EPS = 1e-6
 Run = Callable[[], object]
 
@@ -45,8 +45,8 @@ class Case:
     torch: Sequence[Run]
 
 
-def measure(runs: Sequence[Run]) -> float:
-    """Microseconds a launch."""
+def capture(runs: Sequence[Run]) -> torch.cuda.CUDAGraph:
+    """A graph of all launches, one after the other."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for run in runs[:2]:
@@ -56,15 +56,22 @@ def measure(runs: Sequence[Run]) -> float:
     with torch.cuda.graph(graph, stream=stream):
         for run in runs:
             run()
-    times = []
-    for _ in range(REPLAYS + 2):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1000 / len(runs))
-    return statistics.median(times[2:])
+    return graph
+
+
+def measure(*contenders: Sequence[Run]) -> list[float]:
+    """Microseconds a launch of each contender; they take turns."""
+    graphs = [capture(runs) for runs in contenders]
+    times: list[list[float]] = [[] for _ in graphs]
+    for _ in range(WARM_UP + REPLAYS):
+        for graph, runs, own in zip(graphs, contenders, times, strict=True):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            own.append(start.elapsed_time(end) * 1000 / len(runs))
+    return [statistics.median(own[WARM_UP:]) for own in times]
 
 
 def random(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -180,7 +187,7 @@ def attentions(rows: int) -> Iterator[Case]:
 
 
 def show(case: Case, bandwidth: float) -> None:
-    ours, theirs = measure(case.ours), measure(case.torch)
+    ours, theirs = measure(case.ours, case.torch)
     roofline = case.bytes / bandwidth / 1e6
     print(
         f"{case.name:34}{case.rows:5}{ours:9.2f}{case.bytes / ours / 1e6:7.2f}"

@@ -20,29 +20,6 @@ __device__ inline float rescale(float from, float to) {
   return from == -INFINITY ? 0.0f : exp2f(from - to);
 }
 
-// Eight elements as they lie in memory.
-template <typename T>
-struct Raw {
-  uint4 bits[sizeof(T) / 2] = {};
-
-  __device__ void read(const T* from) {
-#pragma unroll
-    for (int i = 0; i < static_cast<int>(sizeof(T) / 2); ++i) {
-      bits[i] = reinterpret_cast<const uint4*>(from)[i];
-    }
-  }
-
-  __device__ void write(T* to) const {
-#pragma unroll
-    for (int i = 0; i < static_cast<int>(sizeof(T) / 2); ++i) {
-      reinterpret_cast<uint4*>(to)[i] = bits[i];
-    }
-  }
-
-  __device__ void pack(const float (&x)[8]) { store8(reinterpret_cast<T*>(bits), x); }
-  __device__ void unpack(float (&x)[8]) const { load8(reinterpret_cast<const T*>(bits), x); }
-};
-
 // Keys, values, and how far back they are; negative: there is none.
 template <typename T>
 struct Keys {
@@ -182,7 +159,7 @@ __device__ inline int64_t slot_of(const AttentionParams& p, int row, int kv, int
 
 // Start reading every `step`-th key from `key` on, up to `end`.
 template <typename T>
-__device__ void read(const AttentionParams& p, int row, int kv, int key, int step, int end,
+__device__ void read_keys(const AttentionParams& p, int row, int kv, int key, int step, int end,
                      int length, Keys<T>& to) {
   const int first = threadIdx.x % p.width * 8;
 #pragma unroll
@@ -256,7 +233,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, G == 1 ? 2 : 1)
 
   const int workers = ATTENTION_THREADS / p.width, own = begin + threadIdx.x / p.width;
   Keys<T> next;
-  read(p, row, kv, own, workers, cached, length, next);
+  read_keys(p, row, kv, own, workers, cached, length, next);
   float q[G][8];
   const T* heads = static_cast<const T*>(p.q) + row * p.q_stride;
 #pragma unroll
@@ -276,7 +253,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, G == 1 ? 2 : 1)
   }
   for (int done = 0; begin + done < cached; done += workers * KEYS<T>) {
     const Keys<T> now = next;
-    read(p, row, kv, own + done + workers * KEYS<T>, workers, cached, length, next);
+    read_keys(p, row, kv, own + done + workers * KEYS<T>, workers, cached, length, next);
     fold(p, of, q, now, first_head, last_head);
   }
 

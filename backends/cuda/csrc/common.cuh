@@ -78,6 +78,29 @@ __device__ inline void store8(T* to, const float (&from)[8]) {
   }
 }
 
+// Eight elements as they lie in memory: reading them does not wait for them, unpacking does.
+template <typename T>
+struct Raw {
+  uint4 bits[sizeof(T) / 2] = {};
+
+  __device__ void read(const T* from) {
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(T) / 2); ++i) {
+      bits[i] = reinterpret_cast<const uint4*>(from)[i];
+    }
+  }
+
+  __device__ void write(T* to) const {
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(T) / 2); ++i) {
+      reinterpret_cast<uint4*>(to)[i] = bits[i];
+    }
+  }
+
+  __device__ void pack(const float (&x)[8]) { store8(reinterpret_cast<T*>(bits), x); }
+  __device__ void unpack(float (&x)[8]) const { load8(reinterpret_cast<const T*>(bits), x); }
+};
+
 __device__ inline void load8(Operand from, int64_t at, float (&to)[8]) {
   switch (from.type) {
     case Type::float16: return load8(static_cast<const __half*>(from.data) + at, to);
@@ -86,13 +109,21 @@ __device__ inline void load8(Operand from, int64_t at, float (&to)[8]) {
   }
 }
 
-__device__ inline float load(Operand from, int64_t at) {
-  switch (from.type) {
-    case Type::float16: return widen(static_cast<const __half*>(from.data)[at]);
-    case Type::bfloat16: return widen(static_cast<const __nv_bfloat16*>(from.data)[at]);
-    default: return static_cast<const float*>(from.data)[at];
+// One element: reading it does not wait for it, widening does.
+__device__ inline uint32_t read(Operand from, int64_t at) {
+  return from.type == Type::float32 ? static_cast<const uint32_t*>(from.data)[at]
+                                    : static_cast<const uint16_t*>(from.data)[at];
+}
+
+__device__ inline float widen(uint32_t bits, Type type) {
+  switch (type) {
+    case Type::float16: return widen(__ushort_as_half(static_cast<uint16_t>(bits)));
+    case Type::bfloat16: return __uint_as_float(bits << 16);
+    default: return __uint_as_float(bits);
   }
 }
+
+__device__ inline float load(Operand from, int64_t at) { return widen(read(from, at), from.type); }
 
 __device__ inline void store(void* to, Type type, int64_t at, float value) {
   switch (type) {

@@ -34,6 +34,8 @@ bool is_float(const Tensor& tensor) {
   return type && *type != lmi::Type::int8;
 }
 
+bool is_of(const Tensor& tensor, lmi::Type type) { return type_of(tensor) == type; }
+
 // Whether it can be read 16 bytes at a time from its start on.
 bool is_dense(const Tensor& tensor) {
   return tensor.is_cuda() && tensor.is_contiguous() &&
@@ -76,7 +78,9 @@ cudaStream_t stream_of(const Tensor& tensor) {
 bool run_norm(Tensor x, Tensor weight, Maybe bias, double eps, Tensor out) {
   const int64_t features = weight.numel(), rows = x.numel() / features;
   if (features % 8 || !is_float(x) || !is_dense(x) || !is_vector(weight, features) ||
-      !is_vector(bias, features) || !is_float(out) || !is_dense(out) || !rows) {
+      !is_vector(bias, features) || !is_dense(out) || !rows ||
+      !is_of(out, *type_of(weight)) || (bias && !is_of(*bias, *type_of(weight))) ||
+      !(is_of(x, lmi::Type::float32) || is_of(x, *type_of(weight)))) {
     return false;
   }
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
@@ -84,7 +88,6 @@ bool run_norm(Tensor x, Tensor weight, Maybe bias, double eps, Tensor out) {
                           .weight = operand(weight),
                           .bias = operand(bias),
                           .out = out.data_ptr(),
-                          .out_type = *type_of(out),
                           .eps = static_cast<float>(eps),
                           .rows = static_cast<int>(rows),
                           .features = static_cast<int>(features)};
@@ -108,7 +111,10 @@ bool run_linear(Tensor x, Tensor weight, Maybe scale, Maybe bias, Maybe norm_wei
   }
   const lmi::Type type = *type_of(!int8 ? weight : norm_weight ? *norm_weight : x);
   const int most = type == lmi::Type::float32 ? lmi::MOST_ROWS_FLOAT32 : lmi::MOST_ROWS;
-  if (rows < 1 || rows > most) return false;
+  if (rows < 1 || rows > most || !(is_of(x, lmi::Type::float32) || is_of(x, type)) ||
+      (norm_weight && !is_of(*norm_weight, type)) || (norm_bias && !is_of(*norm_bias, type))) {
+    return false;
+  }
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const lmi::LinearParams p{.x = operand(x),
                             .norm_weight = operand(norm_weight),

@@ -33,7 +33,7 @@ __device__ inline float activate(float x, Activation kind) {
 // Bring the start of the block's first tile into L2, while the last kernel still runs.
 template <typename W>
 __device__ void prefetch(const LinearParams& p, int tile, int begin, int end) {
-  constexpr int LINE = 128 / sizeof(W), MOST_LINES = 64;
+  constexpr int LINE = 128 / sizeof(W), MOST_LINES = 16;
   const int lines = min((end - begin + LINE - 1) / LINE, MOST_LINES);
   for (int i = threadIdx.x; i < TILE * lines; i += THREADS) {
     const W* row = static_cast<const W*>(p.weight) +
@@ -44,20 +44,34 @@ __device__ void prefetch(const LinearParams& p, int tile, int begin, int end) {
 
 // Put features begin to end of every row of x into shared memory, normalized if there is a norm,
 // zeros up to a whole unit. `scratch` holds a Moments a warp.
-template <typename X, typename W>
+template <typename X, typename W, typename From>
 __device__ void stage(const LinearParams& p, int begin, int end, X* to, Moments* scratch) {
+  constexpr int HELD = 8;  // vectors of eight, read at once
   // One to eight rows at a time: a warp, or several, for each.
   const int groups = p.rows > 4 ? 8 : p.rows > 2 ? 4 : p.rows;
   const int width = THREADS / groups, group = threadIdx.x / width, own = threadIdx.x % width;
   const int stride = row_stride<X>(end - begin), padded = stride - 64 / static_cast<int>(sizeof(X));
-  const bool centred = p.norm_bias.data != nullptr;
+  const X* weight = static_cast<const X*>(p.norm_weight.data);
+  const X* bias = static_cast<const X*>(p.norm_bias.data);
+  const int low = weight ? 0 : begin, high = weight ? p.inputs : end;  // what has to be read
   for (int first = 0; first < p.rows; first += groups) {
     const int r = first + group;
-    const int64_t row = static_cast<int64_t>(r) * p.inputs;
+    const int vectors = r < p.rows ? (high - low) / 8 : 0, mine = (vectors - 1 - own + width) / width;
+    const From* x = static_cast<const From*>(p.x.data) + static_cast<int64_t>(r) * p.inputs + low;
+    Raw<From> held[HELD];
+    const auto read = [&](int start) {
+#pragma unroll
+      for (int v = 0; v < HELD; ++v) {
+        if (start + v < mine) held[v].read(x + (own + (start + v) * width) * 8);
+      }
+    };
     Normal by;
-    if (p.norm_weight.data) {
+    if (weight) {
       Moments found;
-      if (r < p.rows) found = moments(p.x, row, own * 8, p.inputs, width * 8);
+      for (int start = 0; start < mine; start += HELD) {
+        read(start);
+        found = merge(found, moments(held, min(mine - start, HELD), bias));
+      }
       found = warp_merge(found);
       if (width > 32) {  // only then is there but one round, so that scratch is written once
         if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = found;
@@ -67,47 +81,82 @@ __device__ void stage(const LinearParams& p, int begin, int end, X* to, Moments*
           found = merge(found, scratch[group * (width / 32) + w]);
         }
       }
-      by = normal(found, centred, p.eps);
+      by = normal(found, bias, p.eps);
+    }
+    for (int start = 0; start < mine; start += HELD) {
+      if (!weight || mine > HELD) read(start);
+#pragma unroll
+      for (int v = 0; v < HELD; ++v) {
+        const int at = low + (own + (start + v) * width) * 8;
+        if (start + v >= mine || at < begin || at >= end) continue;
+        float values[8];
+        held[v].unpack(values);
+        if (weight) apply(by, weight + at, bias ? bias + at : nullptr, values);
+        store8(to + r * stride + place<X, W>(at - begin), values);
+      }
     }
     if (r >= p.rows) continue;
-    for (int i = own * 8; i < padded; i += width * 8) {
-      float values[8] = {};
-      if (begin + i < end) {
-        load8(p.x, row + begin + i, values);
-        if (p.norm_weight.data) apply(by, p.norm_weight, p.norm_bias, begin + i, values);
+    for (int at = end - begin + own * 8; at < padded; at += width * 8) {
+      *reinterpret_cast<uint4*>(to + r * stride + place<X, W>(at)) = make_uint4(0, 0, 0, 0);
+      if (sizeof(X) == 4) {
+        *reinterpret_cast<uint4*>(to + r * stride + at + 4) = make_uint4(0, 0, 0, 0);
       }
-      store8(to + r * stride + place<X, W>(i), values);
     }
   }
 }
 
-// One element of the result, from the product.
-__device__ inline float affine(const LinearParams& p, float product, int n) {
-  if (p.scale) product *= p.scale[n];
-  return p.bias.data ? product + load(p.bias, n) : product;
+// What a thread's two results need beside the product, on its way.
+struct Terms {
+  uint32_t bias[2] = {}, residual[2] = {};
+  float scale[2] = {1, 1};
+};
+
+// The weight rows of a thread's results: eight apart, or a gate and what it gates.
+__device__ inline int output(const LinearParams& p, int tile, int g, int upper) {
+  return p.gated ? tile * 8 + g + upper * (p.outputs / 2) : tile * TILE + g + upper * 8;
 }
 
-__device__ inline void put(const LinearParams& p, int m, int n, int width, float value) {
-  const int64_t at = static_cast<int64_t>(m) * width + n;
-  if (p.residual.data) value += load(p.residual, at);
-  store(p.out, p.out_type, at, value);
+__device__ inline bool in_range(const LinearParams& p, int tile, int g, int m, int n) {
+  return m < p.rows && n < p.outputs && (!p.gated || tile * 8 + g < p.outputs / 2);
 }
 
-// Results of weight rows `low` and `high` (eight further, or what low gates) for row m of x.
-__device__ inline void put_both(const LinearParams& p, int tile, int g, int m, float low,
-                                float high) {
-  if (m >= p.rows) return;
-  if (p.gated) {
-    const int n = tile * 8 + g, half = p.outputs / 2;
-    if (n < half) {
-      put(p, m, n, half, activate(affine(p, low, n), p.activation) * affine(p, high, n + half));
+__device__ inline Terms read_terms(const LinearParams& p, int tile, int g, int m) {
+  Terms found;
+#pragma unroll
+  for (int upper = 0; upper < 2; ++upper) {
+    const int n = output(p, tile, g, upper);
+    if (!in_range(p, tile, g, m, n)) continue;
+    if (p.scale) found.scale[upper] = p.scale[n];
+    if (p.bias.data) found.bias[upper] = read(p.bias, n);
+    if (p.residual.data) {
+      found.residual[upper] = read(p.residual, static_cast<int64_t>(m) * p.outputs + n);
     }
+  }
+  return found;
+}
+
+// Finish a thread's two results for row m of x.
+__device__ inline void put(const LinearParams& p, int tile, int g, int m, const Terms& terms,
+                           const float (&product)[2]) {
+  float y[2];
+#pragma unroll
+  for (int upper = 0; upper < 2; ++upper) {
+    y[upper] = product[upper] * terms.scale[upper] + widen(terms.bias[upper], p.bias.type);
+  }
+  const int first = output(p, tile, g, 0);
+  if (p.gated) {
+    const int64_t at = static_cast<int64_t>(m) * (p.outputs / 2) + first;
+    const float gated = activate(y[0], p.activation) * y[1];
+    if (in_range(p, tile, g, m, first)) store(p.out, p.out_type, at, gated);
     return;
   }
-  const int n = tile * 16 + g;
-  if (n < p.outputs) put(p, m, n, p.outputs, activate(affine(p, low, n), p.activation));
-  if (n + 8 < p.outputs) {
-    put(p, m, n + 8, p.outputs, activate(affine(p, high, n + 8), p.activation));
+#pragma unroll
+  for (int upper = 0; upper < 2; ++upper) {
+    const int n = first + upper * 8;
+    const float sum =
+        activate(y[upper], p.activation) + widen(terms.residual[upper], p.residual.type);
+    const int64_t at = static_cast<int64_t>(m) * p.outputs + n;
+    if (in_range(p, tile, g, m, n)) store(p.out, p.out_type, at, sum);
   }
 }
 
@@ -121,9 +170,11 @@ __device__ void finish_tile(const LinearParams& p, int tile, const float (&own)[
 #pragma unroll
     for (int i = 0; i < 4; ++i) partial[(warp * NT * 4 + n * 4 + i) * 32 + lane] = own[n][i];
   }
-  __syncthreads();
   const bool mine = threadIdx.x < NT * 64;
-  const int c = warp % 2, n = warp / 2;
+  const int c = warp % 2, n = warp / 2, m = n * 8 + lane % 4 * 2 + c;
+  Terms terms;
+  if (mine) terms = read_terms(p, tile, lane / 4, m);
+  __syncthreads();
   float2 sum = make_float2(0, 0);
   if (mine) {
 #pragma unroll
@@ -145,7 +196,7 @@ __device__ void finish_tile(const LinearParams& p, int tile, const float (&own)[
       }
     }
   }
-  if (mine) put_both(p, tile, lane / 4, n * 8 + lane % 4 * 2 + c, sum.x, sum.y);
+  if (mine) put(p, tile, lane / 4, m, terms, {sum.x, sum.y});
 }
 
 template <int NT>
@@ -167,7 +218,12 @@ __global__ void __launch_bounds__(THREADS, Product::AT_ONCE)
   wait_for_last();
   Stream<W> weights(p, shared, begin, end);
   weights.fill();
-  stage<X, W>(p, begin, end, x, reinterpret_cast<Moments*>(partial));
+  Moments* scratch = reinterpret_cast<Moments*>(partial);
+  if (sizeof(X) < 4 && p.x.type == Type::float32) {
+    stage<X, W, float>(p, begin, end, x, scratch);
+  } else {
+    stage<X, W, X>(p, begin, end, x, scratch);
+  }
   __syncthreads();
 
   const int units = weights.units(), stride = row_stride<X>(end - begin);
@@ -193,9 +249,10 @@ int share_out(LinearParams& p, const Resources& use, int& at_once) {
     const int row = row_stride<X>(std::min(p.slice, p.inputs)) * static_cast<int>(sizeof(X));
     const int fixed = 2 * PARTIALS<NT> * static_cast<int>(sizeof(float)) + p.rows * row;
     for (at_once = 2; at_once > 0; --at_once) {
-      p.slots = (std::min(room / at_once - 2 * STATIC, most) - fixed) / SLOT;
-      p.slots = std::min(p.slots, MOST_SLOTS);
-      if (p.slots >= FEWEST_SLOTS) return fixed + p.slots * SLOT;
+      const int slots = (std::min(room / at_once - 2 * STATIC, most) - fixed) / SLOT;
+      if (slots < FEW_SLOTS) continue;
+      p.slots = slots < SOME_SLOTS ? FEW_SLOTS : slots < MANY_SLOTS ? SOME_SLOTS : MANY_SLOTS;
+      return fixed + p.slots * SLOT;
     }
     if (p.slice == PAD) return 0;
   }

@@ -10,6 +10,7 @@ enum class Activation : int { none, gelu, gelu_tanh, relu, silu };
 constexpr int MOST_ROWS = 32, MOST_ROWS_FLOAT32 = 16;
 
 struct LinearParams {
+  // Norms are of the type that is computed in; x is that or float32.
   Operand x, norm_weight, norm_bias, bias, residual;
   const void* weight;
   const float* scale;  // of each output channel, for int8 weights

@@ -17,25 +17,27 @@ __device__ inline Moments merge(const Moments& a, const Moments& b) {
   return {count, a.mean + delta * share, a.squares + b.squares + delta * delta * a.count * share};
 }
 
-__device__ inline Moments moments(const float (&x)[8]) {
-  float sum = 0, squares = 0;
+// Of the first `count` vectors of eight; about zero if not `centred`, which is all RMSNorm needs.
+template <typename T, int N>
+__device__ Moments moments(const Raw<T> (&x)[N], int count, bool centred) {
+  float sum = 0, squares = 0, values[8];
 #pragma unroll
-  for (int i = 0; i < 8; ++i) sum += x[i];
-  const float mean = sum / 8;
+  for (int v = 0; v < N; ++v) {
+    x[v].unpack(values);
 #pragma unroll
-  for (int i = 0; i < 8; ++i) squares += (x[i] - mean) * (x[i] - mean);
-  return {8, mean, squares};
-}
-
-// Of row[first], row[first + 1], ... row[first + 7], then `stride` further, up to `end`.
-__device__ inline Moments moments(Operand x, int64_t row, int first, int end, int stride) {
-  Moments total;
-  float values[8];
-  for (int i = first; i < end; i += stride) {
-    load8(x, row + i, values);
-    total = merge(total, moments(values));
+    for (int i = 0; i < 8; ++i) sum += v < count ? values[i] : 0;
   }
-  return total;
+  const float mean = centred && count ? sum / (8 * count) : 0;
+#pragma unroll
+  for (int v = 0; v < N; ++v) {
+    x[v].unpack(values);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const float distance = values[i] - mean;
+      squares += v < count ? distance * distance : 0;
+    }
+  }
+  return {8.0f * count, mean, squares};
 }
 
 // The same value in all lanes: each merge is done in lane order on both sides.
@@ -61,12 +63,12 @@ __device__ inline Normal normal(const Moments& row, bool centred, float eps) {
   return {0, rsqrtf(variance + row.mean * row.mean + eps)};
 }
 
-// Eight features of a normalized row, from `at` on.
-__device__ inline void apply(const Normal& by, Operand weight, Operand bias, int at,
-                             float (&x)[8]) {
+// Eight features of a normalized row, which have these weights and biases.
+template <typename T>
+__device__ void apply(const Normal& by, const T* weight, const T* bias, float (&x)[8]) {
   float w[8], b[8] = {};
-  load8(weight, at, w);
-  if (bias.data) load8(bias, at, b);
+  load8(weight, w);
+  if (bias) load8(bias, b);
 #pragma unroll
   for (int i = 0; i < 8; ++i) x[i] = (x[i] - by.shift) * by.factor * w[i] + b[i];
 }

@@ -5,9 +5,9 @@
 namespace lmi {
 
 struct NormParams {
-  Operand x, weight, bias;  // without a bias: RMSNorm
+  // Without a bias: RMSNorm. x is float32 or of the type that weight, bias and out share.
+  Operand x, weight, bias;
   void* out;
-  Type out_type;
   float eps;
   int rows, features;
 };

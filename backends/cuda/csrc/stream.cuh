@@ -11,7 +11,8 @@ namespace lmi {
 constexpr int THREADS = 256, WARPS = THREADS / 32;
 constexpr int TILE = 16;  // weight rows
 constexpr int SLOT_BYTES = TILE * UNIT_BYTES;
-constexpr int FEWEST_SLOTS = 4, MOST_SLOTS = 12;
+// A ring's slots: few choices, since waiting for a slot wants a constant.
+constexpr int FEW_SLOTS = 4, SOME_SLOTS = 6, MANY_SLOTS = 10;
 
 // A tile's r-th weight row (gated: eight of the gate, eight of what it gates); beyond the end, the
 // last one again.
@@ -31,20 +32,11 @@ __device__ inline void await() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
-// Until all but the newest `pending` groups of copies are there. The instruction wants a constant.
-__device__ inline void await(int pending) {
-  switch (pending) {
-    case 2: return await<2>();
-    case 3: return await<3>();
-    case 4: return await<4>();
-    case 5: return await<5>();
-    case 6: return await<6>();
-    case 7: return await<7>();
-    case 8: return await<8>();
-    case 9: return await<9>();
-    case 10: return await<10>();
-    default: return await<0>();
-  }
+// Until the oldest of `slots` - 1 groups of copies is there.
+__device__ inline void await_oldest(int slots) {
+  if (slots == FEW_SLOTS) return await<FEW_SLOTS - 2>();
+  if (slots == SOME_SLOTS) return await<SOME_SLOTS - 2>();
+  await<MANY_SLOTS - 2>();
 }
 
 template <typename W>
@@ -57,6 +49,7 @@ class Stream {
     ring_ = ring;
     shared_ = static_cast<uint32_t>(__cvta_generic_to_shared(ring));
     if (unit_ >= units()) tile_ = p.tiles;
+    find_rows();
   }
 
   __device__ int units() const { return (end_ - begin_ + UNIT<W> - 1) / UNIT<W>; }
@@ -67,7 +60,7 @@ class Stream {
 
   // The next unit's chunks, once they are there; and one more unit is under way.
   __device__ Chunks next() {
-    await(p_.slots - 2);
+    await_oldest(p_.slots);
     __syncwarp();  // everybody's copies are there, and everybody has read the slot before
     fetch(slot_ ? slot_ - 1 : p_.slots - 1);
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -83,31 +76,43 @@ class Stream {
   }
 
  private:
+  static constexpr int CHUNK = 16 / sizeof(W);
+
   // Rows of one parity keep the halves of their 128 bytes swapped: eight lanes that read together
   // then touch all banks.
   static __device__ int place(int row, int chunk) { return row * 8 + (chunk ^ (row % 2 * 4)); }
 
+  // Where the lane's features of the tile's rows begin: it copies a chunk of every fourth row.
+  __device__ void find_rows() {
+    const int lane = threadIdx.x % 32;
+    const W* chunk = static_cast<const W*>(p_.weight) + begin_ + lane % 8 * CHUNK;
+#pragma unroll
+    for (int i = 0; i < TILE / 4; ++i) {
+      rows_[i] = chunk + static_cast<int64_t>(weight_row(p_, tile_, i * 4 + lane / 8)) * p_.inputs;
+    }
+  }
+
   // Start copying the unit that is next in turn; nothing, but still a group, after the last.
   __device__ void fetch(int slot) {
     if (tile_ < p_.tiles) {
-      const int lane = threadIdx.x % 32;
-      const int at = begin_ + unit_ * UNIT<W> + lane % 8 * (16 / static_cast<int>(sizeof(W)));
-      const bool present = at < end_;
+      const int lane = threadIdx.x % 32, at = unit_ * UNIT<W>;
+      const bool present = begin_ + at + lane % 8 * CHUNK < end_;
 #pragma unroll
       for (int i = 0; i < TILE / 4; ++i) {
-        const int row = i * 4 + lane / 8;
-        const W* from = static_cast<const W*>(p_.weight) +
-                        static_cast<int64_t>(weight_row(p_, tile_, row)) * p_.inputs;
-        copy16(shared_ + slot * SLOT_BYTES + place(row, lane % 8) * 16, from + (present ? at : 0),
-               present);
+        const int to = slot * SLOT_BYTES + place(i * 4 + lane / 8, lane % 8) * 16;
+        copy16(shared_ + to, rows_[i] + (present ? at : 0), present);
       }
       unit_ += WARPS;
-      if (unit_ >= units()) unit_ = threadIdx.x / 32, tile_ += gridDim.x;
+      if (unit_ >= units()) {
+        unit_ = threadIdx.x / 32, tile_ += gridDim.x;
+        find_rows();
+      }
     }
     asm volatile("cp.async.commit_group;" ::: "memory");
   }
 
   const LinearParams& p_;
+  const W* rows_[TILE / 4];
   const unsigned char* ring_;
   uint32_t shared_;
   int begin_, end_, tile_, unit_, slot_ = 0;
