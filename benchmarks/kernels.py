@@ -206,7 +206,8 @@ def main() -> None:
         raise SystemExit(f"cuda: {state.reason}")
     from lmi_multi.backends.cuda.ops import CudaOps, Scratch
 
-    ops = CudaOps(Scratch(torch.device("cuda")))
+    every = dict.fromkeys((torch.float32, torch.float16, torch.bfloat16, torch.int8), 64)
+    ops = CudaOps(Scratch(torch.device("cuda")), every)
     print(f"{state.devices[0]}, torch {torch.__version__}")
     print(
         f"{'kernel':34}{'rows':>5}{'us':>9}{'TB/s':>7}{'roofline':>10}{'torch us':>9}{'faster':>9}"

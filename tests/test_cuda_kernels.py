@@ -58,7 +58,8 @@ def _poison() -> Iterator[None]:
 def ops():  # type: ignore[no-untyped-def]
     from lmi_multi.backends.cuda.ops import CudaOps, Scratch
 
-    return CudaOps(Scratch(torch.device("cuda")))
+    every = dict.fromkeys((*DTYPES, torch.int8), 64)  # kernels wherever there is one
+    return CudaOps(Scratch(torch.device("cuda")), every)
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32, std: float = 1.0) -> Tensor:

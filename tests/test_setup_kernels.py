@@ -76,3 +76,15 @@ def test_a_failing_compiler_is_shown(
     assert setup.main(["--output", str(target), "--arch", "90"]) == 1
     assert "what is wrong" in capsys.readouterr().err
     assert not target.exists()
+
+
+def test_missing_kernels_have_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from lmi_multi.backends.cuda import kernels
+
+    missing = kernels.missing.__wrapped__
+    monkeypatch.setattr(kernels, "LIBRARY", tmp_path / "_kernels.so")
+    assert missing() == "not built (make kernels)"
+    kernels.LIBRARY.write_text("no library")
+    assert missing().startswith("not loadable (")
+    monkeypatch.setenv(kernels.SWITCH, "0")
+    assert missing() == "switched off (LMI_MULTI_CUDA_KERNELS=0)"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -9,8 +11,14 @@ from lmi_multi.models.spec import Activation
 from lmi_multi.models.weights import Linear, Norm
 from lmi_multi.ops.reference import Reference
 
-# Rows up to which a kernel is offered the work; above, cuBLAS is the faster one.
-MOST_ROWS = 32
+# Rows up to which a kernel is offered the work, by the type of the weights; above, cuBLAS is the
+# faster one (benchmarks/results/cuda-kernels.md), or a kernel does not go that far.
+MOST_ROWS: Mapping[torch.dtype, int] = {
+    torch.float32: 8,
+    torch.float16: 8,
+    torch.bfloat16: 8,
+    torch.int8: 32,
+}
 ACTIVATIONS: dict[Activation | None, int] = {
     None: 0,
     "gelu": 1,
@@ -31,8 +39,8 @@ class Scratch:
 class CudaOps(Reference):
     """`lmi_multi.ops.Ops` by the kernels. What one does not cover, it leaves to `Reference`."""
 
-    def __init__(self, scratch: Scratch) -> None:
-        self._scratch = scratch
+    def __init__(self, scratch: Scratch, most_rows: Mapping[torch.dtype, int] = MOST_ROWS) -> None:
+        self._scratch, self._most_rows = scratch, most_rows
         self._kernels = torch.ops.lmi_multi
 
     def norm(self, x: Tensor, norm: Norm, eps: float) -> Tensor:
@@ -46,7 +54,7 @@ class CudaOps(Reference):
         self, x: Tensor, linear: Linear, activation: Activation | None = None, gated: bool = False
     ) -> Tensor:
         """See `Ops.linear`."""
-        if x.shape[0] <= MOST_ROWS:
+        if x.shape[0] <= self._most_rows[linear.weight.dtype]:
             dtype = linear.weight.dtype if linear.scale is None else x.dtype
             out = self._fused(x, linear, dtype, activation=activation, gated=gated)
             if out is not None:
@@ -63,7 +71,7 @@ class CudaOps(Reference):
         gated: bool = False,
     ) -> Tensor:
         """See `Ops.norm_linear`."""
-        if x.shape[0] <= MOST_ROWS:
+        if x.shape[0] <= self._most_rows[linear.weight.dtype]:
             dtype = (linear if linear.scale is None else norm).weight.dtype
             out = self._fused(x, linear, dtype, norm, eps, activation=activation, gated=gated)
             if out is not None:
@@ -72,7 +80,7 @@ class CudaOps(Reference):
 
     def linear_residual(self, x: Tensor, linear: Linear, residual: Tensor) -> Tensor:
         """See `Ops.linear_residual`."""
-        if x.shape[0] <= MOST_ROWS:
+        if x.shape[0] <= self._most_rows[linear.weight.dtype]:
             out = self._fused(x, linear, residual.dtype, residual=residual)
             if out is not None:
                 return out
