@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format constraints clean
+.PHONY: help demo test lint format kernels constraints clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -27,6 +27,9 @@ lint: $(STAMP) ## Check style, format and types
 format: $(STAMP) ## Mend style and format where a tool can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+kernels: $(STAMP) ## Compile the CUDA kernels (needs nvcc; LMI_MULTI_CUDA_ARCHS=90 for one GPU's)
+	$(BIN)/python setup_kernels.py
 
 constraints: $(STAMP) ## Write constraints.txt anew (UPGRADE=1 for newest versions)
 	$(BIN)/python tools/constraints.py $(if $(UPGRADE),--upgrade)

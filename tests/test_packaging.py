@@ -124,6 +124,8 @@ def test_sdist_builds_the_same(sdist: set[str], checkout: Path) -> None:
     assert {"pyproject.toml", "LICENSE", "README.md", "CHANGELOG.md", "constraints.txt"} <= sdist
     assert modules(checkout / "lmi_multi", "lmi_multi") <= sdist
     assert {f"backends/{leaf}/__init__.py" for leaf in LEAVES} <= sdist
+    kernels = (checkout / "backends" / "cuda" / "csrc").iterdir()
+    assert {"setup_kernels.py", *(f"backends/cuda/csrc/{f.name}" for f in kernels)} <= sdist
     assert {f"lmi_multi/demo/checkpoint/{f.name}" for f in demo_files(checkout)} <= sdist
     assert not [name for name in sdist if name.startswith("tests")]
 

@@ -1,4 +1,4 @@
-"""NVIDIA GPUs with plain torch operations, one process a GPU."""
+"""NVIDIA GPUs with compiled kernels where they are built, else torch; one process a GPU."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ from lmi_multi.models.schema import check_degree
 from lmi_multi.ops.reference import Reference
 from lmi_multi.parallel.collectives import SingleRank, TorchCollectives
 from lmi_multi.parallel.executor import RankedExecutor
+
+from . import kernels
+from .executor import CudaExecutor
+from .ops import Scratch
 
 CACHE_SHARE = 0.8  # of the memory that the weights leave; the rest is workspace
 
@@ -36,7 +40,9 @@ class CudaBackend:
                 "cuda", False, "torch sees no GPU", "check the driver with nvidia-smi"
             )
         names = tuple(_describe(i) for i in range(torch.cuda.device_count()))
-        return Availability("cuda", True, f"{len(names)} GPU", devices=names)
+        missing = kernels.missing()
+        how = f"plain torch, compiled kernels are {missing}" if missing else "compiled kernels"
+        return Availability("cuda", True, how, devices=names)
 
     def load(
         self,
@@ -95,4 +101,6 @@ def _build_rank(folder: Path, limits: Limits, rank: int, size: int) -> Executor:
     torch.cuda.set_device(device)
     tensors = {name: t.to(device) for name, t in artifact.load_rank(rank, size).items()}
     collectives = SingleRank() if size == 1 else TorchCollectives()
-    return TorchExecutor(artifact.spec, tensors, limits, Reference(), collectives)
+    if kernels.missing():
+        return TorchExecutor(artifact.spec, tensors, limits, Reference(), collectives)
+    return CudaExecutor(artifact.spec, tensors, limits, Scratch(device), collectives)

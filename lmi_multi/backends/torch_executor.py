@@ -109,8 +109,11 @@ class TorchExecutor:
         if not batch.rows:
             return None
         ids = torch.tensor([t for row in batch.rows for t in row.token_ids], device=self._device)
-        attention = PagedAttention(self._cache, batch.rows, self._device)
+        attention = self._attention(batch.rows)
         return self._network.decode(ids, attention.positions, attention)
+
+    def _attention(self, rows: Sequence[Row]) -> PagedAttention:
+        return PagedAttention(self._cache, rows, self._device)
 
     def _encode(self, prompts: Sequence[Prompt]) -> Tensor:
         counts = [len(prompt.token_ids) for prompt in prompts]

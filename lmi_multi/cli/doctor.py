@@ -61,10 +61,8 @@ def _torch(report: Report) -> str:
 def _backends(report: Report) -> Table:
     shown = table("backend", "available", "why, or devices", title="backends")
     for state in report["backends"]:
-        detail = "; ".join(state["devices"]) if state["available"] else state["reason"]
-        shown.add_row(
-            state["name"], "yes" if state["available"] else "no", detail or state["reason"]
-        )
+        detail = "; ".join((state["reason"], *state["devices"]))
+        shown.add_row(state["name"], "yes" if state["available"] else "no", detail)
     return shown
 
 

@@ -1,0 +1,37 @@
+// The decode attention's arguments and entry points, one for each type.
+#pragma once
+
+#include "common.cuh"
+
+namespace lmi {
+
+constexpr int MOST_HEAD_DIM = 256;
+
+struct AttentionParams {
+  const void* q;      // [rows, heads, dim], rows `q_stride` elements apart; unrotated
+  const void* new_k;  // [rows, kv_heads, dim], likewise; null: everything is in the cache
+  const void* new_v;
+  int64_t q_stride;
+  void* k;  // [blocks, block_size, kv_heads, dim]
+  void* v;
+  const int* table;    // [rows, table_width]: the rows' blocks
+  const int* lengths;  // [rows]: tokens to attend to, the new one included
+  Operand q_norm, k_norm;
+  const float* cos;  // [rows, pairs]; null: not rotated
+  const float* sin;
+  const float* bias;    // [distances, heads], the last one for all beyond; or null
+  const float* slopes;  // [heads], or null
+  void* out;            // [rows, heads, dim]
+  float* work;          // [rows, heads, splits, dim + 2]
+  int* counters;        // [rows * kv_heads * chunks], zero
+  float eps, scale;
+  int rows, heads, kv_heads, dim, pairs, distances, window, table_width, block_shift, splits;
+  int chunks;  // of a kv head's query heads; a block does one
+  int width;   // lanes a key: dim / 8, rounded up to a power of two
+};
+
+void attention_float32(AttentionParams p, const Device& gpu, cudaStream_t stream);
+void attention_float16(AttentionParams p, const Device& gpu, cudaStream_t stream);
+void attention_bfloat16(AttentionParams p, const Device& gpu, cudaStream_t stream);
+
+}  // namespace lmi

@@ -1,0 +1,18 @@
+#include "linear.cuh"
+
+namespace lmi {
+namespace {
+
+template <typename W>
+bool by_rows(const LinearParams& p, const Resources& use) {
+  if (p.rows <= 8) return launch_rows<PlainProduct<W, 1>, 1>(p, use);
+  return launch_rows<PlainProduct<W, 2>, 2>(p, use);
+}
+
+}  // namespace
+
+bool linear_float32(const LinearParams& p, const Resources& use) {
+  return p.weight_type == Type::int8 ? by_rows<int8_t>(p, use) : by_rows<float>(p, use);
+}
+
+}  // namespace lmi

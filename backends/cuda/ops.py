@@ -1,0 +1,124 @@
+"""The fused operations by compiled kernels for few rows; by torch for many."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lmi_multi.models.spec import Activation
+from lmi_multi.models.weights import Linear, Norm
+from lmi_multi.ops.reference import Reference
+
+# Rows up to which a kernel is offered the work, by the type of the weights; above, cuBLAS is the
+# faster one (benchmarks/results/cuda-kernels.md), or a kernel does not go that far.
+MOST_ROWS: Mapping[torch.dtype, int] = {
+    torch.float32: 8,
+    torch.float16: 8,
+    torch.bfloat16: 8,
+    torch.int8: 32,
+}
+ACTIVATIONS: dict[Activation | None, int] = {
+    None: 0,
+    "gelu": 1,
+    "gelu_tanh": 2,
+    "relu": 3,
+    "silu": 4,
+}
+
+
+class Scratch:
+    """Memory that kernels leave as they found it (counters: zero), for one stream at a time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.work = torch.empty(8 << 20, dtype=torch.float32, device=device)
+        self.counters = torch.zeros(1 << 16, dtype=torch.int32, device=device)
+
+
+class CudaOps(Reference):
+    """`lmi_multi.ops.Ops` by the kernels. What one does not cover, it leaves to `Reference`."""
+
+    def __init__(self, scratch: Scratch, most_rows: Mapping[torch.dtype, int] = MOST_ROWS) -> None:
+        self._scratch, self._most_rows = scratch, most_rows
+        self._kernels = torch.ops.lmi_multi
+
+    def norm(self, x: Tensor, norm: Norm, eps: float) -> Tensor:
+        """See `Ops.norm`."""
+        out = torch.empty_like(x, dtype=norm.weight.dtype)
+        if self._kernels.norm(x, norm.weight, norm.bias, eps, out):
+            return out
+        return super().norm(x, norm, eps)
+
+    def linear(
+        self, x: Tensor, linear: Linear, activation: Activation | None = None, gated: bool = False
+    ) -> Tensor:
+        """See `Ops.linear`."""
+        if x.shape[0] <= self._most_rows[linear.weight.dtype]:
+            dtype = linear.weight.dtype if linear.scale is None else x.dtype
+            out = self._fused(x, linear, dtype, activation=activation, gated=gated)
+            if out is not None:
+                return out
+        return super().linear(x, linear, activation, gated)
+
+    def norm_linear(
+        self,
+        x: Tensor,
+        norm: Norm,
+        eps: float,
+        linear: Linear,
+        activation: Activation | None = None,
+        gated: bool = False,
+    ) -> Tensor:
+        """See `Ops.norm_linear`."""
+        if x.shape[0] <= self._most_rows[linear.weight.dtype]:
+            dtype = (linear if linear.scale is None else norm).weight.dtype
+            out = self._fused(x, linear, dtype, norm, eps, activation=activation, gated=gated)
+            if out is not None:
+                return out
+        return super().norm_linear(x, norm, eps, linear, activation, gated)
+
+    def linear_residual(self, x: Tensor, linear: Linear, residual: Tensor) -> Tensor:
+        """See `Ops.linear_residual`."""
+        if x.shape[0] <= self._most_rows[linear.weight.dtype]:
+            out = self._fused(x, linear, residual.dtype, residual=residual)
+            if out is not None:
+                return out
+        return super().linear_residual(x, linear, residual)
+
+    def _fused(
+        self,
+        x: Tensor,
+        linear: Linear,
+        dtype: torch.dtype,
+        norm: Norm | None = None,
+        eps: float = 0.0,
+        residual: Tensor | None = None,
+        activation: Activation | None = None,
+        gated: bool = False,
+        splits: int = 0,
+    ) -> Tensor | None:
+        """Everything in one kernel, in `dtype`; None where that is not covered.
+
+        `splits`: in how many parts at least a product's inputs are summed.
+        """
+        outputs = linear.weight.shape[0] // 2 if gated else linear.weight.shape[0]
+        out = x.new_empty((x.shape[0], outputs), dtype=dtype)
+        scratch = self._scratch
+        done = self._kernels.linear(
+            x,
+            linear.weight,
+            linear.scale,
+            linear.bias,
+            None if norm is None else norm.weight,
+            None if norm is None else norm.bias,
+            eps,
+            residual,
+            ACTIVATIONS[activation],
+            gated,
+            splits,
+            scratch.work,
+            scratch.counters,
+            out,
+        )
+        return out if done else None

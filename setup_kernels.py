@@ -1,0 +1,148 @@
+"""Compile the CUDA backend's kernels: backends/cuda/csrc/*.cu into backends/cuda/_kernels.so.
+
+    python setup_kernels.py                       # sm_80, 86, 89, 90
+    python setup_kernels.py --arch 90             # one GPU's alone; or LMI_MULTI_CUDA_ARCHS=90
+    python setup_kernels.py --report ptxas.txt    # registers and spills of every kernel
+
+The library uses torch's stable ABI and no libpython, so one file serves Python 3.10 to 3.13 and
+torch 2.10 and later. nvcc and torch's headers are needed, neither a GPU nor a CUDA build of torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+SOURCES = ROOT / "backends" / "cuda" / "csrc"
+LIBRARY = ROOT / "backends" / "cuda" / "_kernels.so"
+ARCHS = ("80", "86", "89", "90")
+TORCH_TARGET = "0x020a000000000000ULL"  # 2.10
+
+
+class BuildError(Exception):
+    """Why the kernels cannot be built, in a line."""
+
+
+def find_nvcc() -> Path:
+    """nvcc of CUDA_HOME, of the path, or of the usual place. Raises BuildError without one."""
+    home = os.environ.get("CUDA_HOME")
+    found = shutil.which(Path(home, "bin", "nvcc")) if home else shutil.which("nvcc")
+    found = found or shutil.which("/usr/local/cuda/bin/nvcc")
+    if found is None:
+        raise BuildError("nvcc was not found: install the CUDA toolkit (12.8 or later)")
+    return Path(found)
+
+
+def torch_headers() -> Path:
+    """The installed torch's include folder. Raises BuildError without one."""
+    spec = find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise BuildError("torch was not found: its headers are needed")
+    return Path(spec.origin).parent / "include"
+
+
+def targets(archs: Sequence[str]) -> list[str]:
+    """nvcc's options for machine code of every architecture, and the last one's PTX for later
+    ones. Raises BuildError on a name that is none."""
+    for arch in archs:
+        if not arch.rstrip("a").isdigit() or int(arch.rstrip("a")) < 80:
+            raise BuildError(f"architecture is {arch!r}, must be 80 or above, such as 90")
+    if not archs:
+        raise BuildError("no architecture was named")
+    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    codes[-1] = f"-gencode=arch=compute_{archs[-1]},code=[sm_{archs[-1]},compute_{archs[-1]}]"
+    return codes
+
+
+def compile_command(
+    nvcc: Path, headers: Path, source: Path, target: Path, archs: Sequence[str]
+) -> list[str]:
+    """How one source becomes an object file; ptxas reports on stderr."""
+    return [
+        *(str(nvcc), "-c", str(source), "-o", str(target), "-std=c++20", "-O3", *targets(archs)),
+        *("-isystem", str(headers), "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"),
+        *("-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra"),
+        *("-Xptxas", "-v,-warn-spills", "-Werror", "all-warnings"),
+    ]
+
+
+def link_command(nvcc: Path, objects: Sequence[Path], stubs: Path, target: Path) -> list[str]:
+    """How the objects become the library."""
+    return [
+        *(str(nvcc), "-shared", "-cudart", "shared", "-o", str(target), *map(str, objects)),
+        *(f"-L{stubs}", "-Xlinker", "--no-as-needed", "-ltorch_cpu", "-ltorch_cuda"),
+    ]
+
+
+def make_stubs(nvcc: Path, folder: Path) -> None:
+    """Empty stand-ins for torch's libraries. The linker only notes their names: at run time the
+    real ones are loaded before, and a torch for CPU has no libtorch_cuda.so to link with."""
+    empty = folder / "empty.cpp"
+    empty.touch()
+    for name in ("libtorch_cpu.so", "libtorch_cuda.so"):
+        made = [str(nvcc), "-shared", "-cudart", "none", "-o", str(folder / name), str(empty)]
+        _run([*made, "-Xcompiler", "-fPIC", "-Xlinker", f"-soname={name}"])
+
+
+def build(target: Path, archs: Sequence[str], jobs: int, say: Callable[[str], None]) -> str:
+    """Compile and link into `target`; returns ptxas' report. Raises BuildError."""
+    nvcc, headers = find_nvcc(), torch_headers()
+    sources = sorted(SOURCES.glob("*.cu"))
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(jobs) as pool:
+        folder = Path(name)
+        objects = [folder / f"{source.stem}.o" for source in sources]
+
+        def compile_one(source: Path, made: Path) -> str:
+            say(f"compiling {source.name} for {', '.join(archs)}")
+            return _run(compile_command(nvcc, headers, source, made, archs))
+
+        reports = list(pool.map(compile_one, sources, objects))
+        make_stubs(nvcc, folder)
+        linked = folder / target.name
+        _run(link_command(nvcc, objects, folder, linked))
+        # A library that is in use must not change under its user: replace it whole.
+        beside = target.with_name(f".{target.name}.{os.getpid()}")
+        shutil.copyfile(linked, beside)
+        beside.replace(target)
+    return "".join(reports)
+
+
+def _run(command: Sequence[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise BuildError(f"{' '.join(command)}\n{done.stdout}{done.stderr}".rstrip())
+    return done.stderr
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description="Compile the CUDA backend's kernels.")
+    default = os.environ.get("LMI_MULTI_CUDA_ARCHS", " ".join(ARCHS))
+    parser.add_argument("--arch", action="append", metavar="N", help=f"default: {default}")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="files at a time")
+    parser.add_argument("--output", type=Path, default=LIBRARY, metavar="FILE")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write ptxas' report here")
+    options = parser.parse_args(arguments)
+    try:
+        archs = options.arch or default.replace(",", " ").split()
+        report = build(options.output, archs, options.jobs, print)
+    except BuildError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if options.report:
+        options.report.write_text(report)
+    print(f"made {options.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

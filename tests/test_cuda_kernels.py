@@ -1,0 +1,328 @@
+"""The CUDA kernels against float64 on random odd shapes, with outputs poisoned beforehand.
+
+Tolerances are of the error's norm over the norm. Half types: their results are rounded once, and
+normalized inputs before; sums are float32. Float32: sums of some thousand products.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from lmi_multi import backends
+from lmi_multi.engine.batch import Row
+from lmi_multi.models.bias import alibi_slopes
+from lmi_multi.models.spec import (
+    Activation,
+    Alibi,
+    Learned,
+    ModelSpec,
+    Position,
+    RelativeBias,
+    Rope,
+)
+from lmi_multi.models.weights import Layer, Linear, Norm
+from lmi_multi.ops.heads import Heads
+from lmi_multi.ops.paged import PagedAttention, PagedCache
+from lmi_multi.ops.reference import Reference
+
+pytestmark = pytest.mark.cuda
+
+TOLERANCE = {torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+DTYPES = list(TOLERANCE)
+ROWS = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 70)
+EPS = 1e-5
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _available() -> None:
+    state = backends.probe("cuda")
+    if not state.ok or state.reason != "compiled kernels":
+        pytest.skip(f"cuda: {state.reason}")
+
+
+@pytest.fixture(autouse=True)
+def _poison() -> Iterator[None]:
+    """New memory holds NaN, so that what a kernel does not write is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def ops():  # type: ignore[no-untyped-def]
+    from lmi_multi.backends.cuda.ops import CudaOps, Scratch
+
+    every = dict.fromkeys((*DTYPES, torch.int8), 64)  # kernels wherever there is one
+    return CudaOps(Scratch(torch.device("cuda")), every)
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32, std: float = 1.0) -> Tensor:
+    return (torch.randn(*shape, device="cuda") * std).to(dtype)
+
+
+def wide(of: Linear | Norm) -> Linear:
+    """In float64; int8 weights with their scale taken in."""
+    weight, scale = of.weight.double(), getattr(of, "scale", None)
+    if scale is not None:
+        weight = weight * scale.double()[:, None]
+    return Linear(weight, None if of.bias is None else of.bias.double())
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    assert found.shape == expected.shape
+    return ((found.double() - expected).norm() / expected.norm()).item()
+
+
+def make_linear(outputs: int, inputs: int, dtype: torch.dtype, int8: bool, bias: bool) -> Linear:
+    offset = randn(outputs, dtype=dtype) if bias else None
+    if not int8:
+        return Linear(randn(outputs, inputs, dtype=dtype, std=inputs**-0.5), offset)
+    weight = torch.randint(-128, 128, (outputs, inputs), device="cuda", dtype=torch.int8)
+    scale = (torch.rand(outputs, device="cuda") + 0.5) / 74 * inputs**-0.5
+    return Linear(weight, offset, scale)
+
+
+def make_norm(features: int, dtype: torch.dtype, bias: bool) -> Norm:
+    offset = randn(features, dtype=dtype) if bias else None
+    return Norm(randn(features, dtype=dtype), offset)
+
+
+def expected_norm(x: Tensor, norm: Norm) -> Tensor:
+    n = wide(norm)
+    return Reference().norm(x.double(), Norm(n.weight, n.bias), EPS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("int8", [False, True])
+def test_linear(dtype: torch.dtype, int8: bool) -> None:
+    torch.manual_seed(0)
+    chance = random.Random(0)
+    fused = ops()
+    for rows in ROWS:
+        for _ in range(4):
+            inputs = 16 * chance.choice((1, 3, 7, 48, 65, 129, 256, 640, 1024))
+            outputs = chance.choice((2, 8, 30, 66, 768, 1000, 2310))
+            bias, gated = chance.random() < 0.5, chance.random() < 0.3
+            kind: Activation | None = chance.choice((None, "gelu", "gelu_tanh", "relu", "silu"))
+            if gated and kind is None:
+                kind = "silu"
+            linear = make_linear(outputs, inputs, dtype, int8, bias)
+            x = randn(rows, inputs, dtype=dtype)
+            case = f"{rows} x {inputs} -> {outputs}, {kind}, gated {gated}, bias {bias}"
+            expected = Reference().linear(x.double(), wide(linear), kind, gated)
+            assert error(fused.linear(x, linear, kind, gated), expected) < TOLERANCE[dtype], case
+
+            norm = make_norm(inputs, dtype, chance.random() < 0.5)
+            expected = Reference().linear(expected_norm(x, norm), wide(linear), kind, gated)
+            found = fused.norm_linear(x, norm, EPS, linear, kind, gated)
+            # The normalized inputs are rounded too, and gates multiply errors.
+            assert error(found, expected) < 2 * TOLERANCE[dtype], f"norm, {case}"
+
+            residual = randn(rows, outputs, dtype=dtype)
+            expected = residual.double() + Reference().linear(x.double(), wide(linear))
+            found = fused.linear_residual(x, linear, residual)
+            assert error(found, expected) < TOLERANCE[dtype], f"residual, {case}"
+
+
+@pytest.mark.parametrize("splits", [1, 2, 3, 5])
+def test_shared_features(splits: int) -> None:
+    """Splits give the same sums, call after call: their counters are zero again."""
+    torch.manual_seed(splits)
+    fused = ops()
+    for rows in (1, 6, 13, 30):
+        linear = make_linear(210, 2064, torch.bfloat16, False, True)
+        norm, x = make_norm(2064, torch.bfloat16, True), randn(rows, 2064, dtype=torch.bfloat16)
+        expected = Reference().linear(expected_norm(x, norm), wide(linear))
+        for _ in range(3):
+            found = fused._fused(x, linear, x.dtype, norm, EPS, splits=splits)
+            assert error(found, expected) < 2 * TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_float32_residual_of_fp16(int8: bool) -> None:
+    """A T5 in fp16: float32 stream, fp16 weights; the FFN's last product in float32."""
+    torch.manual_seed(1)
+    fused = ops()
+    for rows in (1, 4, 11, 40):
+        x = randn(rows, 512, std=1e5)
+        norm = make_norm(512, torch.float16, False)
+        up = make_linear(1024, 512, torch.float16, int8, False)
+        h = fused.norm_linear(x, norm, EPS, up, "gelu_tanh", True)
+        assert h.dtype == torch.float16
+        expected = Reference().linear(expected_norm(x, norm), wide(up), "gelu_tanh", True)
+        assert error(h, expected) < 3e-3
+        down = make_linear(512, 512, torch.float32, int8, False)
+        found = fused.linear_residual(h.float(), down, x)
+        assert found.dtype == torch.float32
+        assert (
+            error(found, x.double() + Reference().linear(h.double(), wide(down)))
+            < TOLERANCE[torch.float32]
+        )
+        out = make_linear(512, 512, torch.float16, int8, False)
+        found = fused.linear_residual(h, out, x)
+        assert found.dtype == torch.float32
+        assert error(found, x.double() + Reference().linear(h.double(), wide(out))) < 1e-3
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_norm(dtype: torch.dtype) -> None:
+    torch.manual_seed(2)
+    fused = ops()
+    for features in (8, 40, 768, 4096, 10000):
+        for bias in (False, True):
+            norm = make_norm(features, dtype, bias)
+            # A large mean, and an outlier in the first feature: sums of squares would cancel.
+            x = (randn(5, features) + 100).to(dtype)
+            x[:, 0] = 3000
+            assert error(fused.norm(x, norm, EPS), expected_norm(x, norm)) < 10 * TOLERANCE[dtype]
+
+
+def make_layer(position_bias: Tensor | None, window: int, norms: bool, dim: int) -> Layer:
+    """A layer of which only the attention's own parts matter."""
+    none = Linear(torch.empty(0))
+    head = (lambda: make_norm(dim, torch.float32, False)) if norms else (lambda: None)
+    return Layer(
+        index=0,
+        qkv=none,
+        out=none,
+        up=none,
+        down=none,
+        norm1=Norm(torch.empty(0)),
+        norm2=Norm(torch.empty(0)),
+        scale=dim**-0.5,
+        window=window,
+        q_norm=head(),
+        k_norm=head(),
+        position_bias=position_bias,
+    )
+
+
+def widened(layer: Layer) -> Layer:
+    """With norms in float64."""
+    if layer.q_norm is None or layer.k_norm is None:
+        return layer
+    q, k = Norm(layer.q_norm.weight.double()), Norm(layer.k_norm.weight.double())
+    return replace(layer, q_norm=q, k_norm=k)
+
+
+POSITIONS: dict[str, Position] = {
+    "learned": Learned(),
+    "rope": Rope(dim=0),
+    "partial-rope": Rope(dim=-1),
+    "alibi": Alibi(),
+    "relative": RelativeBias(buckets=32, max_distance=128),
+}
+
+
+def make_spec(position: Position, heads: int, kv: int, dim: int) -> ModelSpec:
+    if isinstance(position, Rope):
+        position = replace(position, dim=dim if position.dim == 0 else dim // 4 // 2 * 2 or 2)
+    encoder = isinstance(position, RelativeBias)
+    return ModelSpec(
+        family="test",
+        vocab=8,
+        hidden=8,
+        heads=heads,
+        kv_heads=kv,
+        head_dim=dim,
+        ffn=8,
+        decoder_layers=1,
+        encoder_layers=int(encoder),
+        position=position,
+    )
+
+
+def make_rows(lengths: list[int], block: int, chance: random.Random) -> tuple[list[Row], int]:
+    """Rows with scattered blocks, and how many blocks there are."""
+    counts = [-(-n // block) for n in lengths]
+    free = list(range(2 * sum(counts) + 1))
+    chance.shuffle(free)
+    rows = []
+    for n, count in zip(lengths, counts, strict=True):
+        own, free = free[:count], free[count:]
+        cross, free = free[:count], free[count:]
+        row = Row([0], n - 1, own, n, cross_blocks=cross, cross_length=n)
+        rows.append(row)
+    return rows, 2 * sum(counts) + 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("position", POSITIONS)
+def test_attention(position: str, dtype: torch.dtype) -> None:
+    from lmi_multi.backends.cuda.attention import CudaPagedAttention, DistanceBias
+    from lmi_multi.backends.cuda.ops import Scratch
+
+    torch.manual_seed(3)
+    chance = random.Random(position)
+    device = torch.device("cuda")
+    scratch, biases = Scratch(device), DistanceBias()
+    for dim in (8, 32, 64, 80, 96, 128, 256):
+        for heads, kv in ((3, 3), (4, 2), (6, 2), (16, 2)):
+            count, longest = chance.choice(((1, 4096), (3, 700), (70, 60), (2, 33)))
+            lengths = [chance.randint(1, longest) for _ in range(count - 1)] + [longest]
+            spec = make_spec(POSITIONS[position], heads, kv, dim)
+            table = None
+            if position == "alibi":
+                table = alibi_slopes(heads).cuda()
+            if position == "relative":
+                table = randn(32, heads, dtype=dtype)
+            window = chance.choice((0, 0, 5, 100))
+            layer = make_layer(table, window, chance.random() < 0.3, dim)
+            rows, blocks = make_rows(lengths, block := chance.choice((8, 16)), chance)
+            split = Heads(spec, 1)
+            cache = PagedCache(split, blocks, block, dtype, device)
+            cache.k[0].copy_(randn(*cache.k[0].shape, dtype=dtype))
+            cache.v[0].copy_(randn(*cache.v[0].shape, dtype=dtype))
+            exact = PagedCache(split, blocks, block, torch.float32, device)
+            exact.k = [cache.k[0].double()]
+            exact.v = [cache.v[0].double()]
+            qkv = randn(count, (heads + 2 * kv) * dim, dtype=dtype)
+            case = f"{heads}/{kv} heads of {dim}, lengths up to {longest}, window {window}"
+
+            ours = CudaPagedAttention(cache, rows, device, scratch, biases)
+            theirs = PagedAttention(exact, rows, device)
+            found = ours._run(layer, qkv, ours._lengths, ours._table, ours._splits, write=True)
+            assert found is not None, case
+            expected = theirs.attend(widened(layer), qkv.double())
+            assert error(found, expected) < 4 * TOLERANCE[dtype], case
+            new, exactly = cache.k[0].flatten(0, 1), exact.k[0].flatten(0, 1)
+            slots = theirs._slots
+            assert error(new[slots], exactly[slots]) < TOLERANCE[dtype], case
+            exactly[slots] = new[slots].double()
+            assert torch.equal(new.double(), exactly), case
+            assert torch.equal(cache.v[0].double(), exact.v[0]), case
+
+            q = qkv[:, : heads * dim].contiguous()
+            expected = theirs.cross_attend(layer, q.double())
+            assert error(ours.cross_attend(layer, q), expected) < 2 * TOLERANCE[dtype], case
+
+
+def test_kernels_in_a_graph() -> None:
+    """Captured and replayed on new inputs, with dependent launches between the kernels."""
+    torch.manual_seed(4)
+    fused = ops()
+    linears = [make_linear(1024, 1024, torch.bfloat16, False, True) for _ in range(6)]
+    norm = make_norm(1024, torch.bfloat16, True)
+    x = randn(3, 1024, dtype=torch.bfloat16)
+
+    def chain(x: Tensor) -> Tensor:
+        for linear in linears:
+            x = fused.linear_residual(fused.norm_linear(x, norm, EPS, linear, "gelu"), linear, x)
+        return x
+
+    chain(x)
+    graph = torch.cuda.CUDAGraph()
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    with torch.cuda.graph(graph):
+        out = chain(x)
+    for _ in range(5):
+        x.copy_(randn(3, 1024, dtype=torch.bfloat16))
+        out.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(out, chain(x))

@@ -1,0 +1,91 @@
+"""How the kernels are compiled; no GPU and no nvcc needed."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def setup() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("setup_kernels", ROOT / "setup_kernels.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_compiles_for_every_target_without_warnings(setup: ModuleType) -> None:
+    command = setup.compile_command(
+        Path("nvcc"), Path("/torch"), Path("a.cu"), Path("a.o"), setup.ARCHS
+    )
+    for arch in ("80", "86", "89"):
+        assert f"-gencode=arch=compute_{arch},code=sm_{arch}" in command
+    assert "-gencode=arch=compute_90,code=[sm_90,compute_90]" in command
+    assert command[command.index("-Werror") + 1] == "all-warnings"
+    assert "-DTORCH_TARGET_VERSION=0x020a000000000000ULL" in command
+    assert command[command.index("-c") + 1] == "a.cu"
+
+
+def test_links_with_torch_and_not_with_python(setup: ModuleType) -> None:
+    command = setup.link_command(Path("nvcc"), [Path("a.o")], Path("stubs"), Path("b.so"))
+    assert {"-shared", "-ltorch_cpu", "-ltorch_cuda", "a.o"} <= set(command)
+    assert not [option for option in command if "python" in option]
+
+
+@pytest.mark.parametrize("archs", [["75"], ["sm_90"], [""], []])
+def test_refuses_unknown_architectures(setup: ModuleType, archs: list[str]) -> None:
+    with pytest.raises(setup.BuildError, match="architecture"):
+        setup.targets(archs)
+
+
+def test_one_line_without_nvcc(
+    setup: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(setup.shutil, "which", lambda name: None)
+    target = tmp_path / "_kernels.so"
+    assert setup.main(["--output", str(target)]) == 1
+    shown = capsys.readouterr()
+    assert shown.err.startswith("error: nvcc was not found")
+    assert shown.err.count("\n") == 1
+    assert not target.exists()
+
+
+def test_a_failing_compiler_is_shown(
+    setup: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    compiler = tmp_path / "bin" / "nvcc"
+    compiler.parent.mkdir()
+    compiler.write_text("#!/bin/sh\necho 'what is wrong' >&2\nexit 2\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    target = tmp_path / "_kernels.so"
+    assert setup.main(["--output", str(target), "--arch", "90"]) == 1
+    assert "what is wrong" in capsys.readouterr().err
+    assert not target.exists()
+
+
+def test_missing_kernels_have_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from lmi_multi.backends.cuda import kernels
+
+    missing = kernels.missing.__wrapped__
+    monkeypatch.setattr(kernels, "LIBRARY", tmp_path / "_kernels.so")
+    assert missing() == "not built (make kernels)"
+    kernels.LIBRARY.write_text("no library")
+    monkeypatch.delenv(kernels.SWITCH, raising=False)
+    assert missing() == "not switched on (LMI_MULTI_CUDA_KERNELS=1)"
+    monkeypatch.setenv(kernels.SWITCH, "1")
+    assert missing().startswith("not loadable (")
