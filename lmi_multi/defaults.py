@@ -57,6 +57,10 @@ _ELSE: dict[str, Any] = {
     "early_stopping": False,
 }
 
+# Settings of beam search, which many files have without ever using them.
+_GROUPS = ("num_beam_groups", "diversity_penalty")
+_OF_BEAMS = ("length_penalty", "early_stopping", "num_return_sequences", *_GROUPS)
+
 # Settings that would change the output and that nothing here obeys yet, each with the values
 # (beside null) that ask for nothing.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -211,9 +215,10 @@ class GenerationDefaults:
         groups = self._either(options, "num_beam_groups", 1)
         penalty = self._either(options, "diversity_penalty", 0.0)
         if num_beams % groups:
+            where = "" if options.num_beam_groups else f" in {self.source}"
             raise OptionError(
-                f"num_beam_groups is {groups}; allowed: what num_beams, {num_beams}, can be "
-                "divided by"
+                f"num_beam_groups{where} is {groups}; allowed: what num_beams, {num_beams}, can "
+                "be divided by"
             )
         if groups > 1 and not penalty:
             raise OptionError(
@@ -375,6 +380,8 @@ def _options(fields: Mapping[str, Any], path: Path) -> GenerateOptions:
         asked[name] = _tokens(fields, name, path) or None
     asked["logit_bias"] = _single_bias(fields.get("sequence_bias")) or None
     given = {name: value for name, value in asked.items() if value is not None}
+    for name in _unusable(fields):
+        given.pop(name, None)
     if not given.get("do_sample"):
         # Beside greedy decoding Hugging Face never looks at these, and real files hold 0 there.
         for name in ("temperature", "top_k", "top_p", "typical_p"):
@@ -385,6 +392,32 @@ def _options(fields: Mapping[str, Any], path: Path) -> GenerateOptions:
         return GenerateOptions.of(given)
     except OptionError as error:
         raise CheckpointError(f"{path}: {error}") from None
+
+
+def _unusable(fields: Mapping[str, Any]) -> list[str]:
+    """The settings of beam search in the file that cannot be kept: values that a call may not
+    have, and groups that do not go with the other settings."""
+    beams = _beams(fields)
+    found = []
+    if fields.get("num_beams") is not None and (
+        type(fields["num_beams"]) is not int or fields["num_beams"] != beams
+    ):
+        found.append("num_beams")
+    found += [name for name in _OF_BEAMS if not _is_allowed(name, fields.get(name))]
+    groups, penalty = (fields.get(name) or 0 for name in _GROUPS)
+    if not set(_GROUPS) & set(found) and beams > 1:
+        grouped = groups > 1
+        if grouped != bool(penalty) or (grouped and beams % groups):
+            found += [name for name in _GROUPS if fields.get(name) is not None]
+    return found
+
+
+def _is_allowed(name: str, value: Any) -> bool:
+    try:
+        GenerateOptions.of({name: value})
+    except OptionError:
+        return False
+    return True
 
 
 def _single_bias(value: Any) -> dict[int, float] | None:
@@ -411,8 +444,7 @@ def _unsupported(fields: Mapping[str, Any]) -> tuple[str, ...]:
         for name, neutral in _UNSUPPORTED.items()
         if fields.get(name) is not None and fields[name] not in neutral
     ]
-    if fields.get("num_beams") not in (None, _beams(fields)):
-        names.insert(0, "num_beams")
+    names += _unusable(fields)
     if fields.get("sequence_bias") and _single_bias(fields["sequence_bias"]) is None:
         names.append("sequence_bias")
     return tuple(f"{name}={fields[name]!r}" for name in names)

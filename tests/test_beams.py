@@ -57,6 +57,14 @@ def pair(
         yield Pair(reference, ours)
 
 
+@pytest.fixture(scope="module")
+def moved() -> Iterator[list[bool]]:
+    """For every answer that was compared, whether a tie let it change its place: few may."""
+    found: list[bool] = []
+    yield found
+    assert sum(found) <= len(found) / 500, f"{sum(found)} of {len(found)} answers"
+
+
 # An end token likely enough that beams end at different lengths.
 ENDS = {"logit_bias": {EOS: 3.0}, "suppress_tokens": [VOCAB - 1]}
 OPTIONS: list[dict[str, Any]] = [
@@ -81,7 +89,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values()))[-40:])
-def test_equals_hugging_face(pair: Pair, options: dict[str, Any]) -> None:
+def test_equals_hugging_face(pair: Pair, moved: list[bool], options: dict[str, Any]) -> None:
     answers = options.get("num_return_sequences", 1)
     ours = pair.ours.generate(
         PROMPTS, options | {"max_new_tokens": options.get("max_new_tokens", NEW)}
@@ -94,7 +102,8 @@ def test_equals_hugging_face(pair: Pair, options: dict[str, Any]) -> None:
         for place in range(answers):
             tied = [i for i in range(answers) if abs(scores[i] - scores[place]) < 2e-5]
             assert mine[place].token_ids in [tokens[i] for i in tied]
-            assert len(tied) == 1 or len({tuple(c.token_ids) for c in mine}) == answers
+            moved.append(mine[place].token_ids != tokens[place])
+        assert len({tuple(c.token_ids) for c in mine}) == answers
     assert is_clean(pair.ours)
 
 
@@ -204,8 +213,8 @@ def mixed_with_beams(count: int) -> list[dict[str, Any]]:
 def test_each_of_many_mixed_prompts_is_as_if_alone(
     family: str, limits: dict[str, int], checkpoints: Path
 ) -> None:
-    options, random = mixed_with_beams(48), Random(1)
-    prompts = [[random.randrange(3, VOCAB) for _ in range(1 + i % 13)] for i in range(48)]
+    options, random = mixed_with_beams(64), Random(1)
+    prompts = [[random.randrange(3, VOCAB) for _ in range(1 + i % 13)] for i in range(64)]
     built = artifact(checkpoints, family)
     with model(built, max_batch=8) as plain, model(built, **{"max_batch": 8} | limits) as opened:
         alone = [plain.generate([p], own) for p, own in zip(prompts, options, strict=True)]
@@ -331,11 +340,10 @@ def test_a_search_with_nan_ends_alone(family: str, checkpoints: Path) -> None:
 def test_options_that_leave_too_few_answers(pair: Pair) -> None:
     options = {"num_beams": 4, "num_return_sequences": 3, "max_new_tokens": 2}
     forced = {"forced_eos_token_id": EOS, "suppress_tokens": [*range(3, VOCAB), 0]}
-    first, *others = pair.ours.generate(PROMPTS[:1], options | forced)
-    assert first.finish_reason in ("eos", "length") and first.token_ids
-    for other in others:
-        if other.finish_reason == "numerical_error":
-            assert other.error == "the options leave only 2 different answers"
+    first, second, third = pair.ours.generate(PROMPTS[:1], options | forced)
+    assert sorted(c.token_ids for c in (first, second)) == [[1, EOS], [EOS]]
+    assert third.finish_reason == "numerical_error" and third.token_ids == []
+    assert third.error == "the options leave only 2 different answers"
 
 
 def test_what_the_model_was_loaded_for(checkpoints: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import signal
 import sys
 import threading
 import time
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from lmi_multi.engine.scheduler import Scheduler
 from lmi_multi.engine.sequence import Sequence
 from lmi_multi.errors import OptionError
 from lmi_multi.model import Model
@@ -283,6 +285,60 @@ def interrupted_at(moment: int, work: Callable[[], Any]) -> int:
     finally:
         sys.setprofile(None)
     return count
+
+
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
+@pytest.mark.parametrize("place", ["push", "advance", "release"])
+def test_ctrl_c_lets_a_steps_outcome_become_whole(
+    family: str, place: str, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever drives a step is interrupted while others' tokens are noted: they go on as ever."""
+    built, made = artifact(checkpoints, family), requests(3, seed=8)
+    for _, options in made:
+        options["max_new_tokens"] = 6
+    owner: Any = Scheduler if place == "release" else Sequence
+    real = getattr(owner, place)
+    with model(built) as plain, model(built) as opened:
+        expected = generate(plain, made)
+        engine, others = opened._engine, sequences(opened, made[1:])
+        engine.submit(others)
+        calls = []
+
+        def pressed(*arguments: Any) -> None:
+            calls.append(1)
+            if len(calls) == 5:
+                signal.raise_signal(signal.SIGINT)
+            real(*arguments)
+
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            with monkeypatch.context() as patch:
+                patch.setattr(owner, place, pressed)
+                with pytest.raises(KeyboardInterrupt):
+                    for _ in range(3):  # a release comes only at an end
+                        generate(opened, made[:1])
+        finally:
+            signal.signal(signal.SIGINT, before)
+        while any(s.finish_reason is None for s in others):
+            engine.step()
+        assert [s.generated for s in others] == expected[1:]
+        assert is_clean(opened)
+
+
+def test_a_caller_who_leaves_in_mid_prefill_harms_nobody(checkpoints: Path) -> None:
+    """Its prompt's blocks are gone when the step that computed a slice of it is committed."""
+    built = artifact(checkpoints, "gpt2")
+    leave: list[Callable[[], None]] = []
+    opened_executor = executor(built, block_size=4, max_step_tokens=16)
+    watched = Watched(opened_executor, lambda _: leave.pop()() if leave else None)
+    with model(built, watched) as opened:
+        expected = opened.generate([[5, 6, 7]], max_new_tokens=9, ignore_eos=True)
+        stream = opened.stream([[9], list(range(20, 70))], max_new_tokens=9, ignore_eos=True)
+        next(stream)
+        leave.append(stream.close)  # type: ignore[attr-defined]
+        found = opened.generate([[5, 6, 7]], max_new_tokens=9, ignore_eos=True)
+        assert not leave and [c.token_ids for c in found] == [c.token_ids for c in expected]
+        assert is_clean(opened)
 
 
 # --- threads

@@ -544,6 +544,38 @@ def test_beams_of_the_file(tmp_path: Path) -> None:
     assert resolve(found).num_beams == 4
     found = read(tmp_path, {"num_beams": 4, "do_sample": True})
     assert (found.num_beams, found.unsupported) == (1, ("num_beams=4",))
+    found = read(tmp_path, {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5})
+    assert resolve(found).group_beams == 2
+    with pytest.raises(OptionError, match=r"num_beam_groups in generation_config\.json is 2; all"):
+        resolve(found, num_beams=3)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_beams": True},
+        {"num_beams": 0},
+        {"num_beams": "4"},
+        {"length_penalty": 20.0},
+        {"early_stopping": "maybe"},
+        {"early_stopping": 1},
+        {"num_return_sequences": 32},
+        {"num_beam_groups": 32},
+        {"diversity_penalty": -1},
+        {"num_beams": 4, "num_beam_groups": 2},
+        {"num_beams": 4, "diversity_penalty": 0.5},
+        {"num_beams": 4, "num_beam_groups": 3, "diversity_penalty": 0.5},
+    ],
+    ids=str,
+)
+def test_beam_settings_of_a_file_that_cannot_be_kept(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    """They are named when the model is loaded, and do not keep it from loading or generating."""
+    found = read(tmp_path, settings)
+    kept = {"num_beams": 4} if settings.get("num_beams") == 4 else {}
+    assert set(found.unsupported) == {f"{n}={v!r}" for n, v in settings.items() if n not in kept}
+    assert resolve(found).num_beams == kept.get("num_beams", 1)
 
 
 def test_forced_tokens_must_not_be_suppressed() -> None:

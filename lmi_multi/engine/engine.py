@@ -10,6 +10,7 @@ from typing import TypeVar, cast
 
 from torch import Tensor
 
+from lmi_multi import interrupts
 from lmi_multi.backends.base import Executor
 from lmi_multi.engine.batch import Passage, Prompt
 from lmi_multi.engine.request import Request
@@ -50,9 +51,7 @@ class Engine:
         own = pending = list(requests)
         seen = self._steps
         try:
-            with self._lock:
-                for request in own:
-                    self.scheduler.add(request)
+            self.submit(own)
             while pending:
                 if self._steps == seen:  # what others' steps brought is shown first
                     self._use(self._step, unless=partial(self._stepped_since, seen))
@@ -60,10 +59,24 @@ class Engine:
                 pending = [r for r in pending if r.finish_reason is None]
                 yield
         finally:
-            with self._lock:
-                for request in own:
-                    request.cancel()
-                    self.scheduler.release(request)
+            self.drop(own)
+
+    def submit(self, requests: Iterable[Request]) -> None:
+        """Queue `requests`, for whoever steps next. They stay until they have ended, or `drop`."""
+        with interrupts.delayed(), self._lock:
+            for request in requests:
+                self.scheduler.add(request)
+
+    def step(self) -> None:
+        """Run one step, which carries everybody's requests."""
+        self._use(self._step)
+
+    def drop(self, requests: Iterable[Request]) -> None:
+        """Free the places of `requests`; those that have not ended are cancelled."""
+        with interrupts.delayed(), self._lock:
+            for request in requests:
+                request.cancel()
+                self.scheduler.release(request)
 
     def encode(self, prompts: Items[Prompt]) -> tuple[Tensor, Tensor | None]:
         """`Executor.encode`, between two steps."""
@@ -105,10 +118,10 @@ class Engine:
                     self._changed.notify_all()
 
     def _step(self) -> None:
-        with self._lock:
+        with interrupts.delayed(), self._lock:
             batch, shares = self.scheduler.plan()
         draws = iter(self.executor.step(batch).draws)
-        with self._lock:
+        with interrupts.delayed(), self._lock:
             for share in shares:
                 if share.draws:
                     share.request.accept(draws)

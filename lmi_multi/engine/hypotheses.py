@@ -76,18 +76,30 @@ def advance(
 ) -> Group:
     """The group after a step, given its beams' `best` continuations and how often the groups
     before it have `taken` each token in this step; what it takes itself is added there."""
-    found = _penalised(best, taken, options.diversity_penalty)[: candidates(options)]
-    entries = [group.running[c.beam].extended(c) for c in found]
-    width, alone = options.group_beams, options.num_beam_groups == 1
-    running = tuple(h for h in entries if not h.stopped(options))[:width]
+    width = options.group_beams
+    first: list[Hypothesis] = []  # the candidates of the highest rank: only these may finish
+    running: list[Hypothesis] = []
+    ended: list[Hypothesis] = []
+    for candidate in _penalised(best, taken, options.diversity_penalty)[: candidates(options)]:
+        if len(first) == width == len(running):
+            break
+        hypothesis = group.running[candidate.beam].extended(candidate)
+        stopped = hypothesis.stopped(options)
+        if not stopped and len(running) < width:
+            running.append(hypothesis)
+        if len(first) < width:
+            first.append(hypothesis)
+            if stopped or len(hypothesis.tokens) == options.max_new_tokens:
+                ended.append(hypothesis)
     taken.update(h.tokens[-1] for h in running)
-    last = bool(entries) and len(entries[0].tokens) == options.max_new_tokens
-    ended = [h for h in entries[:width] if last or h.stopped(options)]
     fresh = [(final_score(h, options), h) for h in ended]
     finished = tuple(sorted((*group.finished, *fresh), key=lambda pair: -pair[0])[:width])
-    if last or not running or _is_done(finished, (running if alone else entries)[0], options):
+    if not running or len(running[0].tokens) == options.max_new_tokens:
         return Group((), finished)
-    return Group(running, finished)
+    best_left = (running if options.num_beam_groups == 1 else first)[0]
+    if _is_done(finished, best_left, options):
+        return Group((), finished)
+    return Group(tuple(running), finished)
 
 
 def final_score(hypothesis: Hypothesis, options: Resolved) -> float:

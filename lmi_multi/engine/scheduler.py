@@ -154,8 +154,9 @@ class Scheduler:
         self._newcomers = []
 
     def _store(self, request: Request, row: Row) -> None:
-        """Let others find what a step computed of a prompt."""
-        if row.start < len(request.first_tokens) and request.encoder_ids is None:
+        """Let others find what a step computed of a prompt. One whose caller left while the step
+        ran has no blocks any more."""
+        if request.blocks and row.start < row.prompt_length and request.encoder_ids is None:
             self.cache.store(request.first_tokens[: row.length], request.blocks)
 
     def release(self, request: Request) -> None:

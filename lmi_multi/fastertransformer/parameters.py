@@ -150,7 +150,7 @@ def _refuse(parameters: Mapping[str, Any]) -> None:
     if beams is not None and (isinstance(beams, bool) or not isinstance(beams, int) or beams < 1):
         raise OptionError(f"beam_width is {beams!r:.80}, must be an integer, at least 1")
     rates = _spread("beam_search_diversity_rate", parameters["beam_search_diversity_rate"], None)
-    if beams != 1 and any(rate not in (None, 0) for rate in rates):
+    if beams not in (None, 1) and any(rate not in (None, 0) for rate in rates):
         raise OptionError(
             "beam_search_diversity_rate is set, but candidates of one beam are never told apart "
             "by their rank; allowed: 0"

@@ -9,8 +9,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch._C._distributed_c10d import FileStore
 
-from lmi_multi import errors
+from lmi_multi import errors, interrupts
 from lmi_multi.errors import LmiError, OptionError, RankError
 
 CALL_TIMEOUT = 600.0  # seconds; a long prefill on a slow host is legitimate
@@ -98,8 +97,8 @@ class RankGroup:
             raise
 
     def _send(self, message: tuple[int, str, tuple[Any, ...]]) -> None:
-        with _interrupts_delayed():
-            self._mid_message = True
+        with interrupts.delayed():
+            self._mid_message = True  # half a message would make the group unusable
             for pipe in self._pipes:
                 try:
                     pipe.send(message)
@@ -147,7 +146,7 @@ class RankGroup:
         """A rank's answer as a one-tuple, its failure, or None if there is none yet."""
         try:
             while pipe.poll():
-                with _interrupts_delayed():
+                with interrupts.delayed():
                     self._mid_message = True
                     number, kind, value = pipe.recv()
                     self._mid_message = False
@@ -179,27 +178,6 @@ class RankGroup:
         self._failure = failure
         self.close()
         raise failure
-
-
-@contextmanager
-def _interrupts_delayed() -> Iterator[None]:
-    """Hold Ctrl-C back while a message is on its way through a pipe, then let it act.
-
-    Python runs signal handlers in the main thread alone, between any two instructions; half a
-    message in a pipe would make the group unusable.
-    """
-    handler = signal.getsignal(signal.SIGINT)  # None if not Python's to restore
-    if handler is None or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    held: list[int] = []
-    signal.signal(signal.SIGINT, lambda number, _: held.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-        if held:
-            signal.raise_signal(signal.SIGINT)
 
 
 def _is_death(failure: LmiError) -> bool:
