@@ -19,7 +19,8 @@ class Chunk:
     `index` is the prompt's place among those given, `answer` the answer's number where a prompt
     has several. `text` holds whole characters only, and may be empty while `token_ids` are not;
     None when the model has no tokenizer. `finish_reason` is set in an answer's last chunk, and
-    only there. `logprobs` has an entry for each of `token_ids` if the options ask for them.
+    only there, as is the `score` of an answer that beam search found. `logprobs` has an entry for
+    each of `token_ids` if the options ask for them.
     """
 
     index: int
@@ -29,6 +30,7 @@ class Chunk:
     error: str | None = None
     answer: int = 0
     logprobs: list[TokenLogprob] | None = None
+    score: float | None = None
 
 
 def stream(engine: Engine, jobs: Sequence[Job]) -> Iterator[Chunk]:
@@ -36,7 +38,7 @@ def stream(engine: Engine, jobs: Sequence[Job]) -> Iterator[Chunk]:
 
     Closing the iterator frees their places.
     """
-    views = [_View(index, answer) for index, job in enumerate(jobs) for answer in job.answers]
+    views = [View(index, answer) for index, job in enumerate(jobs) for answer in job.answers]
     steps = engine.steps([request for job in jobs for request in job.requests])
     try:
         for _ in steps:
@@ -49,8 +51,8 @@ def stream(engine: Engine, jobs: Sequence[Job]) -> Iterator[Chunk]:
 
 
 @dataclass
-class _View:
-    """How much of a sequence has been shown."""
+class View:
+    """An answer, and how much of it has been shown."""
 
     index: int
     sequence: EngineSequence
@@ -76,7 +78,10 @@ class _View:
             logprobs = sequence.logprobs[self.tokens : self.tokens + len(tokens)]
         self.tokens += len(tokens)
         self.ended = finish is not None
-        return Chunk(self.index, text, tokens, finish, sequence.error, sequence.stream, logprobs)
+        return Chunk(
+            *(self.index, text, tokens, finish, sequence.error, sequence.stream, logprobs),
+            score=sequence.score if self.ended else None,
+        )
 
 
 async def in_thread(chunks: Iterator[Chunk]) -> AsyncIterator[Chunk]:

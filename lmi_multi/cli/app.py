@@ -14,6 +14,7 @@ from lmi_multi.cli.generate import generate
 from lmi_multi.cli.inspect import inspect
 from lmi_multi.cli.perplexity import perplexity
 from lmi_multi.cli.plan import plan
+from lmi_multi.cli.serve import serve
 
 NAME = "lmi-multi"
 
@@ -25,7 +26,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for command in (generate, perplexity, convert, inspect, plan, doctor, demo):
+for command in (generate, serve, perplexity, convert, inspect, plan, doctor, demo):
     app.command()(command)
 
 

@@ -28,6 +28,11 @@ class Scheduler:
         """Whether there is nothing to do."""
         return not self.waiting and not self.running
 
+    @property
+    def rows(self) -> int:
+        """The most rows that the running requests can have."""
+        return sum(request.width for request in self.running)
+
     def add(self, request: Request) -> None:
         """Queue a request. Raises ValueError if it could never run: waiting would not end."""
         needed = sum(request.blocks_needed(self.limits.block_size))
@@ -92,15 +97,11 @@ class Scheduler:
             counts.append((request, count))
         return count * rows
 
-    def _rows(self) -> int:
-        """The most rows that the running requests can have."""
-        return sum(request.width for request in self.running)
-
     def _too_long(self) -> bool:
         """Whether the first waiting prompt is an encoder's that fits beside nothing that runs."""
         if not self.waiting or self.waiting[0].encoder_ids is None:
             return False
-        return len(self.waiting[0].encoder_ids) >= self.limits.max_step_tokens - self._rows()
+        return len(self.waiting[0].encoder_ids) >= self.limits.max_step_tokens - self.rows
 
     def _admit(self, budget: int | None = None) -> Request | None:
         """Move the first waiting request to the running ones, if there is room for it now.
@@ -110,7 +111,7 @@ class Scheduler:
         if not self.waiting:
             return None
         request = self.waiting[0]
-        if self._rows() + request.width > self.limits.max_batch:
+        if self.rows + request.width > self.limits.max_batch:
             return None
         if budget is not None and len(request.encoder_ids or ()) >= budget:
             return None

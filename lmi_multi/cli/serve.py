@@ -1,0 +1,138 @@
+"""`lmi-multi serve`: answer over HTTP."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lmi_multi.cli import options
+from lmi_multi.cli.console import note
+from lmi_multi.errors import LmiError, OptionError
+
+if TYPE_CHECKING:
+    from lmi_multi.serve.settings import ServeSettings
+
+log = logging.getLogger(__name__)
+
+_SERVER = "Server"
+_LATER = {  # settings that containers have and that this version cannot keep
+    "entry_point": "a script of your own",
+    "fallback": "other engines",
+    "multi_model": "several models",
+}
+
+
+def serve(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="As for the other commands; default: what the properties say."),
+    ] = None,
+    properties: Annotated[
+        Path | None,
+        typer.Option(
+            help="A serving.properties; default: the one in the model's folder.",
+            rich_help_panel=_SERVER,
+        ),
+    ] = None,
+    host: Annotated[
+        str | None, typer.Option(help="Default: 127.0.0.1.", rich_help_panel=_SERVER)
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(help="Default: 8080; 0: any.", rich_help_panel=_SERVER)
+    ] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(help="The model's name in /v1; default: MODEL.", rich_help_panel=_SERVER),
+    ] = None,
+    max_queue: Annotated[
+        int | None,
+        typer.Option(help="Prompts that may be there at once; then 503.", rich_help_panel=_SERVER),
+    ] = None,
+    request_timeout: Annotated[
+        float | None, typer.Option(help="Seconds for an answer.", rich_help_panel=_SERVER)
+    ] = None,
+    step_timeout: Annotated[
+        float | None,
+        typer.Option(help="Seconds until a silent engine is replaced.", rich_help_panel=_SERVER),
+    ] = None,
+    drain_timeout: Annotated[
+        float | None,
+        typer.Option(help="Seconds that SIGTERM leaves for answers.", rich_help_panel=_SERVER),
+    ] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="auto, cpu, cuda or neuron.", rich_help_panel=options.LOADING)
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="auto, fp32, fp16 or bf16.", rich_help_panel=options.LOADING),
+    ] = None,
+    quantize: options.Quantize = None,
+    tensor_parallel: Annotated[
+        str | None,
+        typer.Option(help="Ranks that share the model, or max.", rich_help_panel=options.LOADING),
+    ] = None,
+    max_batch: Annotated[
+        int | None, typer.Option(help="Rows computed at once.", rich_help_panel=options.LOADING)
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(help="Tokens of prompt and answer in all.", rich_help_panel=options.LOADING),
+    ] = None,
+    revision: options.Revision = None,
+) -> None:
+    """Serve a model over HTTP: SageMaker's, DJL's and OpenAI's requests.
+
+    Settings come from here, from a serving.properties, and from OPTION_ and SAGEMAKER_ variables.
+    LMI_MULTI_API_KEY is the bearer token to ask for. /ping answers 200 once the model can answer,
+    /docs shows every route; SIGTERM ends the server when what it has begun is answered.
+    """
+    try:
+        from lmi_multi.serve.app import Application
+        from lmi_multi.serve.server import Server
+        from lmi_multi.serve.settings import ServeSettings
+    except ModuleNotFoundError as error:
+        raise OptionError(
+            f"{error.name} is not installed, which serving needs: pip install 'lmi_multi[serve]'"
+        ) from None
+    form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+    logging.basicConfig(level=logging.INFO, format=form)
+    given = {
+        "model": model,
+        "host": host,
+        "port": port,
+        "max_queue": max_queue,
+        "request_timeout": request_timeout,
+        "step_timeout": step_timeout,
+        "drain_timeout": drain_timeout,
+        "backend": backend,
+        "dtype": dtype,
+        "quantize": quantize,
+        "tensor_parallel": tensor_parallel,
+        "max_batch": max_batch,
+        "max_tokens": max_tokens,
+        "revision": revision,
+    }
+    settings = ServeSettings.read(command_line=given, properties=properties, environ=os.environ)
+    _check(settings)
+    application = Application(settings, name or str(settings.model))
+    server = Server(application, settings.host, settings.port, settings.drain_timeout)
+    note(f"serving {settings.model} on {settings.host} port {settings.port}")
+    server.run()
+    if application.engine.failed:
+        raise LmiError(application.engine.error or "the engine failed")
+
+
+def _check(settings: ServeSettings) -> None:
+    """Refuse what cannot be kept, and say what changes nothing."""
+    for field, what in _LATER.items():
+        if getattr(settings, field):
+            raise OptionError(
+                f"{field} is {getattr(settings, field)}, and this version serves without {what}; "
+                "allowed: nothing"
+            )
+    if settings.task != "auto":
+        log.info("task is %s: no effect, as the model itself tells what it can do", settings.task)

@@ -1,0 +1,119 @@
+"""The application: routes, errors, authorization."""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import logging
+from collections.abc import AsyncIterator
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from lmi_multi.errors import LmiError
+from lmi_multi.serve import openai, sagemaker
+from lmi_multi.serve.client import EngineClient
+from lmi_multi.serve.errors import HttpError
+from lmi_multi.serve.metrics import Metrics
+from lmi_multi.serve.service import Service
+from lmi_multi.serve.settings import ServeSettings
+
+log = logging.getLogger(__name__)
+
+
+class Application:
+    """A FastAPI application around one engine, which lives as long as the application runs."""
+
+    def __init__(self, settings: ServeSettings, name: str) -> None:
+        self.engine = EngineClient(
+            settings.load_arguments(),
+            max_requests=settings.max_queue,
+            max_tokens=settings.max_queue_tokens,
+            startup_timeout=settings.startup_timeout,
+            step_timeout=settings.step_timeout,
+        )
+        self.metrics = Metrics(self.engine)
+        self.draining = False
+        service = Service(self.engine, self.metrics, settings.request_timeout)
+        self.app = FastAPI(title="lmi_multi", lifespan=self._lifespan)
+        limit = settings.max_body_bytes
+        self.app.include_router(sagemaker.router(service, settings, lambda: self.draining))
+        self.app.include_router(openai.router(service, limit, name))
+        self.app.add_api_route("/metrics", self._show_metrics, tags=["Operation"])
+        self.app.add_exception_handler(HttpError, self._failed)
+        self.app.add_exception_handler(LmiError, self._failed)
+        self.app.add_exception_handler(HTTPException, self._refused)
+        self.app.add_exception_handler(Exception, self._broken)
+        self.app.add_middleware(_Draining, owner=self)
+        if settings.api_key is not None:
+            key = settings.api_key.get_secret_value()
+            self.app.add_middleware(_Authorized, key=key)
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:
+        await self.engine.start()
+        try:
+            yield
+        finally:
+            await self.engine.close()
+
+    async def _show_metrics(self) -> Response:
+        """Prometheus's text format."""
+        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    async def _failed(self, request: Request, error: Exception) -> Response:
+        failure = error if isinstance(error, HttpError) else HttpError.of(error)  # type: ignore[arg-type]
+        if failure.status == 503:
+            self.metrics.shed.inc()
+        return _answer(request, failure)
+
+    async def _refused(self, request: Request, error: Exception) -> Response:
+        found = error if isinstance(error, HTTPException) else HTTPException(500)
+        return _answer(request, HttpError(found.status_code, found.detail))
+
+    async def _broken(self, request: Request, error: Exception) -> Response:
+        log.error("%s failed", request.url.path, exc_info=error)
+        return _answer(request, HttpError(500, "something went wrong here; the log says what"))
+
+
+def _answer(request: Request, failure: HttpError) -> Response:
+    shape = failure.openai() if request.url.path.startswith("/v1/") else failure.plain()
+    return JSONResponse(shape, status_code=failure.status, headers=failure.headers)
+
+
+class _Authorized:
+    """Lets through only what carries the key as a bearer token; `/ping` is open."""
+
+    def __init__(self, app: ASGIApp, key: str) -> None:
+        self._app, self._key = app, key.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] != "/ping":
+            given = dict(scope["headers"]).get(b"authorization", b"")
+            kind, _, token = given.partition(b" ")
+            if kind.lower() != b"bearer" or not hmac.compare_digest(token.strip(), self._key):
+                failure = HttpError(401, "the request carries no valid bearer token")
+                headers = {"WWW-Authenticate": "Bearer"}
+                response = JSONResponse(failure.plain(), status_code=401, headers=headers)
+                await response(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+class _Draining:
+    """Refuses new work while the server ends."""
+
+    def __init__(self, app: ASGIApp, owner: Application) -> None:
+        self._app, self._owner = app, owner
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and self._owner.draining and scope["method"] == "POST":
+            failure = HttpError(503, "the server is shutting down")
+            headers = {"Retry-After": "5", "Connection": "close"}
+            response = JSONResponse(failure.plain(), status_code=503, headers=headers)
+            await response(scope, receive, send)
+            return
+        await self._app(scope, receive, send)

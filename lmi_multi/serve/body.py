@@ -1,0 +1,65 @@
+"""From a request's bytes to a checked object."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from starlette.requests import Request
+
+from lmi_multi.serve.errors import HttpError
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+async def read(request: Request, limit: int) -> bytes:
+    """The body. Raises HttpError 413 beyond `limit` bytes, before any more is read."""
+    announced = request.headers.get("content-length", "")
+    if announced.isdigit() and int(announced) > limit:
+        raise _too_large(limit)
+    parts: list[bytes] = []
+    size = 0
+    async for part in request.stream():
+        size += len(part)
+        if size > limit:
+            raise _too_large(limit)
+        parts.append(part)
+    return b"".join(parts)
+
+
+def parse(data: bytes) -> Any:
+    """JSON as Python values. Raises HttpError 400 for anything else, NaN and Infinity included."""
+    try:
+        return json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
+    except UnicodeDecodeError as error:
+        raise HttpError(400, f"the body is no UTF-8 at byte {error.start}") from None
+    except RecursionError:
+        raise HttpError(400, "the body is nested too deeply") from None
+    except ValueError as error:
+        raise HttpError(400, f"the body is no JSON: {error}") from None
+
+
+def check(kind: type[_Model], value: Any) -> _Model:
+    """`value` as a `kind`. Raises HttpError 400 that names the field."""
+    if not isinstance(value, dict):
+        raise HttpError(400, f"the body is a {type(value).__name__}, must be a JSON object")
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        # An unknown name first: a missing one is often the same, misspelt.
+        first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+        path = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            known = ", ".join(kind.model_fields)
+            raise HttpError(400, f"unknown field {path!r}; known: {known}", path) from None
+        given = f" is {first['input']!r:.80}" if first["type"] != "missing" else ""
+        raise HttpError(400, f"{path}{given}: {first['msg']}", path) from None
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _too_large(limit: int) -> HttpError:
+    return HttpError(413, f"the body is larger than {limit} bytes")

@@ -1,0 +1,316 @@
+"""The server's side of the engine process: starts it, watches it, and passes answers on."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import queue
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncGenerator, Mapping
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from lmi_multi.backends.base import Limits
+from lmi_multi.defaults import GenerationDefaults
+from lmi_multi.errors import LmiError
+from lmi_multi.models.spec import ModelSpec
+from lmi_multi.options import GenerateOptions
+from lmi_multi.prompts import PromptReader
+from lmi_multi.serve import wire
+from lmi_multi.streaming import Chunk
+from lmi_multi.tokenizer import load_tokenizer
+
+log = logging.getLogger(__name__)
+
+MAX_STARTS = 3  # engines in a row that end before they have answered anything
+PATIENCE = 2.0  # seconds to wait before an engine is started once more, doubled each time
+
+
+class EngineGoneError(LmiError):
+    """The engine process ended, or hung, while it was answering."""
+
+
+class RefusedError(LmiError):
+    """The engine found something wrong with a request that the server had let through."""
+
+
+class OverloadedError(LmiError):
+    """There is no room for another request now; try again in `retry_after` seconds."""
+
+    def __init__(self, message: str, retry_after: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+_Answer = Any  # a Chunk, a list of vectors, or an exception to raise
+
+
+class EngineClient:
+    """One engine process at a time, and what is asked of it. Lives in one asyncio loop.
+
+    A process that ends, or that says nothing for `step_timeout` seconds while it is asked
+    something, fails what it was answering and is replaced. `error` says why there is none and will
+    be none, and `failed` that it is its own fault; `state` is what it last said of itself.
+    """
+
+    def __init__(
+        self,
+        load: Mapping[str, Any],
+        *,
+        max_requests: int = 1024,
+        max_tokens: int = 1 << 20,
+        startup_timeout: float = 3600.0,
+        step_timeout: float = 30.0,
+    ) -> None:
+        self._load = dict(load)
+        self._max_requests, self._max_tokens = max_requests, max_tokens
+        self._startup_timeout, self._step_timeout = startup_timeout, step_timeout
+        self._numbers = itertools.count()
+        self._answers: dict[int, asyncio.Queue[_Answer]] = {}
+        self._tokens: dict[int, int] = {}
+        self._process: subprocess.Popen[bytes] | None = None
+        self._outbox: queue.SimpleQueue[wire.Message | None] = queue.SimpleQueue()
+        self._heard = 0.0
+        self._answered = False  # the current process, anything
+        self._supervisor: asyncio.Task[None] | None = None
+        self.ready = asyncio.Event()
+        self.error: str | None = None
+        self.failed = False
+        self.reader: PromptReader | None = None
+        self.info: wire.Message = {}
+        self.state: dict[str, int] = {"rows": 0, "waiting": 0, "blocks": 0}
+        self.restarts = 0
+
+    async def start(self) -> None:
+        """Start the engine, and keep one running, until `close`."""
+        self._supervisor = asyncio.create_task(self._supervise())
+
+    async def close(self) -> None:
+        """End the engine. What it was answering fails."""
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._supervisor
+        self.ready.clear()
+        self.error = self.error or "the server is shutting down"
+        self._end_process()
+        self._fail_all(EngineGoneError(self.error))
+
+    @property
+    def requests(self) -> int:
+        """How many requests are being answered, or wait to be."""
+        return len(self._answers)
+
+    def check_room(self, tokens: int) -> None:
+        """Raise OverloadedError unless a request of about so many tokens may come in, and
+        EngineGoneError where there is no engine and will be none."""
+        if self.error is not None:
+            raise EngineGoneError(self.error)
+        if not self.ready.is_set():
+            raise OverloadedError("the engine is being started", 5)
+        if len(self._answers) >= self._max_requests:
+            raise OverloadedError(
+                f"{len(self._answers)} requests are being answered; try again later"
+            )
+        if self._answers and sum(self._tokens.values()) + tokens > self._max_tokens:
+            raise OverloadedError("too many tokens are waiting; try again later")
+
+    async def generate(
+        self, ids: list[int], options: GenerateOptions, answers: int = 1
+    ) -> AsyncGenerator[Chunk]:
+        """Chunks of the `answers` to one prompt, until each has its last one.
+
+        Raises EngineGoneError, or RefusedError. Closing the iterator frees the prompt's places at
+        the next step.
+        """
+        message = {"type": "submit", "ids": ids, "options": options.given()}
+        number, inbox = self._ask(message, len(ids))
+        try:
+            while answers:
+                chunk: Chunk = await self._next(inbox)
+                answers -= chunk.finish_reason is not None
+                yield chunk
+            del self._answers[number]  # nothing is left to cancel
+        finally:
+            self._forget(number)
+
+    async def embed(self, ids: list[list[int]], pooling: str, normalize: bool) -> list[list[float]]:
+        """One vector a text. Raises EngineGoneError, or RefusedError."""
+        message = {"type": "embed", "ids": ids, "pooling": pooling, "normalize": normalize}
+        number, answers = self._ask(message, sum(map(len, ids)))
+        try:
+            vectors: list[list[float]] = await self._next(answers)
+            del self._answers[number]
+            return vectors
+        finally:
+            self._forget(number)
+
+    def cut(self, reason: str) -> None:
+        """Fail everything that is being answered, as the server has no more time for it."""
+        for number in [*self._answers]:
+            self._outbox.put({"type": "cancel", "id": number})
+        self._fail_all(EngineGoneError(reason))
+
+    def _ask(self, message: wire.Message, tokens: int) -> tuple[int, asyncio.Queue[_Answer]]:
+        self.check_room(tokens)
+        number = next(self._numbers)
+        answers: asyncio.Queue[_Answer] = asyncio.Queue()
+        if not self._answers:
+            self._heard = time.monotonic()  # it was silent because it had nothing to do
+        self._answers[number], self._tokens[number] = answers, tokens
+        self._outbox.put(message | {"id": number})
+        return number, answers
+
+    async def _next(self, answers: asyncio.Queue[_Answer]) -> Any:
+        answer = await answers.get()
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    def _forget(self, number: int) -> None:
+        self._tokens.pop(number, None)
+        if self._answers.pop(number, None) is not None:
+            self._outbox.put({"type": "cancel", "id": number})
+
+    def _fail_all(self, error: LmiError) -> None:
+        for answers in self._answers.values():
+            answers.put_nowait(error)
+
+    # --- the process
+
+    async def _supervise(self) -> None:
+        """Keep an engine running; give up when several in a row do nothing."""
+        failures = 0
+        while True:
+            self._answered = False
+            reason = await self._live()
+            self.ready.clear()
+            self._fail_all(EngineGoneError(reason))
+            failures = 0 if self._answered else failures + 1
+            log.error("the engine ended: %s", reason)
+            if failures >= MAX_STARTS or (failures and self.restarts == 0 and not self.info):
+                self.error, self.failed = reason, True
+                return
+            self.restarts += 1
+            await asyncio.sleep(PATIENCE * 2.0 ** max(failures - 1, 0))
+
+    async def _live(self) -> str:
+        """Start a process and see it through to its end; why it ended."""
+        ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._start_process(ended)
+        deadline = time.monotonic() + self._startup_timeout
+        try:
+            while not ended.done():
+                await asyncio.wait([ended], timeout=0.25)
+                now = time.monotonic()
+                if not self.ready.is_set() and now > deadline:
+                    return f"it was not ready within {self._startup_timeout:g} s"
+                if self._answers and self.ready.is_set() and now - self._heard > self._step_timeout:
+                    return f"it said nothing for {self._step_timeout:g} s"
+            return ended.result()
+        finally:
+            self._end_process()
+
+    def _start_process(self, ended: asyncio.Future[str]) -> None:
+        ours, theirs = socket.socketpair()
+        command = [sys.executable, "-m", "lmi_multi.serve.worker", str(theirs.fileno())]
+        with theirs:
+            self._process = subprocess.Popen(
+                command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
+            )
+        pipe = Connection(ours.detach())
+        outbox: queue.SimpleQueue[wire.Message | None] = queue.SimpleQueue()
+        self._outbox = outbox
+        outbox.put(self._load)
+        loop = asyncio.get_running_loop()
+        for target, arguments in (
+            (_write, (pipe, outbox)),
+            (self._read, (pipe, self._process, loop, ended)),
+        ):
+            threading.Thread(target=target, args=arguments, daemon=True).start()
+
+    def _end_process(self) -> None:
+        self._outbox.put(None)
+        if self._process is not None and self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+        self._process = None
+
+    def _read(
+        self,
+        pipe: Connection,
+        process: subprocess.Popen[bytes],
+        loop: asyncio.AbstractEventLoop,
+        ended: asyncio.Future[str],
+    ) -> None:
+        """A thread: every message goes to the loop, the end of them as well."""
+        reason = None
+        try:
+            while True:
+                message = wire.receive(pipe)
+                if message["type"] == "broken":
+                    reason = message["error"]
+                else:
+                    loop.call_soon_threadsafe(self._handle, message)
+        except (EOFError, OSError):
+            pipe.close()
+            code = process.wait()
+            reason = reason or _reason(code)
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(_settle, ended, reason)
+
+    def _handle(self, message: wire.Message) -> None:
+        self._heard = time.monotonic()
+        kind = message["type"]
+        if kind == "ready":
+            self._prepare(message)
+        elif kind == "step":
+            self._answered = True
+            self.state = {name: message[name] for name in self.state}
+            for number, chunk in message["chunks"]:
+                self._pass_on(number, wire.unpack(chunk))
+        elif kind == "embedded":
+            self._answered = True
+            self._pass_on(message["id"], message["vectors"])
+        elif kind == "refused":
+            self._pass_on(message["id"], RefusedError(message["error"]))
+
+    def _pass_on(self, number: int, answer: _Answer) -> None:
+        if number in self._answers:  # else its caller has gone
+            self._answers[number].put_nowait(answer)
+
+    def _prepare(self, message: wire.Message) -> None:
+        folder = Path(message["folder"])
+        self.reader = PromptReader(
+            ModelSpec.from_dict(message["spec"]),
+            Limits(**message["limits"]),
+            load_tokenizer(folder),
+            GenerationDefaults.read(folder),
+        )
+        self.info = message
+        self.ready.set()
+
+
+def _write(pipe: Connection, outbox: queue.SimpleQueue[wire.Message | None]) -> None:
+    """A thread: what is put in the outbox goes to the engine; None ends it."""
+    while (message := outbox.get()) is not None:
+        try:
+            wire.send(pipe, message)
+        except OSError:
+            return  # the reader says why
+
+
+def _settle(ended: asyncio.Future[str], reason: str) -> None:
+    if not ended.done():
+        ended.set_result(reason)
+
+
+def _reason(code: int) -> str:
+    return f"killed by signal {-code}" if code < 0 else f"exit code {code}"

@@ -1,0 +1,97 @@
+"""What Prometheus sees."""
+
+from __future__ import annotations
+
+import time
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from lmi_multi.serve.client import EngineClient
+from lmi_multi.streaming import Chunk
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_FINE = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.25, 0.5, 1.0, 5.0)
+
+
+class Metrics:
+    """The counters of one server, in a registry of their own."""
+
+    def __init__(self, engine: EngineClient) -> None:
+        self._registry = registry = CollectorRegistry()
+        self._requests = Counter(
+            "lmi_requests", "Prompts by how they ended", ["outcome"], registry=registry
+        )
+        self._prompt_tokens = Counter("lmi_prompt_tokens", "Tokens of prompts", registry=registry)
+        self._tokens = Counter("lmi_generated_tokens", "Tokens generated", registry=registry)
+        self._numerical = Counter(
+            "lmi_numerical_errors", "Answers that ended with unusable logits", registry=registry
+        )
+        self.shed = Counter(
+            "lmi_shed_requests", "Requests refused for lack of room", registry=registry
+        )
+        self._first = Histogram(
+            "lmi_time_to_first_token_seconds", "", buckets=_SECONDS, registry=registry
+        )
+        self._between = Histogram(
+            "lmi_inter_token_seconds", "Time between chunks", buckets=_FINE, registry=registry
+        )
+        self._whole = Histogram(
+            "lmi_request_seconds", "Time to the last token", buckets=_SECONDS, registry=registry
+        )
+        for name, text, value in (
+            ("lmi_in_flight", "Prompts being answered or waiting", lambda: engine.requests),
+            (
+                "lmi_batch_rows",
+                "Rows that the running prompts may have",
+                lambda: engine.state["rows"],
+            ),
+            ("lmi_queue", "Prompts that wait for a row", lambda: engine.state["waiting"]),
+            ("lmi_cache_blocks", "Cache blocks in use", lambda: engine.state["blocks"]),
+            ("lmi_engine_restarts", "Engines started after the first", lambda: engine.restarts),
+            ("lmi_engine_ready", "1 if the engine can answer", lambda: engine.ready.is_set()),
+        ):
+            Gauge(name, text, registry=registry).set_function(value)
+
+    def text(self) -> bytes:
+        """All of them in Prometheus's text format."""
+        return generate_latest(self._registry)
+
+    def request(self, prompt_tokens: int) -> Watch:
+        """Begin to watch a prompt."""
+        self._prompt_tokens.inc(prompt_tokens)
+        return Watch(self)
+
+
+class Watch:
+    """One prompt's times and how it ended."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._start = self._last = time.perf_counter()
+        self._tokens = 0
+
+    def chunk(self, chunk: Chunk) -> None:
+        """A chunk came."""
+        now, metrics = time.perf_counter(), self._metrics
+        (metrics._between if self._tokens else metrics._first).observe(now - self._last)
+        self._last = now
+        self._tokens += len(chunk.token_ids)
+        metrics._tokens.inc(len(chunk.token_ids))
+        if chunk.finish_reason == "numerical_error":
+            metrics._numerical.inc()
+
+    def done(self) -> None:
+        """Every answer is whole."""
+        self._metrics._whole.observe(time.perf_counter() - self._start)
+        self._end("done")
+
+    def failed(self) -> None:
+        """The engine failed it."""
+        self._end("failed")
+
+    def aborted(self) -> None:
+        """Its client went away, or its time was up."""
+        self._end("aborted")
+
+    def _end(self, outcome: str) -> None:
+        self._metrics._requests.labels(outcome).inc()

@@ -1,0 +1,348 @@
+"""OpenAI's routes: completions, chat completions, embeddings, models."""
+
+from __future__ import annotations
+
+import base64
+import json
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from fastapi import APIRouter
+from pydantic import BaseModel, ConfigDict, Field, StrictBool
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from lmi_multi.errors import LmiError
+from lmi_multi.options import TokenLogprob
+from lmi_multi.prompts import as_list
+from lmi_multi.serve import body
+from lmi_multi.serve.errors import HttpError
+from lmi_multi.serve.service import Answer, Service, Wanted, first
+from lmi_multi.streaming import Chunk
+
+_SAME = (  # options that go by the same name on both sides
+    *("temperature", "top_p", "seed", "stop", "presence_penalty", "frequency_penalty"),
+    *("logit_bias", "top_k", "min_p", "typical_p", "repetition_penalty", "min_new_tokens"),
+    *("no_repeat_ngram_size", "bad_words", "stop_token_ids", "ignore_eos", "num_beams"),
+    *("length_penalty", "early_stopping", "do_sample"),
+)
+
+
+class _Generation(BaseModel):
+    """What both kinds of completion take; beyond OpenAI's, options of this package."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str = ""
+    n: int | None = None
+    stream: StrictBool = False
+    stream_options: _StreamOptions | None = None
+    user: str | None = None  # whose request it is: changes nothing
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    stop: Any = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: Any = None
+    top_k: int | None = None
+    min_p: float | None = None
+    typical_p: float | None = None
+    repetition_penalty: float | None = None
+    min_new_tokens: int | None = None
+    no_repeat_ngram_size: int | None = None
+    bad_words: Any = None
+    stop_token_ids: Any = None
+    ignore_eos: StrictBool | None = None
+    num_beams: int | None = None
+    length_penalty: float | None = None
+    early_stopping: Any = None
+    do_sample: StrictBool | None = None
+
+
+class _StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    include_usage: StrictBool = False
+
+
+class CompletionRequest(_Generation):
+    """The body of `/v1/completions`."""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    max_tokens: int | None = 16
+    logprobs: int | None = None
+    echo: StrictBool = False
+
+
+class ChatRequest(_Generation):
+    """The body of `/v1/chat/completions`."""
+
+    messages: list[dict[str, Any]] = Field(min_length=1)
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    logprobs: StrictBool = False
+    top_logprobs: int | None = None
+
+
+class EmbeddingRequest(BaseModel):
+    """The body of `/v1/embeddings`; `pooling` and `normalize` are this package's."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str = ""
+    input: str | list[str] | list[int] | list[list[int]]
+    encoding_format: Literal["float", "base64"] = "float"
+    user: str | None = None
+    pooling: Literal["mean", "cls", "last"] = "mean"
+    normalize: StrictBool = True
+
+
+def router(service: Service, max_body: int, name: str) -> APIRouter:
+    """The routes of one model that is called `name`."""
+    routes = APIRouter(prefix="/v1", tags=["OpenAI"])
+    started = int(time.time())
+
+    async def asked(request: Request) -> Any:
+        value = body.parse(await body.read(request, max_body))
+        given = value.get("model") if isinstance(value, dict) else None
+        if given not in (None, "", name):
+            raise HttpError(404, f"model is {given!r:.80}; allowed: {name!r}", "model")
+        return value
+
+    @routes.post("/completions", openapi_extra=_schema(CompletionRequest))
+    async def completions(request: Request) -> Response:
+        """Continue prompts."""
+        return await completion(service, await asked(request), request, name)
+
+    @routes.post("/chat/completions", openapi_extra=_schema(ChatRequest))
+    async def chat_completions(request: Request) -> Response:
+        """Continue a conversation."""
+        return await chat_completion(service, await asked(request), request, name)
+
+    @routes.post("/embeddings", openapi_extra=_schema(EmbeddingRequest))
+    async def embeddings(request: Request) -> Response:
+        """One vector a text."""
+        return await _embed(service, await asked(request), request, name)
+
+    @routes.get("/models")
+    async def models() -> dict[str, Any]:
+        """The one model that is served."""
+        entry = {"id": name, "object": "model", "created": started, "owned_by": "lmi_multi"}
+        return {"object": "list", "data": [entry]}
+
+    return routes
+
+
+async def completion(service: Service, value: Any, request: Request, name: str = "") -> Response:
+    """Answer a `CompletionRequest`."""
+    asked = body.check(CompletionRequest, value)
+    options = _options(asked, asked.max_tokens)
+    if asked.logprobs is not None:
+        options["logprobs"] = asked.logprobs
+    if asked.echo:
+        options["return_full_text"] = True
+    wanted = await service.wanted(as_list(asked.prompt), options)
+    shape = _Text(service, name or asked.model, wanted)
+    return await _respond(service, asked, wanted, shape, request)
+
+
+async def chat_completion(
+    service: Service, value: Any, request: Request, name: str = ""
+) -> Response:
+    """Answer a `ChatRequest`."""
+    asked = body.check(ChatRequest, value)
+    length = asked.max_completion_tokens
+    options = _options(asked, length if length is not None else asked.max_tokens)
+    if asked.top_logprobs is not None and not asked.logprobs:
+        raise HttpError(
+            400, "top_logprobs is set, yet logprobs is false; allowed: logprobs=true", "logprobs"
+        )
+    if asked.logprobs:
+        options["logprobs"] = asked.top_logprobs or 0
+    wanted = await service.wanted([service.render(asked.messages)], options)
+    shape = _Chat(service, name or asked.model, wanted)
+    return await _respond(service, asked, wanted, shape, request)
+
+
+def _options(asked: _Generation, length: int | None) -> dict[str, Any]:
+    """Our options. OpenAI samples at temperature 1 unless told otherwise."""
+    given = {n: getattr(asked, n) for n in _SAME if getattr(asked, n) is not None}
+    if length is not None:
+        given["max_new_tokens"] = length
+    if asked.n is not None and asked.n != 1:
+        given["num_return_sequences"] = asked.n
+    if "do_sample" not in given:
+        given["do_sample"] = given.get("num_beams", 1) == 1 and given.get("temperature") != 0
+    if not given["do_sample"] and given.get("temperature") == 0:
+        del given["temperature"]
+        given.pop("top_p", None)  # it means nothing there, and clients send it along
+    elif given["do_sample"]:
+        given = {"temperature": 1.0, "top_p": 1.0, "top_k": 0} | given
+    return given
+
+
+class _Text:
+    """The shape of completions."""
+
+    kind, chunk_kind, prefix = "text_completion", "text_completion", "cmpl-"
+
+    def __init__(self, service: Service, name: str, wanted: Sequence[Wanted]) -> None:
+        self.service, self.wanted = service, wanted
+        self.id = self.prefix + uuid.uuid4().hex
+        self.name, self.created = name, int(time.time())
+
+    def head(self, kind: str) -> dict[str, Any]:
+        """What every answer and every chunk begins with."""
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.name}
+
+    def choice(self, index: int, answer: Answer) -> dict[str, Any]:
+        """A whole answer."""
+        return {"index": index, "text": answer.text, "logprobs": self.logprobs(answer.logprobs)}
+
+    def delta(self, chunk: Chunk, begins: bool) -> dict[str, Any]:
+        """What a chunk adds; `begins` for an answer's first one."""
+        text = chunk.text or ""
+        if begins:
+            text = self.wanted[chunk.index].text + text
+        return {"text": text, "logprobs": self.logprobs(chunk.logprobs)}
+
+    def logprobs(self, entries: Sequence[TokenLogprob] | None) -> dict[str, Any] | None:
+        """Log-probabilities of tokens."""
+        if not entries:
+            return None
+        return {
+            "tokens": [self.token(e.token_id) for e in entries],
+            "token_logprobs": [e.logprob for e in entries],
+            "top_logprobs": [{self.token(t): p for t, p in e.top.items()} for e in entries],
+        }
+
+    def token(self, token_id: int) -> str:
+        """A token as text; its id where there is no tokenizer."""
+        tokenizer = self.service.tokenizer
+        return f"token_id:{token_id}" if tokenizer is None else tokenizer.decode([token_id])
+
+
+class _Chat(_Text):
+    """The shape of chat completions."""
+
+    kind, chunk_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl-"
+
+    def choice(self, index: int, answer: Answer) -> dict[str, Any]:
+        """See `_Text.choice`."""
+        message = {"role": "assistant", "content": answer.text}
+        return {"index": index, "message": message, "logprobs": self.logprobs(answer.logprobs)}
+
+    def delta(self, chunk: Chunk, begins: bool) -> dict[str, Any]:
+        """See `_Text.delta`."""
+        delta = {"role": "assistant"} if begins else {}
+        if chunk.text:
+            delta["content"] = chunk.text
+        return {"delta": delta, "logprobs": self.logprobs(chunk.logprobs)}
+
+    def logprobs(self, entries: Sequence[TokenLogprob] | None) -> dict[str, Any] | None:
+        """See `_Text.logprobs`."""
+        if not entries:
+            return None
+        return {
+            "content": [
+                self._entry(e.token_id, e.logprob)
+                | {"top_logprobs": [self._entry(t, p) for t, p in e.top.items()]}
+                for e in entries
+            ]
+        }
+
+    def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
+        text = self.token(token_id)
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+
+async def _respond(
+    service: Service,
+    asked: _Generation,
+    wanted: Sequence[Wanted],
+    shape: _Text,
+    request: Request,
+) -> Response:
+    if asked.stream:
+        chunks = await first(service.stream(wanted))
+        usage = asked.stream_options is not None and asked.stream_options.include_usage
+        return StreamingResponse(_events(chunks, shape, usage), media_type="text/event-stream")
+    found = [a for answers in await service.answers(wanted, request) for a in answers]
+    choices = [
+        shape.choice(index, answer) | {"finish_reason": _reason(answer.finish_reason)}
+        for index, answer in enumerate(found)
+    ]
+    usage_ = _usage(wanted, sum(len(answer.token_ids) for answer in found))
+    return JSONResponse(shape.head(shape.kind) | {"choices": choices, "usage": usage_})
+
+
+async def _events(
+    chunks: AsyncGenerator[Chunk], shape: _Text, with_usage: bool
+) -> AsyncIterator[str]:
+    begun: set[int] = set()
+    tokens = 0
+    starts = [sum(own.answers for own in shape.wanted[:i]) for i in range(len(shape.wanted))]
+    head = shape.head(shape.chunk_kind)
+    try:
+        async for chunk in chunks:
+            if chunk.error is not None:
+                raise HttpError(500, f"{chunk.finish_reason}: {chunk.error}")
+            index = starts[chunk.index] + chunk.answer
+            tokens += len(chunk.token_ids)
+            reason = None if chunk.finish_reason is None else _reason(chunk.finish_reason)
+            choice = shape.delta(chunk, index not in begun)
+            begun.add(index)
+            choices = [{"index": index, **choice, "finish_reason": reason}]
+            yield f"data: {json.dumps(head | {'choices': choices})}\n\n"
+    except (LmiError, HttpError) as error:
+        failure = error if isinstance(error, HttpError) else HttpError.of(error)
+        yield f"data: {json.dumps(failure.openai())}\n\n"
+        return
+    if with_usage:
+        usage = {"choices": [], "usage": _usage(shape.wanted, tokens)}
+        yield f"data: {json.dumps(head | usage)}\n\n"
+    yield "data: [DONE]\n\n"
+
+
+async def _embed(service: Service, value: Any, request: Request, name: str) -> Response:
+    asked = body.check(EmbeddingRequest, value)
+    vectors, tokens = await service.embed(
+        as_list(asked.input), request, asked.pooling, asked.normalize
+    )
+    data = [
+        {"object": "embedding", "index": i, "embedding": _encoded(vector, asked.encoding_format)}
+        for i, vector in enumerate(vectors)
+    ]
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    return JSONResponse({"object": "list", "data": data, "model": name, "usage": usage})
+
+
+def _encoded(vector: list[float], form: str) -> list[float] | str:
+    if form == "float":
+        return vector
+    return base64.b64encode(np.asarray(vector, dtype="<f4").tobytes()).decode()
+
+
+def _reason(reason: str) -> str:
+    return "stop" if reason in ("eos", "stop") else reason
+
+
+def _usage(wanted: Sequence[Wanted], generated: int) -> dict[str, int]:
+    prompt = sum(len(own.ids) for own in wanted)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": generated,
+        "total_tokens": prompt + generated,
+    }
+
+
+def _schema(kind: type[BaseModel]) -> dict[str, Any]:
+    content = {"application/json": {"schema": kind.model_json_schema()}}
+    return {"requestBody": {"content": content, "required": True}}
+
+
+_Generation.model_rebuild()

@@ -1,0 +1,246 @@
+"""One model as the routes see it: prompts and options in, chunks or whole answers out."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from starlette.requests import Request
+
+from lmi_multi import chat
+from lmi_multi.errors import LmiError, OptionError
+from lmi_multi.options import FinishReason, GenerateOptions, TokenLogprob
+from lmi_multi.prompts import Prompt, PromptReader
+from lmi_multi.serve.client import EngineClient, EngineGoneError
+from lmi_multi.serve.errors import HttpError
+from lmi_multi.serve.metrics import Metrics
+from lmi_multi.streaming import Chunk
+from lmi_multi.tokenizer import Tokenizer, text_of
+
+BYTES_A_TOKEN = 4  # to know before tokenizing whether there is room
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One prompt of a request, checked: its token ids, its options, and how many answers it has.
+
+    `text` is what stands before each answer: the prompt, where the options ask for it."""
+
+    ids: list[int]
+    options: GenerateOptions
+    answers: int
+    text: str = ""
+
+
+@dataclass
+class Answer:
+    """One whole answer."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: FinishReason = "cancelled"
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    score: float | None = None
+
+    def add(self, chunk: Chunk) -> None:
+        """Take the next chunk of it. Raises HttpError 500 if the answer has failed."""
+        if chunk.error is not None:
+            raise HttpError(500, f"{chunk.finish_reason}: {chunk.error}")
+        self.text += chunk.text or ""
+        self.token_ids += chunk.token_ids
+        self.logprobs += chunk.logprobs or []
+        self.finish_reason = chunk.finish_reason or self.finish_reason
+        self.score = chunk.score if chunk.score is not None else self.score
+
+
+class Service:
+    """Everything that may be asked of the model."""
+
+    def __init__(self, engine: EngineClient, metrics: Metrics, timeout: float) -> None:
+        self.engine = engine
+        self.metrics = metrics
+        self._timeout = timeout
+
+    @property
+    def reader(self) -> PromptReader:
+        """What checks prompts. Raises what `EngineClient.check_room` raises."""
+        self.engine.check_room(0)
+        if self.engine.reader is None:
+            raise EngineGoneError("there has never been one")
+        return self.engine.reader
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The model's tokenizer, if it has one."""
+        return self.reader.tokenizer
+
+    @property
+    def is_encoder(self) -> bool:
+        """Whether the model generates nothing."""
+        return self.reader.spec.kind == "encoder"
+
+    async def wanted(
+        self, prompts: Sequence[Prompt], options: Mapping[str, Any], length: int | None = None
+    ) -> list[Wanted]:
+        """The prompts of a request, tokenized and checked in a thread.
+
+        `length` is the number of new tokens where neither the options nor the model's own file
+        set one. Raises OptionError, and OverloadedError before anything is tokenized.
+        """
+        self._check(prompts)
+        return await asyncio.to_thread(self._wanted, prompts, options, length)
+
+    def _check(self, prompts: Sequence[Prompt]) -> None:
+        if not prompts:
+            raise OptionError("there is no prompt; allowed: at least one")
+        self.engine.check_room(sum(len(prompt) for prompt in prompts) // BYTES_A_TOKEN)
+
+    def _wanted(
+        self, prompts: Sequence[Prompt], options: Mapping[str, Any], length: int | None
+    ) -> list[Wanted]:
+        reader = self.reader
+        if reader.spec.kind == "encoder":
+            raise OptionError(f"{reader.spec.family} is an encoder and generates no text")
+        given = GenerateOptions.of(options)
+        if given.prompt_logprobs:
+            raise OptionError("prompt_logprobs is True; allowed: False, as nothing here returns it")
+        filed = reader.defaults.options
+        unset = (given.max_new_tokens, given.max_length, filed.max_new_tokens, filed.max_length)
+        results = []
+        for index, prompt in enumerate(prompts):
+            ids = reader.ids(prompt, index)
+            own = given
+            if length is not None and all(value is None for value in unset):
+                used = len(ids) if reader.spec.kind == "decoder" else 1
+                own = GenerateOptions.of(
+                    given, max_new_tokens=max(1, min(length, reader.limits.max_tokens - used))
+                )
+            job = reader.job(index, ids, own)
+            text = ""
+            if job.answers[0].options.return_full_text:
+                text = prompt if isinstance(prompt, str) else self._text(ids)
+            results.append(Wanted(ids, own, len(job.answers), text))
+        return results
+
+    def _text(self, ids: list[int]) -> str:
+        return "" if self.tokenizer is None else text_of(self.tokenizer, ids)
+
+    def render(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """A conversation as token ids."""
+        return chat.render(self.tokenizer, messages)
+
+    async def stream(self, wanted: Sequence[Wanted]) -> AsyncGenerator[Chunk]:
+        """Chunks of all prompts' answers as they come; a prompt's place is in `Chunk.index`.
+
+        Raises HttpError when the time is up. Closing it frees the prompts' places.
+        """
+        inbox: asyncio.Queue[Chunk | BaseException | None] = asyncio.Queue()
+        tasks = [
+            asyncio.create_task(self._feed(index, own, inbox)) for index, own in enumerate(wanted)
+        ]
+        left = len(tasks)
+        deadline = time.monotonic() + self._timeout
+        try:
+            while left:
+                found = await asyncio.wait_for(inbox.get(), deadline - time.monotonic())
+                if isinstance(found, BaseException):
+                    raise found
+                if found is None:
+                    left -= 1
+                else:
+                    yield found
+        except asyncio.TimeoutError:
+            raise HttpError(504, f"no whole answer within {self._timeout:g} s") from None
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _feed(
+        self, index: int, wanted: Wanted, inbox: asyncio.Queue[Chunk | BaseException | None]
+    ) -> None:
+        watch = self.metrics.request(len(wanted.ids))
+        chunks = self.engine.generate(wanted.ids, wanted.options, wanted.answers)
+        try:
+            async with contextlib.aclosing(chunks):
+                async for chunk in chunks:
+                    watch.chunk(chunk)
+                    inbox.put_nowait(replace(chunk, index=index))
+            watch.done()
+            inbox.put_nowait(None)
+        except LmiError as error:
+            watch.failed()
+            inbox.put_nowait(error)
+        except asyncio.CancelledError:
+            watch.aborted()
+            raise
+
+    async def answers(self, wanted: Sequence[Wanted], request: Request) -> list[list[Answer]]:
+        """Every answer to every prompt, whole. When the client goes away, their places are freed
+        and HttpError 499 is raised."""
+        found = [[Answer(own.text) for _ in range(own.answers)] for own in wanted]
+
+        async def collect() -> None:
+            chunks = self.stream(wanted)
+            async with contextlib.aclosing(chunks):
+                async for chunk in chunks:
+                    found[chunk.index][chunk.answer].add(chunk)
+
+        await while_connected(request, collect())
+        return found
+
+    async def embed(
+        self,
+        prompts: Sequence[Prompt],
+        request: Request,
+        pooling: str = "mean",
+        normalize: bool = True,
+    ) -> tuple[list[list[float]], int]:
+        """One vector a text, and how many tokens there were."""
+        self._check(prompts)
+        reader = self.reader
+        ids = await asyncio.to_thread(
+            lambda: [reader.ids(prompt, index) for index, prompt in enumerate(prompts)]
+        )
+        vectors = await while_connected(request, self.engine.embed(ids, pooling, normalize))
+        return vectors, sum(map(len, ids))
+
+
+async def while_connected(request: Request, work: Any) -> Any:
+    """What `work`, a coroutine, returns; it is cancelled when the client goes away."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait([task, gone], return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise HttpError(499, "the client has gone")
+        return task.result()
+    finally:
+        for own in (task, gone):
+            own.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while True:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            return
+
+
+async def first(chunks: AsyncGenerator[Chunk]) -> AsyncGenerator[Chunk]:
+    """The same chunks, with the first one already there: what is wrong at once is raised now."""
+    head = await anext(chunks, None)
+
+    async def rest() -> AsyncIterator[Chunk]:
+        async with contextlib.aclosing(chunks):
+            if head is not None:
+                yield head
+                async for chunk in chunks:
+                    yield chunk
+
+    return rest()  # type: ignore[return-value]

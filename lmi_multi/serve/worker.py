@@ -1,0 +1,137 @@
+"""The engine in a process of its own: `python -m lmi_multi.serve.worker FD`.
+
+It reads what the server wants from a pipe between two steps, and writes what each step brought.
+Nothing of HTTP happens here, so nothing of HTTP slows a step.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import lmi_multi
+from lmi_multi.engine.request import Job
+from lmi_multi.errors import LmiError, OptionError
+from lmi_multi.model import Model
+from lmi_multi.options import GenerateOptions
+from lmi_multi.serve import wire
+from lmi_multi.streaming import View
+
+
+@dataclass
+class _Answering:
+    job: Job
+    views: list[View]
+
+
+class Worker:
+    """Steps the engine for as long as anybody wants something of it."""
+
+    def __init__(self, model: Model, pipe: Connection) -> None:
+        self._model = model
+        self._engine = model._engine
+        self._pipe = pipe
+        self._answering: dict[int, _Answering] = {}
+
+    def run(self) -> None:
+        """Serve until the server closes the pipe. Raises what a step raises."""
+        while True:
+            try:
+                while not self._answering or self._pipe.poll():
+                    self._handle(wire.receive(self._pipe))
+                self._step()
+            except (EOFError, BrokenPipeError, ConnectionResetError):
+                return
+
+    def _handle(self, message: wire.Message) -> None:
+        number = message["id"]
+        try:
+            if message["type"] == "cancel":
+                self._drop(number)
+                wire.send(self._pipe, {"type": "step", "chunks": [], **self._state()})
+            elif message["type"] == "embed":
+                self._embed(message)
+            else:
+                self._submit(message)
+        except OptionError as error:
+            wire.send(self._pipe, {"type": "refused", "id": number, "error": str(error)})
+
+    def _submit(self, message: wire.Message) -> None:
+        options = GenerateOptions.of(message["options"])
+        job = self._model._reader.job(0, message["ids"], options, streaming=True)
+        self._engine.submit(job.requests)
+        views = [View(0, answer) for answer in job.answers]
+        self._answering[message["id"]] = _Answering(job, views)
+
+    def _drop(self, number: int) -> None:
+        answering = self._answering.pop(number, None)
+        if answering is not None:
+            self._engine.drop(answering.job.requests)
+
+    def _embed(self, message: wire.Message) -> None:
+        vectors = self._model.embed(message["ids"], message["pooling"], message["normalize"])
+        wire.send(
+            self._pipe, {"type": "embedded", "id": message["id"], "vectors": vectors.tolist()}
+        )
+
+    def _step(self) -> None:
+        self._engine.step()
+        chunks: list[tuple[int, list[Any]]] = []
+        for number, answering in [*self._answering.items()]:
+            for view in answering.views:
+                if chunk := view.fresh():
+                    chunks.append((number, wire.pack(chunk)))
+            if all(view.ended for view in answering.views):
+                self._drop(number)
+        wire.send(self._pipe, {"type": "step", "chunks": chunks, **self._state()})
+
+    def _state(self) -> dict[str, int]:
+        scheduler = self._engine.scheduler
+        return {
+            "rows": scheduler.rows,
+            "waiting": len(scheduler.waiting),
+            "blocks": scheduler.limits.blocks - scheduler.cache.free,
+        }
+
+
+def ready(model: Model) -> wire.Message:
+    """What the server needs to know of a model to check and tokenize prompts by itself."""
+    return {
+        "type": "ready",
+        "folder": str(model.artifact.folder),
+        "spec": model.spec.to_dict(),
+        "limits": asdict(model.limits),
+        "backend": model.backend,
+        "device": model.device,
+    }
+
+
+def main() -> None:
+    """Load what the first message says, then serve."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C and SIGTERM are the server's to handle
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    pipe = Connection(int(sys.argv[1]))
+    os.set_inheritable(pipe.fileno(), False)
+    os.dup2(2, 1)  # whatever is printed here is no answer
+    try:
+        with lmi_multi.load(**wire.receive(pipe)) as model:
+            wire.send(pipe, ready(model))
+            Worker(model, pipe).run()
+    except BaseException as error:
+        line = str(error) if isinstance(error, LmiError) else f"{type(error).__name__}: {error}"
+        if not isinstance(error, LmiError):
+            traceback.print_exc()
+        try:
+            wire.send(pipe, {"type": "broken", "error": line})
+        except OSError:
+            print(line, file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Servers in processes of their own, on ports of loopback."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+
+@dataclass
+class Running:
+    """A server, and a client that talks to it."""
+
+    process: subprocess.Popen[str]
+    client: httpx.Client
+    log: Path
+
+    def post(self, path: str, body: Any, **keywords: Any) -> httpx.Response:
+        return self.client.post(path, json=body, **keywords)
+
+    def gauge(self, name: str) -> float:
+        """One value of `/metrics`."""
+        lines = self.client.get("/metrics").text.splitlines()
+        return next(float(line.split()[-1]) for line in lines if line.startswith(name))
+
+    def wait_ready(self, seconds: float = 60) -> None:
+        self.until(lambda: self.ping() == 200, seconds)
+
+    def ping(self) -> int:
+        try:
+            return self.client.get("/ping").status_code
+        except httpx.TransportError:
+            return 0
+
+    def until(self, condition: Any, seconds: float = 20) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.02)
+
+    def engine(self) -> psutil.Process:
+        """The engine process."""
+        children = psutil.Process(self.process.pid).children()
+        [found] = [c for c in children if "lmi_multi.serve.worker" in c.cmdline()]
+        return found
+
+    def stop(self, number: int = signal.SIGTERM, seconds: float = 40) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(seconds)
+
+
+@contextlib.contextmanager
+def serving(folder: Path, model: str, *options: str, **environ: str) -> Iterator[Running]:
+    """`lmi-multi serve MODEL`; not ready yet. Whatever is left of it is ended in the end."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = folder / "server.log"
+    command = [sys.executable, "-m", "lmi_multi", "serve", model, "--port", str(port), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environ}
+    with (
+        log.open("w") as output,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client,
+        subprocess.Popen(
+            command, stdout=output, stderr=output, text=True, env=environment
+        ) as process,
+    ):
+        try:
+            yield Running(process, client, log)
+        finally:
+            if process.poll() is None:
+                for child in psutil.Process(process.pid).children(recursive=True):
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        child.kill()
+                process.kill()
