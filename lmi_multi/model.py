@@ -89,6 +89,9 @@ def load(
 
     Raises OptionError, CheckpointError, BackendError or CapacityError, each one clear line.
     """
+    for name, flag in (("verify", verify), ("prefix_caching", prefix_caching)):
+        if not isinstance(flag, bool):
+            raise OptionError(f"{name} is {flag!r:.80}; allowed: True or False")
     chosen = backends.select(backend)
     artifact = open_or_convert(
         source,
@@ -247,8 +250,8 @@ class Model:
     def close(self) -> None:
         """Free the model. Calling it twice is fine."""
         if not self._closed:
-            self._closed = True
             self._engine.close()
+            self._closed = True  # last: an interrupted close can be repeated
 
     def __enter__(self) -> Model:
         return self

@@ -333,3 +333,31 @@ def test_limits(checkpoints: Path) -> None:
         assert (opened.limits.max_batch, opened.limits.max_tokens) == (3, 40)
         assert opened.limits.blocks * opened.limits.block_size >= 3 * 40
         assert opened.backend == "cpu"
+
+
+@pytest.mark.parametrize("name", ["prefix_caching", "verify"])
+@pytest.mark.parametrize("value", ["no", 0, None, 1.0])
+def test_flags_are_flags(name: str, value: Any) -> None:
+    with pytest.raises(OptionError, match=f"{name} is {value!r}; allowed: True or False"):
+        lmi_multi.load("demo", **{name: value})
+
+
+def test_a_backend_that_is_no_name() -> None:
+    with pytest.raises(OptionError, match=r"backend is \[\], must be auto, cuda, neuron, cpu"):
+        lmi_multi.load("demo", backend=[])  # type: ignore[arg-type]
+
+
+def test_an_interrupted_close_can_be_repeated(
+    checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = model(artifact(checkpoints, "gpt2"))
+    with monkeypatch.context() as patch:
+        patch.setattr(opened._engine._changed, "wait_for", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            opened.close()
+    opened.close()
+    assert "_network" not in vars(opened._engine.executor)
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt

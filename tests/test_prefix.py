@@ -52,7 +52,9 @@ def options(count: int) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("limits", [{}, {"max_step_tokens": 5}, {"blocks": 30}], ids=str)
 def test_answers_are_as_without(family: str, limits: dict[str, int], checkpoints: Path) -> None:
     built, asked = artifact(checkpoints, family), options(16)
-    given = [*prompts(8, 19), *prompts(4, 8, seed=1), *prompts(4, 33, seed=2)]
+    given = [*prompts(8, 19), *prompts(4, 8, seed=1), *prompts(2, 33, seed=2)]
+    same = given[0][:12]  # behind other beginnings, so with other keys and values
+    given += [[5] * 8 + same, [6] * 8 + same]
     with Model(built, "cpu", executor(built), prefix_caching=False) as without:
         expected = without.generate(given, asked)
     with model(built, **limits) as opened:

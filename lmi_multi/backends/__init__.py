@@ -42,6 +42,8 @@ def select(name: str) -> Backend:
     Raises OptionError for an unknown name, and BackendError with the reason and the remedy if the
     named one cannot run here.
     """
+    if not isinstance(name, str):
+        raise OptionError(f"backend is {name!r:.80}, must be auto, {', '.join(MODULES)}")
     if name == "auto":
         name = next(a.name for a in available() if a.ok)
     backend = get(name)

@@ -111,8 +111,8 @@ class Engine:
                     raise OptionError("the model is closed")
                 self._user = me
             return work()
-        finally:  # of an interrupt as well, wherever it came
-            with self._lock:
+        finally:  # of an interrupt as well, wherever it came; another one waits
+            with interrupts.delayed(), self._lock:
                 if self._user is me:
                     self._user = None
                     self._changed.notify_all()

@@ -119,7 +119,7 @@ def valid_degrees(spec: ModelSpec, limit: int = 64) -> list[int]:
     """The tensor-parallel degrees up to `limit` at which this network can be split."""
     return [
         n
-        for n in range(1, limit + 1)
+        for n in range(1, min(limit, spec.heads) + 1)
         if spec.heads % n == 0
         and spec.ffn % n == 0
         and (spec.kv_heads % n == 0 or n % spec.kv_heads == 0)
