@@ -34,7 +34,7 @@ def fit(steps: Sequence[int], wanted: int) -> int:
 @dataclass(frozen=True)
 class Buckets:
     """The ladders of one loaded model. `context` and `queries` are in tokens, contexts in whole
-    blocks; `cross` is empty without cross-attention."""
+    blocks; `encoded`, of prompts, is empty without an encoder."""
 
     rows: Sequence[int]
     queries: Sequence[int]
@@ -42,10 +42,11 @@ class Buckets:
     encoded: Sequence[int]
     block_size: int
     spec: ModelSpec
+    blocks: int
 
     @classmethod
-    def of(cls, spec: ModelSpec, limits: Limits) -> Buckets:
-        """Powers of two up to what `limits` allow."""
+    def of(cls, spec: ModelSpec, limits: Limits, blocks: int) -> Buckets:
+        """Powers of two up to what `limits` allow, over a pool of `blocks`."""
         size = limits.block_size
         longest = -(-limits.max_tokens // size) * size
         context = [-(-n // size) * size for n in ladder(min(LEAST_CONTEXT, longest), longest)]
@@ -57,6 +58,7 @@ class Buckets:
             encoded=context if spec.encoder_layers else (),
             block_size=size,
             spec=spec,
+            blocks=blocks,
         )
 
     def traces(self) -> Iterator[Trace]:
@@ -80,7 +82,8 @@ class Buckets:
 
     def copies(self) -> Trace:
         """As many copied blocks as there are rows: a beam has one that it writes to."""
-        return Trace("copy", {"sources": (self.rows[-1],), "targets": (self.rows[-1],)})
+        count = (self.rows[-1],)
+        return self._trace("copy", {"sources": count, "targets": count})
 
     def encode(self, tokens: int) -> Trace:
         """One prompt of up to `tokens` tokens."""
@@ -89,7 +92,7 @@ class Buckets:
             inputs["segments"] = (tokens,)
         if self.spec.decoder_layers:
             inputs["slots"] = (tokens,)
-        return Trace(f"encode_{tokens}", inputs)
+        return self._trace(f"encode_{tokens}", inputs)
 
     def decode(self, rows: int, queries: int, context: int, encoded: int, draws: bool) -> Trace:
         """`rows` rows of `queries` tokens each over contexts of up to `context` tokens; with
@@ -107,4 +110,14 @@ class Buckets:
             inputs["cross_table"] = (rows, encoded // self.block_size)
             inputs["cross_lengths"] = (rows,)
         tag = f"decode_{rows}x{queries}_of_{context}" + (f"_with_{encoded}" if encoded else "")
-        return Trace(tag if draws else f"{tag}_all", inputs)
+        return self._trace(tag if draws else f"{tag}_all", inputs)
+
+    def _trace(self, tag: str, inputs: dict[str, tuple[int, ...]]) -> Trace:
+        blocks, spec = self.blocks, self.spec
+        bounds = {"token_ids": spec.vocab, "slots": blocks * self.block_size}
+        bounds |= dict.fromkeys(("table", "cross_table", "sources", "targets"), blocks)
+        if spec.segments:
+            bounds["segments"] = spec.segments
+        if spec.max_positions:
+            bounds["positions"] = spec.max_positions
+        return Trace(tag, inputs, bounds)

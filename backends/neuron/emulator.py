@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lmi_multi.errors import BackendError
 
-from .lint import check
+from .lint import check, check_inputs
 from .lower import Graph, Lowering
 from .program import Trace
 
@@ -42,16 +42,20 @@ class EmulatorRuntime:
 
     name = "emulator"
 
-    def compile(self, module: nn.Module, traces: Sequence[Trace], ranks: int) -> EmulatorProgram:
+    def compile(
+        self, module: nn.Module, state: Sequence[str], traces: Sequence[Trace], ranks: int
+    ) -> EmulatorProgram:
         """See `Runtime.compile`. A graph is lowered, linted and compiled when it is first run:
         most of many buckets are never met in a test."""
-        return EmulatorProgram(module, traces, ranks)
+        return EmulatorProgram(module, state, traces, ranks)
 
 
 class EmulatorProgram:
     """`program.Program` over jaxlib's replicas."""
 
-    def __init__(self, module: nn.Module, traces: Sequence[Trace], ranks: int) -> None:
+    def __init__(
+        self, module: nn.Module, state: Sequence[str], traces: Sequence[Trace], ranks: int
+    ) -> None:
         devices = _devices()
         if ranks > len(devices):
             raise BackendError(
@@ -60,9 +64,8 @@ class EmulatorProgram:
             )
         self._ranks, self._devices = ranks, devices[:ranks]
         self._traces = {trace.tag: trace for trace in traces}
-        self._state_names: list[str] = list(getattr(module, "state_names"))  # noqa: B009
-        self._shapes = {name: getattr(module, name) for name in self._state_names}
-        self._lowering = Lowering(module, self._state_names, ranks)
+        self._empty = {name: module.get_buffer(name) for name in state}
+        self._lowering = Lowering(module, state, ranks)
         self._graphs: dict[str, tuple[Graph, Any]] = {}
         self._held: dict[str, Any] = {}
 
@@ -75,15 +78,11 @@ class EmulatorProgram:
     def run(self, tag: str, **inputs: Tensor) -> list[Tensor]:
         """See `Program.run`."""
         graph, executable = self._graph(tag)
+        check_inputs(tag, self._traces[tag].bounds, inputs)
         given = {f"input.{name}": self._place([x] * self._ranks) for name, x in inputs.items()}
-        arguments = [
-            self._place([graph.constants[i]] * self._ranks)
-            if i in graph.constants
-            else given[name]
-            if name in given
-            else self._held[name]
-            for i, name in enumerate(graph.parameters)
-        ]
+        known = self._held | given
+        constants = {i: self._place([x] * self._ranks) for i, x in graph.constants.items()}
+        arguments = [constants.get(i, known.get(name)) for i, name in enumerate(graph.parameters)]
         results = executable.execute_sharded(arguments)
         parts = results.disassemble_into_single_device_arrays()
         for name, part in zip(graph.state, parts[graph.outputs :], strict=True):
@@ -92,7 +91,7 @@ class EmulatorProgram:
 
     def reset_state(self) -> None:
         """See `Program.reset_state`."""
-        for name, like in self._shapes.items():
+        for name, like in self._empty.items():
             self._held[name] = self._place([torch.zeros_like(like)] * self._ranks)
 
     def close(self) -> None:
@@ -100,9 +99,9 @@ class EmulatorProgram:
         self._held.clear()
         self._graphs.clear()
 
-    def graphs(self) -> list[Graph]:
-        """Those lowered so far."""
-        return [graph for graph, _ in self._graphs.values()]
+    def graph(self, tag: str) -> Graph:
+        """The graph, lowered and linted."""
+        return self._graph(tag)[0]
 
     def _graph(self, tag: str) -> tuple[Graph, Any]:
         if tag not in self._graphs:

@@ -21,7 +21,8 @@ def open_emulated(artifact: Artifact, degree: int, limits: Limits) -> NeuronExec
     ]
     blocks = limits.blocks + spare_blocks(spec, limits)
     module = StaticModel(spec, shards[0], TraceCollectives(degree), blocks, limits.block_size)
-    buckets = Buckets.of(spec, limits)
-    program = EmulatorRuntime().compile(module, list(buckets.traces()), degree)
+    buckets = Buckets.of(spec, limits, blocks)
+    traces = list(buckets.traces())
+    program = EmulatorRuntime().compile(module, module.state_names, traces, degree)
     program.load_weights([{buffer_name(n): t for n, t in shard.items()} for shard in shards])
     return NeuronExecutor(spec, limits, program, buckets, f"{degree} emulated NeuronCores")

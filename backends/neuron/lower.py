@@ -109,13 +109,22 @@ class Lowering:
         context.build(outputs + [new[name] for name in self._state])
         given = context.parameter_id_tensor_mapping()
         named = {f"input.{name}": x for name, x in inputs.items()} | self._start
+        proto: bytes = context.hlo()
         places = {context.tensor_parameter_id(x): name for name, x in named.items()}
         return Graph(
             tag=tag,
-            proto=context.hlo(),
-            text=context.hlo_text(),
+            proto=proto,
+            text=_text(proto),
             parameters=[places.get(i, "") for i in range(len(given))],
             constants={i: given[i].cpu() for i in range(len(given)) if i not in places},
             outputs=len(outputs),
             state=self._state,
         )
+
+
+def _text(proto: bytes) -> str:
+    """HLO in text form, which torch-xla itself does not write."""
+    from jax._src.lib import xla_client
+
+    text: str = xla_client.XlaComputation(proto).as_hlo_text()
+    return text

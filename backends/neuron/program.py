@@ -13,25 +13,16 @@ from torch import Tensor, nn
 @dataclass(frozen=True)
 class Trace:
     """One graph to be: its tag, and the shapes of the inputs by which it is traced. Inputs are
-    all int64, so a shape says everything."""
+    all int64, so a shape says everything. Those that index something have a bound: a device does
+    not check where it reads and writes."""
 
     tag: str
     inputs: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    bounds: Mapping[str, int] = field(default_factory=dict)
 
     def examples(self) -> dict[str, Tensor]:
         """Zeros of these shapes."""
         return {name: torch.zeros(shape, dtype=torch.int64) for name, shape in self.inputs.items()}
-
-
-class StatefulModule(Protocol):
-    """A module whose state is buffers that `forward` rebinds out of place, every one of them."""
-
-    @property
-    def state_names(self) -> Sequence[str]:
-        """Names of the state buffers."""
-
-    def named_buffers(self) -> object:
-        """As torch.nn.Module's."""
 
 
 class Program(Protocol):
@@ -57,5 +48,8 @@ class Runtime(Protocol):
     def name(self) -> str:
         """As in LMI_MULTI_NEURON_RUNTIME."""
 
-    def compile(self, module: nn.Module, traces: Sequence[Trace], ranks: int) -> Program:
-        """`module` holds rank 0's weights. Raises BackendError that names the graph."""
+    def compile(
+        self, module: nn.Module, state: Sequence[str], traces: Sequence[Trace], ranks: int
+    ) -> Program:
+        """`module` holds rank 0's weights, and buffers called `state` that every trace rebinds
+        out of place. Raises BackendError that names the graph."""
