@@ -34,7 +34,9 @@ class NeuronBackend:
         if runtime == "emulator":
             return _probe_emulator()
         if runtime:
-            return _unavailable(f"{RUNTIME} is {runtime!r}", f"must be emulator, or unset {RUNTIME}")
+            return _unavailable(
+                f"{RUNTIME} is {runtime!r}", f"must be emulator, or unset {RUNTIME}"
+            )
         host = devices.look()
         fault = devices.fault(host, devices.sdk_version()) or (
             f"{len(host.cores)} NeuronCores found, but this version runs on Neuron only emulated",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from lmi_multi.backends.base import Limits
@@ -112,7 +112,7 @@ class Buckets:
         tag = f"decode_{rows}x{queries}_of_{context}" + (f"_with_{encoded}" if encoded else "")
         return self._trace(tag if draws else f"{tag}_all", inputs)
 
-    def _trace(self, tag: str, inputs: dict[str, tuple[int, ...]]) -> Trace:
+    def _trace(self, tag: str, inputs: Mapping[str, tuple[int, ...]]) -> Trace:
         blocks, spec = self.blocks, self.spec
         bounds = {"token_ids": spec.vocab, "slots": blocks * self.block_size}
         bounds |= dict.fromkeys(("table", "cross_table", "sources", "targets"), blocks)

@@ -188,13 +188,11 @@ class NeuronExecutor:
         return self._program.run(trace.tag, **inputs)
 
     def _whole(self, row: Row) -> tuple[Tensor, Tensor]:
-        """Hidden states and logits of all tokens of a row, in as many slices as the buckets need."""
+        """Hidden states and logits of all tokens of a row, in slices that the buckets hold."""
         longest, hidden, logits = self._buckets.queries[-1], [], []
         for start in range(0, len(row.token_ids), longest):
             own = row.token_ids[start : start + longest]
-            part = Row(
-                own, row.start + start, row.blocks, 0, row.cross_blocks, row.cross_length
-            )
+            part = Row(own, row.start + start, row.blocks, 0, row.cross_blocks, row.cross_length)
             states, scores = self._run_rows([part], draws=False)
             hidden.append(states[: len(own)])
             logits.append(scores[: len(own)])

@@ -143,7 +143,9 @@ def check_same(first: Graph, second: Graph) -> None:
     pairs = zip(first.text.splitlines(), second.text.splitlines(), strict=False)
     for ours, theirs in pairs:
         if ours != theirs:
-            raise BackendError(f"graph {first.tag}: ranks trace {ours.strip()} and {theirs.strip()}")
+            raise BackendError(
+                f"graph {first.tag}: ranks trace {ours.strip()} and {theirs.strip()}"
+            )
     same = all(first.constants[i].equal(value) for i, value in second.constants.items())
     if len(first.text) != len(second.text) or not same:
         raise BackendError(f"graph {first.tag}: ranks disagree on its length or its constants")

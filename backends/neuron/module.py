@@ -73,7 +73,7 @@ class StaticModel(nn.Module):
           states float32 [rows * n, hidden] and what the pooler makes of them, if there is one.
         - decode: `token_ids`, `positions`, `slots` [rows * n], `table` [rows, blocks]. With
           `last` [rows] returns greedy tokens int64 [rows], their logits float32 [rows], and the
-          logits [rows, vocab] of those tokens; without it the hidden states and the logits of all tokens.
+          logits [rows, vocab] of those tokens; without it hidden states and logits of all.
         """
         if sources is not None and targets is not None:
             self._copy(sources, targets)
@@ -143,5 +143,3 @@ class StaticModel(nn.Module):
         tensors = {name: getattr(self, buffer_name(name)) for name in self._names}
         weights = bind(self.spec, tensors, 0, self._collectives.size)
         return Transformer(self.spec, weights, NeuronOps(), self._collectives)
-
-
