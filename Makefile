@@ -5,19 +5,26 @@ SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+NEURON := .venv-neuron
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format kernels constraints clean
+.PHONY: help demo test test-neuron lint format kernels constraints clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: $(STAMP) ## Run the demo model on whatever hardware is here
 	@$(BIN)/lmi-multi demo
 
 test: $(STAMP) ## Run every test (PYTEST_ARGS="-k name" for some)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-neuron: $(NEURON)/.installed ## Run the Neuron backend's tests on the emulator (Python 3.11 or later)
+	LMI_MULTI_NEURON_RUNTIME=emulator $(NEURON)/bin/python -m pytest --backend neuron $(PYTEST_ARGS) \
+		tests/test_matrix.py
+	LMI_MULTI_NEURON_RUNTIME=emulator $(NEURON)/bin/python -m pytest $(PYTEST_ARGS) \
+		tests/test_neuron_emulator.py tests/test_neuron_lint.py tests/test_neuron_devices.py
 
 lint: $(STAMP) ## Check style, format and types
 	$(BIN)/ruff check .
@@ -35,7 +42,7 @@ constraints: $(STAMP) ## Write constraints.txt anew (UPGRADE=1 for newest versio
 	$(BIN)/python tools/constraints.py $(if $(UPGRADE),--upgrade)
 
 clean: ## Remove .venv and everything that was built
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NEURON) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Plain python3 if it is one that is tested (3.10 to 3.13), else the newest of those.
@@ -58,4 +65,13 @@ $(STAMP): pyproject.toml constraints.txt
 		}; \
 	fi; \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'; \
+	touch $@
+
+# Its torch is another one than .venv's: the one that torch-xla was built for.
+$(NEURON)/.installed: pyproject.toml constraints.txt constraints-neuron.txt
+	@set -euo pipefail; \
+	$(NEURON)/bin/python -c '' 2>/dev/null || $(or $(PYTHON),python3) -m venv --clear $(NEURON); \
+	grep -v '^torch==' constraints.txt > $(NEURON)/constraints.txt; \
+	$(NEURON)/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c $(NEURON)/constraints.txt -c constraints-neuron.txt -e '.[dev]' torch-xla jax jaxlib; \
 	touch $@

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -100,9 +100,17 @@ def _open_cuda(artifact: Artifact, degree: int) -> Executor:
     )
 
 
+def _open_neuron(artifact: Artifact, degree: int) -> Executor:
+    from lmi_multi.backends.neuron.loading import open_emulated
+
+    longest = min(LIMITS.max_tokens, artifact.spec.max_positions or LIMITS.max_tokens)
+    return open_emulated(artifact, degree, replace(LIMITS, max_tokens=longest))
+
+
 OPENERS: dict[str, Callable[[Artifact, int], Executor]] = {
     "cpu": _open_cpu,
     "cuda": _open_cuda,
+    "neuron": _open_neuron,
 }
 
 

@@ -1,4 +1,4 @@
-"""The Neuron backend's place: it reports what it finds, and does not run models yet."""
+"""The Neuron backend: static graphs, and an emulator that runs them on a CPU."""
 
 from __future__ import annotations
 

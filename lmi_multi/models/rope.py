@@ -50,9 +50,10 @@ def _dynamic(rope: Rope, scaling: RopeScaling, exponents: Tensor, lengths: Tenso
 
 def _llama3(scaling: RopeScaling, plain: Tensor) -> Tensor:
     """Llama 3.1: low frequencies are divided by the factor, high ones kept, between: a blend."""
-    low = scaling.original_max / scaling.low_freq_factor
-    high = scaling.original_max / scaling.high_freq_factor
     wavelength = 2 * math.pi / plain
+    # As tensors: compared with a number, a tracer of XLA would widen both sides to float64.
+    low = torch.full_like(plain, scaling.original_max / scaling.low_freq_factor)
+    high = torch.full_like(plain, scaling.original_max / scaling.high_freq_factor)
     blend = (scaling.original_max / wavelength - scaling.low_freq_factor) / (
         scaling.high_freq_factor - scaling.low_freq_factor
     )

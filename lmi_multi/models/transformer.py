@@ -24,7 +24,8 @@ class Transformer:
     ) -> None:
         self.spec, self.weights, self.ops, self.collectives = spec, weights, ops, collectives
         vocabulary = Split(0, (spec.vocab,), padded=True)
-        [(self._first_id, _)] = vocabulary.ranges(collectives.size, collectives.rank)
+        [(first, _)] = vocabulary.ranges(collectives.size, collectives.rank)
+        self._first_id: int | Tensor = first if weights.first_id is None else weights.first_id
         wide = spec.wide_residual and weights.embed.dtype == torch.float16
         self._residual_dtype = torch.float32 if wide else weights.embed.dtype
 

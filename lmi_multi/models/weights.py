@@ -12,6 +12,21 @@ from lmi_multi.models.bias import alibi_slopes
 from lmi_multi.models.schema import Split
 from lmi_multi.models.spec import Alibi, ModelSpec, RelativeBias
 
+# What differs between ranks beside the weights, for backends that trace one program for all.
+FIRST_ID = "rank.first_id"
+SLOPES = "rank.slopes"
+
+
+def rank_data(spec: ModelSpec, rank: int, size: int) -> dict[str, Tensor]:
+    """The rank's own numbers as tensors that `bind` takes beside the weights: its first id of the
+    vocabulary int64 [1] and, with ALiBi, its heads' slopes float32 [heads]."""
+    [(first, _)] = Split(0, (spec.vocab,), padded=True).ranges(size, rank)
+    data = {FIRST_ID: torch.tensor([first])}
+    if isinstance(spec.position, Alibi):
+        [(start, stop)] = Split(0, (spec.heads,)).ranges(size, rank)
+        data[SLOPES] = alibi_slopes(spec.heads)[start:stop]
+    return data
+
 
 @dataclass(frozen=True)
 class Linear:
@@ -63,7 +78,11 @@ class Stack:
 
 @dataclass(frozen=True)
 class Weights:
-    """Everything one rank holds. A tied head shares the tensor of `embed`."""
+    """Everything one rank holds. A tied head shares the tensor of `embed`.
+
+    `first_id` int64 [1] is the first id in the rank's share of `embed`, where that must be data:
+    one traced program that serves every rank. None: it follows from the rank's number.
+    """
 
     embed: Tensor
     head: Linear
@@ -75,6 +94,7 @@ class Weights:
     pooler: Linear | None
     encoder: Stack | None
     decoder: Stack | None
+    first_id: Tensor | None = None
 
 
 class _Binder:
@@ -104,6 +124,8 @@ class _Binder:
             own = index if position.per_layer else 0
             return self.tensors[f"{stack}.{own}.relative.weight"]
         if isinstance(position, Alibi):
+            if SLOPES in self.tensors:
+                return self.tensors[SLOPES]
             heads = Split(0, (self.spec.heads,))
             [(start, stop)] = heads.ranges(self.size, self.rank)
             slopes = alibi_slopes(self.spec.heads)[start:stop]
@@ -159,6 +181,7 @@ def bind(spec: ModelSpec, tensors: Mapping[str, Tensor], rank: int = 0, size: in
         pooler=b.linear("pooler"),
         encoder=b.stack("encoder", spec.encoder_layers),
         decoder=b.stack("decoder", spec.decoder_layers),
+        first_id=tensors.get(FIRST_ID),
     )
 
 

@@ -64,7 +64,7 @@ class Heads:
         [rows, heads or 1, queries, keys] in `dtype`, -inf where a key must not be seen; None if
         nothing is added or hidden.
         """
-        total = self._position_bias(layer, distance, causal)
+        total = self.position_bias(layer, distance, causal)
         if not causal:
             return None if total is None else total.to(dtype)
         hidden = distance > 0
@@ -74,7 +74,9 @@ class Heads:
             total = torch.zeros((), device=distance.device)
         return torch.where(hidden[:, None], -torch.inf, total).to(dtype)
 
-    def _position_bias(self, layer: Layer, distance: Tensor, causal: bool) -> Tensor | None:
+    def position_bias(self, layer: Layer, distance: Tensor, causal: bool) -> Tensor | None:
+        """What positions add at `key - query` distances [rows, queries, keys]: float32
+        [rows, heads, queries, keys], or None. Nothing is hidden by it."""
         position, table = self.spec.position, layer.position_bias
         if table is None:
             return None

@@ -1,0 +1,123 @@
+"""Which static graphs there are: buckets of rows, queries and context, in powers of two."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from lmi_multi.backends.base import Limits
+from lmi_multi.models.spec import ModelSpec
+
+from .program import Trace
+
+LEAST_QUERIES = 16
+LEAST_CONTEXT = 32
+
+
+def ladder(least: int, most: int) -> list[int]:
+    """least, 2 * least, ... and `most` itself at the end."""
+    steps = []
+    while least < most:
+        steps.append(least)
+        least *= 2
+    return [*steps, most]
+
+
+def fit(steps: Sequence[int], wanted: int) -> int:
+    """The smallest step that holds `wanted`. Raises ValueError if none does."""
+    for step in steps:
+        if wanted <= step:
+            return step
+    raise ValueError(f"{wanted} exceeds the largest bucket, {steps[-1]}")
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """The ladders of one loaded model. `context` and `queries` are in tokens, contexts in whole
+    blocks; `encoded`, of prompts, is empty without an encoder."""
+
+    rows: Sequence[int]
+    queries: Sequence[int]
+    context: Sequence[int]
+    encoded: Sequence[int]
+    block_size: int
+    spec: ModelSpec
+    blocks: int
+
+    @classmethod
+    def of(cls, spec: ModelSpec, limits: Limits, blocks: int) -> Buckets:
+        """Powers of two up to what `limits` allow, over a pool of `blocks`."""
+        size = limits.block_size
+        longest = -(-limits.max_tokens // size) * size
+        context = [-(-n // size) * size for n in ladder(min(LEAST_CONTEXT, longest), longest)]
+        queries = min(limits.max_step_tokens, longest)
+        return cls(
+            rows=ladder(1, limits.max_batch),
+            queries=ladder(min(LEAST_QUERIES, queries), queries),
+            context=context,
+            encoded=context if spec.encoder_layers else (),
+            block_size=size,
+            spec=spec,
+            blocks=blocks,
+        )
+
+    def traces(self) -> Iterator[Trace]:
+        """Every graph that these ladders make."""
+        if self.spec.decoder_layers:
+            yield self.copies()
+        for tokens in self.encoded:
+            yield self.encode(tokens)
+        if not self.spec.decoder_layers:
+            return
+        for context in self.context:
+            for encoded in self.encoded or (0,):
+                for rows in self.rows:
+                    yield self.decode(rows, 1, context, encoded, True)
+                for queries in self.queries:
+                    if queries <= context:
+                        yield from (
+                            self.decode(1, queries, context, encoded, draws)
+                            for draws in (True, False)
+                        )
+
+    def copies(self) -> Trace:
+        """As many copied blocks as there are rows: a beam has one that it writes to."""
+        count = (self.rows[-1],)
+        return self._trace("copy", {"sources": count, "targets": count})
+
+    def encode(self, tokens: int) -> Trace:
+        """One prompt of up to `tokens` tokens."""
+        inputs = {"token_ids": (tokens,), "positions": (tokens,), "lengths": (1,)}
+        if self.spec.segments:
+            inputs["segments"] = (tokens,)
+        if self.spec.decoder_layers:
+            inputs["slots"] = (tokens,)
+        return self._trace(f"encode_{tokens}", inputs)
+
+    def decode(self, rows: int, queries: int, context: int, encoded: int, draws: bool) -> Trace:
+        """`rows` rows of `queries` tokens each over contexts of up to `context` tokens; with
+        `draws` the logits of one token a row are wanted, else those of all."""
+        tokens = rows * queries
+        inputs: dict[str, tuple[int, ...]] = {
+            "token_ids": (tokens,),
+            "positions": (tokens,),
+            "slots": (tokens,),
+            "table": (rows, context // self.block_size),
+        }
+        if draws:
+            inputs["last"] = (rows,)
+        if encoded:
+            inputs["cross_table"] = (rows, encoded // self.block_size)
+            inputs["cross_lengths"] = (rows,)
+        tag = f"decode_{rows}x{queries}_of_{context}" + (f"_with_{encoded}" if encoded else "")
+        return self._trace(tag if draws else f"{tag}_all", inputs)
+
+    def _trace(self, tag: str, inputs: Mapping[str, tuple[int, ...]]) -> Trace:
+        blocks, spec = self.blocks, self.spec
+        bounds = {"token_ids": spec.vocab, "slots": blocks * self.block_size}
+        bounds |= dict.fromkeys(("table", "cross_table", "sources", "targets"), blocks)
+        if spec.segments:
+            bounds["segments"] = spec.segments
+        if spec.max_positions:
+            bounds["positions"] = spec.max_positions
+        return Trace(tag, inputs, bounds)

@@ -1,0 +1,220 @@
+"""Steps of the engine as runs of static graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from lmi_multi.backends.base import Limits
+from lmi_multi.backends.drawing import draw
+from lmi_multi.backends.limits import row_blocks
+from lmi_multi.engine.batch import Batch, Draw, Passage, Prompt, Row, StepResult
+from lmi_multi.models.spec import ModelSpec
+
+from .buckets import Buckets, fit
+from .inputs import block_table, padded, slots
+from .program import Program, Trace
+
+
+def spare_blocks(spec: ModelSpec, limits: Limits) -> int:
+    """Blocks beyond the engine's: room to score one text, and one block for padding."""
+    if not spec.decoder_layers:
+        return 1
+    return row_blocks(spec, limits.max_tokens, limits.max_tokens, limits.block_size) + 1
+
+
+class NeuronExecutor:
+    """An `Executor` over a `Program`.
+
+    The engine's paged blocks are the graph's: a block table comes with every step. Rows of one
+    token run together in a bucket of rows, longer ones each in a bucket of queries. The pool has
+    `spare_blocks` more than the engine knows of: scoring and embedding, which have no blocks, use
+    them, and the last one takes what padding writes.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, limits: Limits, program: Program, buckets: Buckets, device: str
+    ) -> None:
+        self.limits, self.device = limits, device
+        self._spec, self._program, self._buckets = spec, program, buckets
+        self._size = limits.block_size
+        self._trash = limits.blocks + spare_blocks(spec, limits) - 1
+        spare = range(limits.blocks, self._trash)
+        own = -(-limits.max_tokens // self._size)
+        self._own, self._cross = spare[:own], spare[own:]
+
+    def step(self, batch: Batch) -> StepResult:
+        """See `Executor.step`."""
+        self._prepare(batch)
+        found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        for numbers, rows in self._groups(batch.rows):
+            tokens, best, logits = self._run_rows(rows, draws=True)
+            for i, number in enumerate(numbers):
+                found[number] = (tokens[i], best[i], logits[i])
+        drawing = [i for i, row in enumerate(batch.rows) if row.sample is not None]
+        if not drawing:
+            return StepResult()
+        rows = [batch.rows[i] for i in drawing]
+        if all(_plain(row) for row in rows):
+            return StepResult([_greedy(*found[i][:2]) for i in drawing])
+        return StepResult(draw(torch.stack([found[i][2] for i in drawing]), rows))
+
+    def logits(self, batch: Batch) -> Tensor:
+        """See `Executor.logits`."""
+        if not batch.rows:
+            raise ValueError("the batch has no rows")
+        self._prepare(batch)
+        found: dict[int, Tensor] = {}
+        # Row by row, the longer ones first: others may read what they write.
+        for i in sorted(range(len(batch.rows)), key=lambda i: len(batch.rows[i].token_ids) == 1):
+            found[i] = self._whole(batch.rows[i])[1]
+        return torch.cat([found[i] for i in range(len(batch.rows))])
+
+    def encode(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor | None]:
+        """See `Executor.encode`."""
+        parts, pooled = [], []
+        for prompt in prompts:
+            if not self._spec.encoder_layers:
+                parts.append(self._whole(self._spare_row(prompt.token_ids))[0])
+                continue
+            hidden, *rest = self._encode(prompt, self._cross)
+            parts.append(hidden[: len(prompt.token_ids)])
+            pooled += rest
+        return torch.cat(parts), torch.cat(pooled) if pooled else None
+
+    def score(self, passages: Sequence[Passage]) -> Tensor:
+        """See `Executor.score`."""
+        parts = []
+        for passage in passages:
+            if passage.encoder_ids is not None:
+                self._encode(Prompt(passage.encoder_ids), self._cross)
+            row = self._spare_row(passage.token_ids, len(passage.encoder_ids or ()))
+            scores = self._whole(row)[1].log_softmax(-1)
+            targets = torch.tensor(passage.token_ids[1:], dtype=torch.int64)
+            parts.append(scores[:-1].gather(-1, targets[:, None])[:, 0])
+        return torch.cat(parts)
+
+    def close(self) -> None:
+        """See `Executor.close`."""
+        self._program.close()
+
+    def _prepare(self, batch: Batch) -> None:
+        """Copy blocks and encode prompts. Fresh blocks need no clearing: see `attention`."""
+        copies = [pair for row in batch.rows for pair in row.copies]
+        trace = self._buckets.copies()
+        count = trace.inputs["sources"][0]
+        for start in range(0, len(copies), count):
+            sources, targets = zip(*copies[start : start + count], strict=True)
+            self._program.run(
+                trace.tag,
+                sources=padded(sources, count, self._trash),
+                targets=padded(targets, count, self._trash),
+            )
+        for prompt in batch.prompts:
+            self._encode(prompt, prompt.cross_blocks)
+
+    def _groups(self, rows: Sequence[Row]) -> Iterator[tuple[list[int], list[Row]]]:
+        """Numbers and rows that run in one graph: long rows first, as others may read what they
+        write; the other way round nothing can be, a single token's row reads only its own."""
+        singles = []
+        for i, row in enumerate(rows):
+            if len(row.token_ids) == 1:
+                singles.append(i)
+                continue
+            yield [i], [row]
+        if singles:
+            yield singles, [rows[i] for i in singles]
+
+    def _run_rows(self, rows: Sequence[Row], draws: bool) -> list[Tensor]:
+        """Run rows that have one token each, or one row that has several."""
+        queries = max(len(row.token_ids) for row in rows)
+        if queries > 1 or not draws:
+            queries = fit(self._buckets.queries, queries)
+        context = fit(self._buckets.context, max(max(row.length for row in rows), queries))
+        encoded = max(row.cross_length for row in rows)
+        trace = self._buckets.decode(
+            fit(self._buckets.rows, len(rows)),
+            queries,
+            context,
+            fit(self._buckets.encoded, encoded) if encoded else 0,
+            draws,
+        )
+        return self._program.run(trace.tag, **self._inputs(trace, rows))
+
+    def _inputs(self, trace: Trace, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """What `trace` wants of `rows`."""
+        shapes, size, trash = trace.inputs, self._size, self._trash
+        count, width = shapes["table"]
+        tokens = shapes["token_ids"][0]
+        at = [p for row in rows for p in range(row.start, row.length)]
+        inputs = {
+            "token_ids": padded([t for row in rows for t in row.token_ids], tokens, 0),
+            "positions": padded(at, tokens, 0),
+            "slots": padded(
+                [s for r in rows for s in slots(r.blocks, r.start, r.length, size)],
+                tokens,
+                trash * size,
+            ),
+            "table": block_table([row.blocks for row in rows], count, width, trash),
+        }
+        if "last" in shapes:
+            several = len(rows) == 1
+            last = [len(rows[0].token_ids) - 1] if several else range(len(rows))
+            inputs["last"] = padded(last, count, 0)
+        if "cross_table" in shapes:
+            width = shapes["cross_table"][1]
+            cross = [row.cross_blocks for row in rows]
+            inputs["cross_table"] = block_table(cross, count, width, trash)
+            # A row of padding has one token of the spare block, so that its softmax has a key.
+            inputs["cross_lengths"] = padded([row.cross_length for row in rows], count, 1)
+        return inputs
+
+    def _encode(self, prompt: Prompt, blocks: Sequence[int]) -> list[Tensor]:
+        count = len(prompt.token_ids)
+        bucket = fit(self._buckets.encoded, count)
+        trace = self._buckets.encode(bucket)
+        inputs = {
+            "token_ids": padded(prompt.token_ids, bucket, 0),
+            "positions": padded(range(count), bucket, 0),
+            "lengths": torch.tensor([count]),
+        }
+        if "segments" in trace.inputs:
+            inputs["segments"] = padded(prompt.segment_ids or (), bucket, 0)
+        if "slots" in trace.inputs:
+            own = slots(blocks, 0, count, self._size)
+            inputs["slots"] = padded(own, bucket, self._trash * self._size)
+        return self._program.run(trace.tag, **inputs)
+
+    def _whole(self, row: Row) -> tuple[Tensor, Tensor]:
+        """Hidden states and logits of all tokens of a row, in slices that the buckets hold."""
+        longest, hidden, logits = self._buckets.queries[-1], [], []
+        for start in range(0, len(row.token_ids), longest):
+            own = row.token_ids[start : start + longest]
+            part = Row(own, row.start + start, row.blocks, 0, row.cross_blocks, row.cross_length)
+            states, scores = self._run_rows([part], draws=False)
+            hidden.append(states[: len(own)])
+            logits.append(scores[: len(own)])
+        return torch.cat(hidden), torch.cat(logits)
+
+    def _spare_row(self, token_ids: Sequence[int], encoded: int = 0) -> Row:
+        cross = self._cross if encoded else ()
+        return Row(token_ids, 0, self._own, len(token_ids), cross, encoded)
+
+
+def _plain(row: Row) -> bool:
+    """Whether the row takes the likeliest token as it is: then the device's own choice will do."""
+    s = row.sample
+    return (
+        s is not None
+        and row.beams is None
+        and not (s.temperature or s.banned)
+        and s.edit is None
+        and s.logprobs is None
+    )
+
+
+def _greedy(token: Tensor, best: Tensor) -> Draw:
+    finite = bool(torch.isfinite(best))
+    return Draw(int(token) if finite else 0, finite)

@@ -1,0 +1,158 @@
+"""What the hardware's compiler cannot take, or would get wrong, looked for in every graph."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from lmi_multi.errors import BackendError
+
+if TYPE_CHECKING:
+    from .lower import Graph
+
+REFUSED = {
+    "sort": "sort",
+    "while": "loop",
+    "conditional": "branch",
+    "dynamic-reshape": "dynamic shape",
+    "set-dimension-size": "dynamic shape",
+    "get-dimension-size": "dynamic shape",
+    "rng": "random numbers of the device's own",
+    "rng-bit-generator": "random numbers of the device's own",
+}
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all")
+_INSTRUCTION = re.compile(
+    r"^\s*(?P<root>ROOT )?%?(?P<name>\S+) = (?P<shape>\(.*?\)|\S+) (?P<opcode>[a-z][a-z0-9-]*)\("
+    r"(?P<rest>.*)$"
+)
+_SHAPE = re.compile(r"[a-z][a-z0-9]*\[[^\]]*\]")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One line of HLO text. `shapes` has several entries for a tuple; layouts are left out."""
+
+    name: str
+    opcode: str
+    shapes: Sequence[str]
+    rest: str
+    root: bool
+    entry: bool
+
+    @property
+    def operands(self) -> list[str]:
+        """Names of the operands."""
+        inside = self.rest.partition(")")[0]
+        return [part.split()[-1].lstrip("%") for part in inside.split(",") if part.strip()]
+
+
+def instructions(text: str) -> list[Instruction]:
+    """Every instruction of a module in HLO text form."""
+    found, entry = [], False
+    for line in text.splitlines():
+        if line.rstrip().endswith("{") and " = " not in line:
+            entry = line.startswith("ENTRY")
+        match = _INSTRUCTION.match(line)
+        if match:
+            shapes = _SHAPE.findall(match["shape"])
+            root = match["root"] is not None
+            found.append(
+                Instruction(match["name"], match["opcode"], shapes, match["rest"], root, entry)
+            )
+    return found
+
+
+def faults(text: str, ranks: int) -> Iterator[str]:
+    """What is wrong with a module for `ranks` ranks, one line a fault."""
+    listed = instructions(text)
+    shapes = {i.name: i.shapes[0] for i in listed if i.shapes}
+    for i in listed:
+        if i.opcode in REFUSED:
+            yield f"{i.name}: {REFUSED[i.opcode]}"
+        if i.opcode == "custom-call" and "TopK" in i.rest:
+            yield f"{i.name}: sort (a custom call of TopK)"
+        if i.opcode in ("reduce", "reduce-window") and len(i.shapes) > 1:
+            yield f"{i.name}: variadic {i.opcode}"
+        if any(shape.startswith(("f64", "c128")) for shape in i.shapes):
+            yield f"{i.name}: {i.shapes[0]} has 64-bit floats"
+        if any("<=" in shape or "?" in shape for shape in i.shapes):
+            yield f"{i.name}: {i.shapes[0]} is a dynamic shape"
+        if i.opcode == "gather":
+            yield from _gather(i, shapes)
+        if i.opcode in COLLECTIVES:
+            yield from _groups(i, ranks)
+
+
+def _sizes(shape: str) -> list[int]:
+    inside = shape.partition("[")[2].rstrip("]")
+    return [int(size) for size in inside.split(",") if size.isdigit()]
+
+
+def _gather(i: Instruction, shapes: Mapping[str, str]) -> Iterator[str]:
+    """A slice that is larger than what it is taken from lies outside whatever its index."""
+    sizes = re.search(r"slice_sizes=\{([\d,]*)\}", i.rest)
+    operand = shapes.get(i.operands[0], "")
+    if sizes is None or not operand:
+        return
+    wanted = [int(size) for size in sizes[1].split(",") if size]
+    if any(a > b for a, b in zip(wanted, _sizes(operand), strict=False)):
+        yield f"{i.name}: gathers {wanted} out of range of {operand}"
+
+
+def _groups(i: Instruction, ranks: int) -> Iterator[str]:
+    """One group of all ranks, in order."""
+    groups = re.search(r"replica_groups=\{(.*?\})?\}", i.rest)
+    found = (groups[1] or "") if groups else ""
+    wanted = "{" + ",".join(map(str, range(ranks))) + "}"
+    if found.replace(" ", "") != wanted:
+        yield f"{i.name}: replica groups are {{{found}}}, must be {{{wanted}}}"
+
+
+def state_faults(graph: Graph) -> Iterator[str]:
+    """Every state must come in once and go out in its place, with the same shape."""
+    listed = [i for i in instructions(graph.text) if i.entry]
+    given = {int(i.rest.partition(")")[0]): i.shapes[0] for i in listed if i.opcode == "parameter"}
+    returned = [shape for i in listed if i.root for shape in i.shapes]
+    if len(returned) != graph.outputs + len(graph.state):
+        yield f"{len(returned)} outputs, not {graph.outputs} and {len(graph.state)} states"
+        return
+    for name, out in zip(graph.state, returned[graph.outputs :], strict=True):
+        places = [i for i, parameter in enumerate(graph.parameters) if parameter == name]
+        if len(places) != 1:
+            yield f"state {name} is read by {len(places)} inputs, must be one"
+        elif given.get(places[0]) != out:
+            yield f"state {name} comes in as {given.get(places[0])} and goes out as {out}"
+
+
+def check(graph: Graph, ranks: int) -> None:
+    """Raise BackendError with the graph's tag and its first faults."""
+    found = [*faults(graph.text, ranks), *state_faults(graph)]
+    if found:
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        raise BackendError(f"graph {graph.tag} cannot run: {'; '.join(found[:3])}{more}")
+
+
+def check_same(first: Graph, second: Graph) -> None:
+    """Raise BackendError unless two ranks traced the same graph with the same parameters."""
+    if list(first.parameters) != list(second.parameters):
+        raise BackendError(f"graph {first.tag}: ranks disagree on its parameters")
+    pairs = zip(first.text.splitlines(), second.text.splitlines(), strict=False)
+    for ours, theirs in pairs:
+        if ours != theirs:
+            raise BackendError(
+                f"graph {first.tag}: ranks trace {ours.strip()} and {theirs.strip()}"
+            )
+    same = all(first.constants[i].equal(value) for i, value in second.constants.items())
+    if len(first.text) != len(second.text) or not same:
+        raise BackendError(f"graph {first.tag}: ranks disagree on its length or its constants")
+
+
+def check_inputs(tag: str, bounds: Mapping[str, int], inputs: Mapping[str, Tensor]) -> None:
+    """Raise BackendError unless every index lies in [0, bound): the device does not look."""
+    for name, bound in bounds.items():
+        if name in inputs and not 0 <= int(inputs[name].min()) <= int(inputs[name].max()) < bound:
+            raise BackendError(f"graph {tag}: {name} leaves the range 0 to {bound - 1}")

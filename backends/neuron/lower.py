@@ -1,0 +1,130 @@
+"""From a module and a trace to HLO, by torch-xla on one CPU device that stands for rank 0."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from lmi_multi.errors import BackendError
+
+from .program import Trace
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One lowered graph. `parameters[i]` is the name of input i: a buffer's, or `input.` and the
+    trace's name of it; those in `constants` have a value instead. The outputs are the module's,
+    `outputs` of them, and then the state in the order of `state`."""
+
+    tag: str
+    proto: bytes
+    text: str
+    parameters: Sequence[str]
+    constants: dict[int, Tensor]
+    outputs: int
+    state: Sequence[str]
+
+
+class TraceCollectives:
+    """`lmi_multi.parallel.collectives.Collectives` as operations of the traced graph.
+
+    Every rank runs what rank 0 traced, so `rank` is 0 for all: nothing in Python may depend on it.
+    """
+
+    rank = 0
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._groups = [list(range(size))]
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Sum in float32: half types would round between the additions."""
+        if self.size == 1:
+            return x
+        import torch_xla.core.xla_model as xm
+
+        total: Tensor = xm.all_reduce(xm.REDUCE_SUM, x.float(), groups=self._groups)
+        return total.to(x.dtype)
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """Concatenate along the last dimension in rank order."""
+        if self.size == 1:
+            return x
+        import torch_xla.core.xla_model as xm
+
+        # With a pinned layout the tracer would bake its own rank into the graph.
+        whole: Tensor = xm.all_gather(x, x.dim() - 1, groups=self._groups, pin_layout=False)
+        return whole
+
+
+@contextmanager
+def _world(size: int) -> Iterator[None]:
+    """torch-xla believes that there are `size` ranks."""
+    with mock.patch("torch_xla.runtime.world_size", return_value=size):
+        yield
+
+
+class Lowering:
+    """Lowers traces of one module, whose buffers are moved to the tracing device once."""
+
+    def __init__(self, module: nn.Module, state: Sequence[str], ranks: int) -> None:
+        os.environ.setdefault("PJRT_DEVICE", "CPU")
+        import torch_xla
+
+        self._xla: Any = torch_xla
+        self._state, self._ranks = list(state), ranks
+        self._module = copy.deepcopy(module).to(torch_xla.device())
+        self._start = dict(self._module.named_buffers())
+        torch_xla.sync()
+
+    def lower(self, trace: Trace) -> Graph:
+        """The graph of a trace. Raises BackendError that names it."""
+        device = self._xla.device()
+        inputs = {name: x.to(device) for name, x in trace.examples().items()}
+        self._xla.sync()
+        try:
+            with torch.no_grad(), _world(self._ranks):
+                outputs = list(self._module(**inputs))
+                return self._build(trace.tag, inputs, outputs)
+        except Exception as error:  # whatever torch-xla raises
+            raise BackendError(f"graph {trace.tag} cannot be lowered: {error}") from error
+        finally:
+            for name in self._state:  # the next trace starts from the same buffers
+                setattr(self._module, name, self._start[name])
+
+    def _build(self, tag: str, inputs: dict[str, Tensor], outputs: list[Tensor]) -> Graph:
+        new = dict(self._module.named_buffers())
+        kept = [name for name in self._state if new[name] is self._start[name]]
+        if kept:
+            raise BackendError(f"state is not rebound: {', '.join(kept)}")
+        context = self._xla._XLAC.lowering.LoweringContext()
+        context.build(outputs + [new[name] for name in self._state])
+        given = context.parameter_id_tensor_mapping()
+        named = {f"input.{name}": x for name, x in inputs.items()} | self._start
+        proto: bytes = context.hlo()
+        places = {context.tensor_parameter_id(x): name for name, x in named.items()}
+        return Graph(
+            tag=tag,
+            proto=proto,
+            text=_text(proto),
+            parameters=[places.get(i, "") for i in range(len(given))],
+            constants={i: given[i].cpu() for i in range(len(given)) if i not in places},
+            outputs=len(outputs),
+            state=self._state,
+        )
+
+
+def _text(proto: bytes) -> str:
+    """HLO in text form, which torch-xla itself does not write."""
+    from jax._src.lib import xla_client
+
+    text: str = xla_client.XlaComputation(proto).as_hlo_text()
+    return text

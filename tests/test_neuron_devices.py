@@ -1,0 +1,231 @@
+"""Neuron devices: what is found, what stands in the way, and which degrees are valid.
+
+The listings are written from the documented fields of `neuron-ls -j`; none was recorded on a host.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from lmi_multi.backends.neuron import devices, environment, instances
+from lmi_multi.backends.neuron.devices import Core, Host
+
+from lmi_multi.errors import BackendError, CapacityError, OptionError
+from lmi_multi.models.spec import Alibi, ModelSpec
+
+GIB = 2**30
+
+
+def listing(count: int, cores: int = 2, **more: object) -> str:
+    """As on an inf2 or trn1 host with `count` devices."""
+    return json.dumps(
+        [
+            {
+                "neuron_device": i,
+                "bdf": f"00:{i:02x}.0",
+                "connected_to": [n for n in (i - 1, i + 1) if 0 <= n < count],
+                "nc_count": cores,
+                "memory_size": 16 * cores * GIB,
+                "neuron_processes": [],
+                **more,
+            }
+            for i in range(count)
+        ]
+    )
+
+
+def test_cores_of_inf2_24xlarge() -> None:
+    cores = devices.parse(listing(6))
+    assert [core.index for core in cores] == list(range(12))
+    assert [core.device for core in cores] == [i // 2 for i in range(12)]
+    assert {core.memory for core in cores} == {16 * GIB}
+    assert {core.owner for core in cores} == {None}
+
+
+def test_ids_of_cores_are_taken_where_the_tool_tells_them() -> None:
+    one = listing(1, 4, neuroncore_ids=[4, 5, 6, 7], logical_neuroncore_config=2)
+    assert [core.index for core in devices.parse(one)] == [4, 5, 6, 7]
+
+
+def test_a_process_holds_its_device() -> None:
+    held = json.loads(listing(2))
+    held[1]["neuron_processes"] = [{"pid": 4711, "command": "python", "neuron_runtime_version": ""}]
+    cores = devices.parse(json.dumps(held))
+    assert [core.owner for core in cores] == [None, None, 4711, 4711]
+    found = devices.fault(Host(("/dev/neuron0", "/dev/neuron1"), None, cores), "2.9.0", 4)
+    assert found is not None
+    assert found[0] == (
+        "4 NeuronCores are wanted, 2 of 4 are free; the others are held by process 4711"
+    )
+    assert found[1] == "end that process, or lower tensor_parallel"
+
+
+@pytest.mark.parametrize(
+    ("output", "fault"),
+    [
+        ("neuron-ls: no devices", "printed no JSON: 'neuron-ls: no devices'"),
+        ("{}", "printed no list"),
+        ('[{"nc_count": 2}]', "a device without 'memory_size'"),
+        ('[{"nc_count": "two"}]', "a device without invalid literal"),
+    ],
+)
+def test_listings_that_cannot_be_read(output: str, fault: str) -> None:
+    with pytest.raises(ValueError, match=fault):
+        devices.parse(output)
+
+
+def host(tmp_path: Path, product: str, count: int = 0) -> Host:
+    (tmp_path / "product").write_text(product + "\n")
+    for i in range(count):
+        (tmp_path / f"neuron{i}").touch()
+    return devices.look(tmp_path, tmp_path / "product")
+
+
+def test_no_driver_on_an_instance_that_has_cores(tmp_path: Path) -> None:
+    found = devices.fault(host(tmp_path, "trn1n.32xlarge"), None)
+    assert found is not None
+    assert "trn1n.32xlarge has NeuronCores, but there is no /dev/neuron0" in found[0]
+    assert "modprobe neuron" in found[1]
+
+
+def test_a_machine_without_cores(tmp_path: Path) -> None:
+    looked = host(tmp_path, "Standard PC (i440FX + PIIX, 1996)")
+    assert looked == Host((), None)
+    found = devices.fault(looked, None)
+    assert found is not None
+    assert found[0] == "no Neuron device (/dev/neuron0) here"
+
+
+def test_devices_without_the_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(devices, "TOOL", str(tmp_path / "absent"))
+    looked = host(tmp_path, "inf2.48xlarge", 12)
+    assert [Path(name).name for name in looked.devices] == [f"neuron{i}" for i in range(12)]
+    found = devices.fault(looked, "2.9.0")
+    assert found is not None
+    assert "12 Neuron devices, but their cores cannot be listed" in found[0]
+    assert "aws-neuronx-tools" in found[1]
+
+
+def test_the_tool_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "neuron-ls"
+    tool.write_text(f"#!/bin/sh\n[ $1 = -j ] && echo '{listing(1)}'\n")
+    tool.chmod(0o755)
+    monkeypatch.setattr(devices, "TOOL", str(tool))
+    looked = host(tmp_path, "inf2.xlarge", 1)
+    assert len(looked.cores) == 2
+    assert looked.instance == "inf2.xlarge"
+    tool.write_text("#!/bin/sh\necho no driver >&2\nexit 3\n")
+    assert host(tmp_path, "inf2.xlarge", 1).error == "neuron-ls failed: no driver"
+
+
+@pytest.mark.parametrize(
+    ("found", "fault"),
+    [
+        ("2.9.0.2.11.1", None),
+        (None, "torch-neuronx is not installed"),
+        ("2.8.0.2.10", "torch-neuronx 2.8.0.2.10 is too old"),
+        ("2.10.0", "torch-neuronx 2.10.0 is too new"),
+        ("nightly", "a version that cannot be read"),
+    ],
+)
+def test_sdk_versions(found: str | None, fault: str | None) -> None:
+    result = devices.sdk_fault(found)
+    if fault is None:
+        assert result is None
+    else:
+        assert result is not None
+        assert fault in result[0]
+        assert "torch-neuronx==2.9.*" in result[1]
+
+
+def some_cores(free: list[int], of: int) -> Host:
+    return Host(
+        ("/dev/neuron0",), None, [Core(i, i // 2, 1, None if i in free else 7) for i in range(of)]
+    )
+
+
+def test_cores_are_neighbours_at_a_multiple_of_the_degree() -> None:
+    assert devices.choose(some_cores([1, 2, 3, 4, 5], 6), 2) == [2, 3]
+    assert devices.choose(some_cores([1, 2], 6), 2) == [1, 2]
+    with pytest.raises(BackendError, match="2 neighbouring NeuronCores are wanted, free are 0, 2"):
+        devices.choose(some_cores([0, 2], 4), 2)
+
+
+def spec(heads: int = 32) -> ModelSpec:
+    return ModelSpec(
+        family="bloom",
+        vocab=8,
+        hidden=heads * 8,
+        heads=heads,
+        ffn=96,
+        position=Alibi(),
+        decoder_layers=1,
+    )
+
+
+def test_degrees_of_instances() -> None:
+    assert instances.find("inf2.xlarge").degrees == (1, 2)
+    assert instances.find("inf2.24xlarge").degrees == (1, 2, 4, 8)
+    assert instances.find("inf2.48xlarge").degrees == (1, 2, 4, 8, 24)
+    assert instances.find("trn1n.32xlarge").degrees == (1, 2, 8, 16, 32)
+    assert instances.find("trn2.48xlarge").core_memory == 24
+
+
+def test_wrong_degrees_list_the_valid_ones() -> None:
+    trn1 = instances.find("trn1.32xlarge")
+    instances.check(spec(), trn1, 8)
+    with pytest.raises(
+        OptionError, match=r"tensor_parallel is 4, but trn1.32xlarge .* 1, 2, 8, 16, 32$"
+    ):
+        instances.check(spec(), trn1, 4)
+    with pytest.raises(OptionError, match=r"heads 12, .* split on trn1.32xlarge over 1, 2$"):
+        instances.check(spec(12), trn1, 8)
+    with pytest.raises(OptionError, match=r"instance is 'p5', must be one of inf2.xlarge"):
+        instances.find("p5")
+
+
+def test_memory_that_does_not_suffice() -> None:
+    inf2 = instances.find("inf2.xlarge")
+    instances.check_memory(inf2, 2, 16 * GIB, "")
+    with pytest.raises(
+        CapacityError, match=r"needs 20.00 GiB and has 16: 4.00 GiB too little; int8"
+    ):
+        instances.check_memory(inf2, 2, 20 * GIB, "int8 would fit")
+
+
+def test_environment() -> None:
+    wanted = environment.variables([8, 9, 10, 11], "s3://bucket/cache", "trn2")
+    assert wanted["NEURON_RT_VISIBLE_CORES"] == "8-11"
+    assert wanted["NEURON_RT_NUM_CORES"] == "4"
+    assert wanted["NEURON_COMPILE_CACHE_URL"] == "s3://bucket/cache"
+    assert wanted["NEURON_PLATFORM_TARGET_OVERRIDE"] == "trn2"
+    assert environment.variables([3])["NEURON_RT_VISIBLE_CORES"] == "3"
+    own = {"NEURON_CC_FLAGS": "-O2"}
+    environment.apply(wanted, own)
+    assert own["NEURON_CC_FLAGS"] == "-O2"
+    with pytest.raises(
+        BackendError, match="NEURON_RT_VISIBLE_CORES is '0-3', but this model runs on '8-11'"
+    ):
+        environment.apply(wanted, {"NEURON_RT_VISIBLE_CORES": "0-3"})
+
+
+def test_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lmi_multi.backends.neuron import BACKEND, backend
+
+    monkeypatch.delenv(backend.RUNTIME, raising=False)
+    cores = [Core(0, 0, 16 * GIB)]
+    monkeypatch.setattr(devices, "look", lambda: Host(("/dev/neuron0",), "inf2.xlarge", cores))
+    monkeypatch.setattr(devices, "sdk_version", lambda: "2.9.0")
+    state = BACKEND.probe()
+    assert not state.ok
+    assert state.reason == "1 NeuronCores found, but this version runs on Neuron only emulated"
+    monkeypatch.setenv(backend.RUNTIME, "nxd")
+    assert "must be emulator" in BACKEND.probe().remedy
+    monkeypatch.setenv(backend.RUNTIME, "emulator")
+    monkeypatch.setattr(backend, "find_spec", lambda name: None)
+    assert BACKEND.probe().reason == "the emulator needs torch_xla, jax, jaxlib"
+    monkeypatch.setattr(backend, "find_spec", lambda name: name)
+    assert BACKEND.probe().ok

@@ -1,0 +1,241 @@
+"""Static graphs on emulated cores beside the CPU backend: logits, tokens, and every option.
+
+These need torch-xla and jaxlib: `make test-neuron` runs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lmi_multi import load
+from lmi_multi.backends.base import Executor, Limits
+from lmi_multi.backends.torch_executor import TorchExecutor
+from lmi_multi.checkpoint.artifact import Artifact
+from lmi_multi.checkpoint.convert import convert
+from lmi_multi.engine.batch import Batch, Passage, Prompt, Row
+from lmi_multi.errors import BackendError, LmiError, OptionError
+from lmi_multi.model import Model
+from lmi_multi.ops.cpu import CpuOps
+from lmi_multi.parallel.collectives import SingleRank
+from tests.families import Tiny
+
+pytest.importorskip("torch_xla", reason="the emulator needs torch-xla: see `make test-neuron`")
+pytest.importorskip("jaxlib", reason="the emulator needs jaxlib: see `make test-neuron`")
+
+LIMITS = Limits(max_batch=4, max_tokens=64, max_step_tokens=32, blocks=32, block_size=8)
+LARGEST_ERROR = 2e-4
+DEGREES = (1, 2, 4, 8)
+VOCAB = 101  # splits evenly over no degree but 1
+
+# 8 heads, so that 8 cores can share them.
+_GPT = {"n_embd": 64, "n_layer": 2, "n_head": 8, "n_positions": 128}
+_T5 = {"d_model": 40, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 8}
+_HIDDEN = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8}
+_OPT = {"ffn_dim": 96, "max_position_embeddings": 128, "word_embed_proj_dim": 64}
+_FFN = {"intermediate_size": 96, "max_position_embeddings": 128}
+WIDE: dict[str, Tiny] = {
+    "gpt2": Tiny("GPT2LMHeadModel", "GPT2Config", _GPT),
+    "opt": Tiny("OPTForCausalLM", "OPTConfig", _HIDDEN | _OPT),
+    "bloom": Tiny(
+        "BloomForCausalLM", "BloomConfig", {"hidden_size": 64, "n_layer": 2, "n_head": 8}
+    ),
+    "gptj": Tiny("GPTJForCausalLM", "GPTJConfig", _GPT | {"rotary_dim": 4}),
+    "gptneox": Tiny("GPTNeoXForCausalLM", "GPTNeoXConfig", _HIDDEN | _FFN),
+    "llama": Tiny("LlamaForCausalLM", "LlamaConfig", _HIDDEN | _FFN | {"num_key_value_heads": 2}),
+    "t5": Tiny("T5ForConditionalGeneration", "T5Config", _T5 | {"decoder_start_token_id": 0}),
+    "bert": Tiny("BertModel", "BertConfig", _HIDDEN | _FFN),
+}
+
+
+def artifact(family: str, folder: Path, **options: Any) -> Artifact:
+    """The family's checkpoint, converted once a session."""
+    target = folder / "-".join([f"wide-{family}", *options.values()])
+    if not target.exists():
+        WIDE[family].save(folder / f"wide-{family}-hf")
+        convert(folder / f"wide-{family}-hf", target, dtype="fp32", **options)
+    return Artifact.open(target)
+
+
+def on_cpu(opened: Artifact) -> Executor:
+    return TorchExecutor(opened.spec, opened.load_rank(0, 1), LIMITS, CpuOps(), SingleRank())
+
+
+def emulated(opened: Artifact, degree: int) -> Any:
+    from lmi_multi.backends.neuron.loading import open_emulated
+
+    return open_emulated(opened, degree, LIMITS)
+
+
+def ids(count: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCAB, (count,), generator=generator).tolist()
+
+
+def batches(kind: str) -> list[Batch]:
+    """A prefill of ragged rows, and steps after it, the last one in the next context bucket."""
+    cross = kind == "encoder-decoder"
+    starts = (29, 5, 12)
+    result = []
+    for step in range(4):
+        rows = [
+            Row(
+                token_ids=ids(n, i) if step == 0 else ids(1, 10 * step + i),
+                start=0 if step == 0 else n + step - 1,
+                blocks=range(5 * i, 5 * i + 5),
+                prompt_length=n,
+                cross_blocks=range(16 + 4 * i, 20 + 4 * i) if cross else (),
+                cross_length=7 + 10 * i if cross else 0,
+            )
+            for i, n in enumerate(starts)
+        ]
+        prompts = [Prompt(ids(r.cross_length, 7), None, r.cross_blocks) for r in rows if cross]
+        result.append(Batch(rows, prompts if step == 0 else ()))
+    return result
+
+
+@pytest.mark.parametrize("degree", DEGREES)
+@pytest.mark.parametrize("family", WIDE)
+def test_logits_are_those_of_the_cpu(family: str, degree: int, checkpoints: Path) -> None:
+    opened = artifact(family, checkpoints)
+    cpu, ours = on_cpu(opened), emulated(opened, degree)
+    if family == "bert":
+        prompts = [Prompt(ids(n, n), [i % 2 for i in range(n)]) for n in (11, 40)]
+        (mine, pooled), (theirs, expected) = ours.encode(prompts), cpu.encode(prompts)
+        assert pooled is not None
+        assert expected is not None
+        worst = max((mine - theirs).abs().max().item(), (pooled - expected).abs().max().item())
+    else:
+        worst = 0.0
+        for batch in batches(opened.spec.kind):
+            worst = max(worst, (ours.logits(batch) - cpu.logits(batch)).abs().max().item())
+    assert worst <= LARGEST_ERROR
+    ours.close()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
+def test_scores_and_embeddings_are_those_of_the_cpu(family: str, checkpoints: Path) -> None:
+    opened = artifact(family, checkpoints)
+    cpu, ours = on_cpu(opened), emulated(opened, 2)
+    encoder = ids(9, 1) if family == "t5" else None
+    passages = [Passage(ids(n, n), encoder) for n in (50, 3)]
+    torch.testing.assert_close(ours.score(passages), cpu.score(passages), atol=2e-4, rtol=0)
+    prompts = [Prompt(ids(n, n)) for n in (40, 2)]
+    torch.testing.assert_close(ours.encode(prompts)[0], cpu.encode(prompts)[0], atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "t5", "bloom"])
+def test_int8_weights(family: str, checkpoints: Path) -> None:
+    opened = artifact(family, checkpoints, quantize="int8")
+    batch = batches(opened.spec.kind)[0]
+    mine, theirs = emulated(opened, 2).logits(batch), on_cpu(opened).logits(batch)
+    assert (mine - theirs).abs().max().item() <= LARGEST_ERROR
+
+
+@pytest.mark.parametrize("family", ["bloom", "t5"])
+def test_every_rank_traces_the_same_graph(family: str, checkpoints: Path) -> None:
+    from lmi_multi.backends.neuron import lint
+    from lmi_multi.backends.neuron.buckets import Buckets
+    from lmi_multi.backends.neuron.lower import Lowering, TraceCollectives
+    from lmi_multi.backends.neuron.module import StaticModel
+
+    from lmi_multi.models.weights import rank_data
+
+    opened = artifact(family, checkpoints)
+    spec = opened.spec
+    lowerings = []
+    for rank in range(2):
+        tensors = opened.load_rank(rank, 2) | rank_data(spec, rank, 2)
+        module = StaticModel(spec, tensors, TraceCollectives(2), 40, 8)
+        lowerings.append(Lowering(module, module.state_names, 2))
+    buckets = Buckets.of(spec, LIMITS, 40)
+    encoded = buckets.encoded[0] if buckets.encoded else 0
+    traces = [buckets.decode(2, 1, 32, encoded, True), buckets.decode(1, 16, 32, encoded, False)]
+    for trace in [buckets.copies(), *traces]:
+        graphs = [lowering.lower(trace) for lowering in lowerings]
+        lint.check(graphs[0], 2)
+        lint.check_same(*graphs)
+
+
+def test_stale_cache_changes_nothing(checkpoints: Path) -> None:
+    """Blocks are not cleared: whatever a former owner left there, even a NaN, is masked."""
+    opened = artifact("gpt2", checkpoints)
+    ours = emulated(opened, 1)
+    batch = batches("decoder")[1]
+    ours.logits(batches("decoder")[0])
+    before = ours.logits(batch)
+    held = ours._program._held
+    spoiled = torch.from_numpy(np.array(held["v0"])).clone()
+    spoiled[31] = spoiled[-1] = float("nan")  # behind the longest row's tokens, and in the spare
+    held["v0"] = ours._program._place([spoiled])
+    assert ours.logits(batch).isfinite().all()
+    assert torch.equal(ours.logits(batch), before)
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"do_sample": True, "temperature": 0.8, "top_k": 20, "top_p": 0.9, "seed": 3},
+    {"do_sample": True, "min_p": 0.05, "typical_p": 0.9, "seed": 5, "num_return_sequences": 3},
+    {"repetition_penalty": 1.3, "presence_penalty": 0.4, "logprobs": 2},
+    {"num_beams": 4, "num_return_sequences": 2},
+    {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.7},
+    {"no_repeat_ngram_size": 2, "ignore_eos": True},
+]
+
+
+@pytest.fixture(params=["gpt2", "t5"])
+def models(
+    request: pytest.FixtureRequest, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[Model, Model]]:
+    monkeypatch.setenv("LMI_MULTI_NEURON_RUNTIME", "emulator")
+    folder = artifact(request.param, checkpoints).folder
+    with (
+        load(folder, backend="cpu", max_batch=4, max_tokens=64) as cpu,
+        load(folder, backend="neuron", tensor_parallel=2, max_batch=4, max_tokens=64) as ours,
+    ):
+        yield cpu, ours
+
+
+def test_answers_are_those_of_the_cpu(models: tuple[Model, Model]) -> None:
+    """More prompts than rows, two that begin alike, and every kind of option."""
+    cpu, ours = models
+    common = ids(24, 9)
+    prompts = [ids(11, 1), [*common, 5], [*common, 6, 7], ids(3, 2), ids(20, 3), ids(1, 4)]
+    for options in OPTIONS:
+        results = [model.generate(prompts, max_new_tokens=16, **options) for model in (cpu, ours)]
+        theirs, mine = ([c.token_ids for c in result] for result in results)
+        assert mine == theirs, options
+        assert [c.finish_reason for c in results[1]] == [c.finish_reason for c in results[0]]
+
+
+def test_what_static_graphs_cannot_carry_is_refused_by_name(
+    checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lmi_multi.backends.neuron import BACKEND
+
+    from lmi_multi.models.spec import Rope, RopeScaling
+
+    monkeypatch.setenv("LMI_MULTI_NEURON_RUNTIME", "emulator")
+    opened = artifact("llama", checkpoints)
+    scaling = RopeScaling(type="dynamic", factor=2.0, original_max=32)
+    spec = replace(opened.spec, position=Rope(dim=8, scaling=scaling))
+    sizes: dict[str, Any] = {"max_batch": 2, "max_tokens": 32}
+    with pytest.raises(BackendError, match="rope scaling 'dynamic'"):
+        BACKEND.load(replace(opened, spec=spec), tensor_parallel=1, **sizes)
+    monkeypatch.setenv("LMI_MULTI_NEURON_INSTANCE", "trn1.32xlarge")
+    with pytest.raises(OptionError, match=r"trn1.32xlarge .* runs 1, 2, 8, 16, 32"):
+        BACKEND.load(opened, tensor_parallel=4, **sizes)
+    with pytest.raises(LmiError, match="16 cores are wanted, the emulator has"):
+        emulated_cores(16)
+
+
+def emulated_cores(count: int) -> None:
+    from lmi_multi.backends.neuron.emulator import EmulatorRuntime
+
+    EmulatorRuntime().compile(torch.nn.Module(), [], [], count)

@@ -1,0 +1,112 @@
+"""Every rule of the lint catches a small module made for it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lmi_multi.backends.neuron import lint
+from lmi_multi.backends.neuron.lower import Graph
+
+from lmi_multi.errors import BackendError
+
+GOOD = """HloModule step, entry_computation_layout={(f32[8,2]{1,0}, s64[4]{0})->(f32[4,2]{1,0})}
+
+Add.1 {
+  x.2 = f32[] parameter(0)
+  y.3 = f32[] parameter(1)
+  ROOT add.4 = f32[] add(x.2, y.3)
+}
+
+ENTRY step {
+  p0.5 = f32[8,2]{1,0} parameter(0)
+  p1.6 = s64[4]{0} parameter(1)
+  gather.7 = f32[4,2]{1,0} gather(p0.5, p1.6), offset_dims={1}, slice_sizes={1,2}
+  all-reduce.8 = f32[4,2]{1,0} all-reduce(gather.7), replica_groups={{0,1}}, to_apply=Add.1
+  constant.9 = f32[] constant(0)
+  reduce.10 = f32[4]{0} reduce(all-reduce.8, constant.9), dimensions={1}, to_apply=Add.1
+  ROOT tuple.11 = (f32[4]{0}, f32[8,2]{1,0}) tuple(reduce.10, p0.5)
+}
+"""
+
+
+def graph(text: str = GOOD, parameters: tuple[str, ...] = ("k0", "input.ids")) -> Graph:
+    return Graph("decode", b"", text, parameters, {}, 1, ["k0"])
+
+
+def test_a_good_module_has_no_faults() -> None:
+    lint.check(graph(), 2)
+    found = {i.name: i for i in lint.instructions(GOOD)}
+    assert found["gather.7"].operands == ["p0.5", "p1.6"]
+    assert found["p0.5"].entry
+    assert not found["x.2"].entry
+    assert found["tuple.11"].shapes == ["f32[4]", "f32[8,2]"]
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        ("sort.1 = f32[8]{0} sort(a), dimensions={0}, to_apply=Less", "sort.1: sort"),
+        ('c.1 = (f32[4]{0}, s32[4]{0}) custom-call(a), custom_call_target="TopK"', "c.1: sort"),
+        ("r.1 = (f32[4]{0}, s64[4]{0}) reduce(a, b, c, d), dimensions={1}", "r.1: variadic reduce"),
+        ("w.1 = (f32[4]{0}, s32[4]{0}) reduce-window(a, b, c, d)", "w.1: variadic reduce-window"),
+        ("m.1 = f64[4]{0} multiply(a, b)", "m.1: f64[4] has 64-bit floats"),
+        ("p.1 = f64[] parameter(3)", "p.1: f64[] has 64-bit floats"),
+        ("n.1 = s64[<=8,1]{1,0} slice(a)", "n.1: s64[<=8,1] is a dynamic shape"),
+        ("d.1 = f32[8]{0} set-dimension-size(a, b), dimensions={0}", "d.1: dynamic shape"),
+        ("w.1 = (s32[], f32[4]{0}) while(t), condition=c, body=b", "w.1: loop"),
+        ("i.1 = f32[4]{0} conditional(a, b, c)", "i.1: branch"),
+        ("u.1 = f32[4]{0} rng(a, b), distribution=rng_uniform", "u.1: random numbers"),
+        ("g.1 = f32[4,3]{1,0} gather(p0.5, p1.6), slice_sizes={1,3}", "g.1: gathers [1, 3] out of"),
+        ("a.1 = f32[4]{0} all-reduce(x), replica_groups={{0},{1}}", "replica groups are {{0},{1}}"),
+        ("a.1 = f32[4]{0} all-reduce(x), replica_groups={{1,0}}", "must be {{0,1}}"),
+        ("a.1 = f32[8]{0} all-gather(x), replica_groups={}, dimensions={0}", "must be {{0,1}}"),
+        (
+            "a.1 = (f32[4]{0}, f32[]) all-reduce(x, t), replica_groups={{0,1,2,3}}, to_apply=Add",
+            "replica groups are {{0,1,2,3}}",
+        ),
+    ],
+)
+def test_each_rule(line: str, fault: str) -> None:
+    text = GOOD.replace("  constant.9", f"  {line}\n  constant.9")
+    found = list(lint.faults(text, 2))
+    assert len(found) == 1
+    assert fault in found[0]
+    with pytest.raises(BackendError, match="graph decode cannot run: "):
+        lint.check(graph(text), 2)
+
+
+def test_state_that_does_not_come_in() -> None:
+    assert list(lint.state_faults(graph(parameters=("w__embed", "input.ids")))) == [
+        "state k0 is read by 0 inputs, must be one"
+    ]
+
+
+def test_state_that_does_not_go_out() -> None:
+    text = GOOD.replace(", f32[8,2]{1,0}) tuple(reduce.10, p0.5)", ") tuple(reduce.10)")
+    assert list(lint.state_faults(graph(text))) == ["1 outputs, not 1 and 1 states"]
+
+
+def test_state_that_changes_its_shape() -> None:
+    text = GOOD.replace("(f32[4]{0}, f32[8,2]{1,0}) tuple", "(f32[4]{0}, f32[4,2]{1,0}) tuple")
+    assert list(lint.state_faults(graph(text))) == [
+        "state k0 comes in as f32[8,2] and goes out as f32[4,2]"
+    ]
+
+
+def test_ranks_that_trace_different_graphs() -> None:
+    lint.check_same(graph(), graph())
+    other = graph(GOOD.replace("constant(0)", "constant(50)"))
+    with pytest.raises(BackendError, match=r"ranks trace .*constant\(0\) and .*constant\(50\)"):
+        lint.check_same(graph(), other)
+    with pytest.raises(BackendError, match="disagree on its parameters"):
+        lint.check_same(graph(), graph(parameters=("input.ids", "k0")))
+    longer = graph(GOOD + "\n}")
+    with pytest.raises(BackendError, match="disagree on its length or its constants"):
+        lint.check_same(graph(), longer)
+
+
+@pytest.mark.parametrize("value", [-1, 8])
+def test_indices_out_of_range(value: int) -> None:
+    lint.check_inputs("decode", {"slots": 8}, {"slots": torch.tensor([0, 7])})
+    with pytest.raises(BackendError, match="graph decode: slots leaves the range 0 to 7"):
+        lint.check_inputs("decode", {"slots": 8}, {"slots": torch.tensor([0, value])})
