@@ -34,7 +34,7 @@ class Running:
         lines = self.client.get("/metrics").text.splitlines()
         return next(float(line.split()[-1]) for line in lines if line.startswith(name))
 
-    def wait_ready(self, seconds: float = 60) -> None:
+    def wait_ready(self, seconds: float = 120) -> None:
         self.until(lambda: self.ping() == 200, seconds)
 
     def ping(self) -> int:
@@ -43,7 +43,7 @@ class Running:
         except httpx.TransportError:
             return 0
 
-    def until(self, condition: Any, seconds: float = 20) -> None:
+    def until(self, condition: Any, seconds: float = 60) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
             assert self.process.poll() is None, self.log.read_text()

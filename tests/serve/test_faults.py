@@ -38,8 +38,8 @@ def test_a_client_that_leaves_a_stream_frees_its_place(server: Running) -> None:
         lines = answer.iter_lines()
         next(lines)
         assert server.gauge("lmi_in_flight") == 1
-    server.until(lambda: server.gauge("lmi_in_flight") == 0, 5)
-    server.until(lambda: server.gauge("lmi_batch_rows") == 0, 5)
+    server.until(lambda: server.gauge("lmi_in_flight") == 0)
+    server.until(lambda: server.gauge("lmi_batch_rows") == 0)
     assert server.gauge('lmi_requests_total{outcome="aborted"}') >= 1
 
 
@@ -47,7 +47,7 @@ def test_a_client_that_leaves_before_its_answer_frees_its_place(server: Running)
     before = server.gauge('lmi_requests_total{outcome="aborted"}')
     with pytest.raises(httpx.ReadTimeout):
         server.post("/invocations", LONG, timeout=0.3)
-    server.until(lambda: server.gauge("lmi_in_flight") == 0, 5)
+    server.until(lambda: server.gauge("lmi_in_flight") == 0)
     assert server.gauge('lmi_requests_total{outcome="aborted"}') == before + 1
 
 
@@ -61,7 +61,7 @@ def test_an_engine_that_is_killed_is_replaced(server: Running) -> None:
     assert answer.status_code == 503 and "killed by signal 9" in answer.text
     assert int(answer.headers["retry-after"]) >= 1
     assert not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE
-    server.until(lambda: server.ping() == 200, 60)
+    server.until(lambda: server.ping() == 200)
     answer = server.post("/invocations", {"inputs": "ten"})
     assert answer.json() == {"generated_text": "10"}
     assert server.gauge("lmi_engine_restarts") >= 1
@@ -78,7 +78,7 @@ def test_an_engine_that_hangs_is_replaced(tmp_path: Path) -> None:
             last = [line for line in lines if line][-1]
             assert time.monotonic() - start < 30
         assert "said nothing for 5 s" in json.loads(last)["error"]
-        server.until(lambda: server.ping() == 200, 60)
+        server.until(lambda: server.ping() == 200)
         assert server.post("/invocations", {"inputs": "ten"}).status_code == 200
 
 
@@ -102,7 +102,7 @@ def test_a_full_queue_is_refused(tmp_path: Path) -> None:
                 task.result(30)
         assert answer.status_code == 503 and "retry-after" in answer.headers
         assert server.gauge("lmi_shed_requests_total") == 1
-        server.until(lambda: server.gauge("lmi_in_flight") == 0, 5)
+        server.until(lambda: server.gauge("lmi_in_flight") == 0)
         assert server.post("/invocations", {"inputs": "ten"}).status_code == 200
 
 
@@ -111,7 +111,7 @@ def test_a_request_has_its_time(tmp_path: Path) -> None:
         server.wait_ready()
         answer = server.post("/invocations", LONG)
         assert answer.status_code == 504 and "within 0.4 s" in answer.text
-        server.until(lambda: server.gauge("lmi_in_flight") == 0, 5)
+        server.until(lambda: server.gauge("lmi_in_flight") == 0)
 
 
 def test_sigterm_answers_what_was_accepted(tmp_path: Path) -> None:
