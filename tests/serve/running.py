@@ -30,9 +30,10 @@ class Running:
         return self.client.post(path, json=body, **keywords)
 
     def gauge(self, name: str) -> float:
-        """One value of `/metrics`."""
+        """One value of `/metrics`; 0 while it is not there."""
         lines = self.client.get("/metrics").text.splitlines()
-        return next(float(line.split()[-1]) for line in lines if line.startswith(name))
+        found = (float(line.split()[-1]) for line in lines if line.startswith(name))
+        return next(found, 0.0)
 
     def wait_ready(self, seconds: float = 120) -> None:
         self.until(lambda: self.ping() == 200, seconds)
