@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -143,19 +142,20 @@ class Service:
             asyncio.create_task(self._feed(index, own, inbox)) for index, own in enumerate(wanted)
         ]
         left = len(tasks)
-        deadline = time.monotonic() + self._timeout
+        # Not asyncio.wait_for: before Python 3.12 it loses a cancellation that comes with a chunk.
+        late = HttpError(504, f"no whole answer within {self._timeout:g} s")
+        timer = asyncio.get_running_loop().call_later(self._timeout, inbox.put_nowait, late)
         try:
             while left:
-                found = await asyncio.wait_for(inbox.get(), deadline - time.monotonic())
+                found = await inbox.get()
                 if isinstance(found, BaseException):
                     raise found
                 if found is None:
                     left -= 1
                 else:
                     yield found
-        except asyncio.TimeoutError:
-            raise HttpError(504, f"no whole answer within {self._timeout:g} s") from None
         finally:
+            timer.cancel()
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
