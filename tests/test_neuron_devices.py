@@ -171,7 +171,7 @@ def test_degrees_of_instances() -> None:
     assert instances.find("inf2.24xlarge").degrees == (1, 2, 4, 8)
     assert instances.find("inf2.48xlarge").degrees == (1, 2, 4, 8, 24)
     assert instances.find("trn1n.32xlarge").degrees == (1, 2, 8, 16, 32)
-    assert instances.find("trn2.48xlarge").core_memory == 24
+    assert instances.find("trn2.48xlarge").device_bytes == 24 * GIB
 
 
 def test_wrong_degrees_list_the_valid_ones() -> None:
@@ -183,8 +183,10 @@ def test_wrong_degrees_list_the_valid_ones() -> None:
         instances.check(spec(), trn1, 4)
     with pytest.raises(OptionError, match=r"heads 12, .* split on trn1.32xlarge over 1, 2$"):
         instances.check(spec(12), trn1, 8)
-    with pytest.raises(OptionError, match=r"instance is 'p5', must be one of inf2.xlarge"):
-        instances.find("p5")
+    with pytest.raises(OptionError, match=r"instance is 'inf2.9xlarge'; did you mean 'inf2.xla"):
+        instances.find("inf2.9xlarge")
+    with pytest.raises(OptionError, match=r"instance is 'p5.48xlarge', must be one with NeuronCo"):
+        instances.find("p5.48xlarge")
 
 
 def test_memory_that_does_not_suffice() -> None:

@@ -90,13 +90,8 @@ def generate(
     dtype: options.Dtype = "auto",
     quantize: options.Quantize = None,
     tensor_parallel: options.TensorParallel = 1,
-    max_batch: Annotated[
-        int | None, typer.Option(help="Prompts computed at once.", rich_help_panel=options.LOADING)
-    ] = None,
-    max_tokens: Annotated[
-        int | None,
-        typer.Option(help="Tokens of prompt and answer in all.", rich_help_panel=options.LOADING),
-    ] = None,
+    max_batch: options.MaxBatch = None,
+    max_tokens: options.MaxTokens = None,
     revision: options.Revision = None,
     verify: options.Verify = False,
 ) -> None:

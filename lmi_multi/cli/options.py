@@ -31,6 +31,13 @@ Quantize = Annotated[
 TensorParallel = Annotated[
     int, typer.Option(help="Ranks that share the model.", rich_help_panel=LOADING)
 ]
+MaxBatch = Annotated[
+    int | None, typer.Option(help="Prompts computed at once.", rich_help_panel=LOADING)
+]
+MaxTokens = Annotated[
+    int | None,
+    typer.Option(help="Tokens of prompt and answer in all.", rich_help_panel=LOADING),
+]
 Revision = Annotated[
     str | None,
     typer.Option(help="A branch, tag or commit of a Hub id.", rich_help_panel=LOADING),

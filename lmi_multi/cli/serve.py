@@ -75,13 +75,8 @@ def serve(
         str | None,
         typer.Option(help="Ranks that share the model, or max.", rich_help_panel=options.LOADING),
     ] = None,
-    max_batch: Annotated[
-        int | None, typer.Option(help="Rows computed at once.", rich_help_panel=options.LOADING)
-    ] = None,
-    max_tokens: Annotated[
-        int | None,
-        typer.Option(help="Tokens of prompt and answer in all.", rich_help_panel=options.LOADING),
-    ] = None,
+    max_batch: options.MaxBatch = None,
+    max_tokens: options.MaxTokens = None,
     revision: options.Revision = None,
 ) -> None:
     """Serve a model over HTTP: SageMaker's, DJL's and OpenAI's requests.

@@ -183,8 +183,3 @@ def bind(spec: ModelSpec, tensors: Mapping[str, Tensor], rank: int = 0, size: in
         decoder=b.stack("decoder", spec.decoder_layers),
         first_id=tensors.get(FIRST_ID),
     )
-
-
-def model_dtype(weights: Weights) -> torch.dtype:
-    """The type that activations are computed in: that of the embedding."""
-    return weights.embed.dtype

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
-from types import FrameType
 
 import uvicorn
 
@@ -60,7 +59,3 @@ class Server(uvicorn.Server):
         delay = max(0.0, self._drain - LAST_WORDS)
         engine = self._application.engine
         asyncio.get_running_loop().call_later(delay, engine.cut, "the server is shutting down")
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """uvicorn's own handler, which would end the process with the signal's number."""
-        self._stop()
