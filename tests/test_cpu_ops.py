@@ -1,0 +1,47 @@
+"""The CPU's products for few rows: the same numbers whichever way a maker's CPUs take them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lmi_multi.ops import cpu
+
+
+@pytest.mark.parametrize("maker", sorted(cpu.TRANSPOSED))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 2, 7, 8, 32, 33])
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_product_is_that_of_float64(
+    monkeypatch: pytest.MonkeyPatch, maker: str, dtype: torch.dtype, rows: int, biased: bool
+) -> None:
+    monkeypatch.setattr(cpu, "maker", lambda: maker)
+    torch.manual_seed(rows)
+    x, weight = torch.randn(rows, 48).to(dtype), torch.randn(80, 48).to(dtype)
+    bias = torch.randn(80).to(dtype) if biased else None
+    y = cpu.CpuOps().linear(x, weight, bias)
+    want = x.double() @ weight.double().t() + (0 if bias is None else bias.double())
+    assert y.is_contiguous() and y.shape == (rows, 80) and y.dtype == dtype
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    assert (y.double() - want).abs().max() <= tolerance * want.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("processor\t: 0\nvendor_id\t: AuthenticAMD\n", "AuthenticAMD"),
+        ("vendor_id\t: GenuineIntel\nvendor_id\t: GenuineIntel\n", "GenuineIntel"),
+        ("vendor_id\t: Unheard\n", "GenuineIntel"),
+        ("", "GenuineIntel"),
+    ],
+)
+def test_the_maker_is_read_from_the_kernel(tmp_path: Path, text: str, name: str) -> None:
+    file = tmp_path / "cpuinfo"
+    file.write_text(text)
+    assert cpu.maker(file) == name
+
+
+def test_a_machine_that_does_not_tell_its_maker_is_taken_for_intel(tmp_path: Path) -> None:
+    assert cpu.maker(tmp_path / "absent") == "GenuineIntel"
