@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from lmi_multi.models.spec import Learned, ModelSpec
+from lmi_multi.models.weights import Linear
 from lmi_multi.ops import cpu
 
 
@@ -21,7 +23,7 @@ def test_a_product_is_that_of_float64(
     torch.manual_seed(rows)
     x, weight = torch.randn(rows, 48).to(dtype), torch.randn(80, 48).to(dtype)
     bias = torch.randn(80).to(dtype) if biased else None
-    y = cpu.CpuOps().linear(x, weight, bias)
+    y = cpu.CpuOps().linear(x, Linear(weight, bias))
     want = x.double() @ weight.double().t() + (0 if bias is None else bias.double())
     assert y.is_contiguous() and y.shape == (rows, 80) and y.dtype == dtype
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
@@ -45,3 +47,29 @@ def test_the_maker_is_read_from_the_kernel(tmp_path: Path, text: str, name: str)
 
 def test_a_machine_that_does_not_tell_its_maker_is_taken_for_intel(tmp_path: Path) -> None:
     assert cpu.maker(tmp_path / "absent") == "GenuineIntel"
+
+
+@pytest.mark.parametrize("maker", sorted(cpu.TRANSPOSED))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_attention_of_one_query_is_that_of_float64(
+    monkeypatch: pytest.MonkeyPatch, maker: str, dtype: torch.dtype, kv_heads: int
+) -> None:
+    monkeypatch.setattr(cpu, "maker", lambda: maker)
+    spec = ModelSpec(
+        family="gpt2", vocab=8, hidden=32, heads=4, ffn=8, position=Learned(), decoder_layers=1,
+        kv_heads=kv_heads,
+    )  # fmt: skip
+    torch.manual_seed(kv_heads)
+    q = torch.randn(3, 1, 4, 8).to(dtype)
+    k, v = torch.randn(2, 3, 9, kv_heads, 8).to(dtype)
+    bias = torch.randn(3, 4, 1, 9).to(dtype)
+    out = cpu.CpuHeads(spec, 1).attend(q, k, v, bias, 0.5, causal=False)
+    wide = (
+        k.double().repeat_interleave(4 // kv_heads, 2),
+        v.double().repeat_interleave(4 // kv_heads, 2),
+    )
+    scores = torch.einsum("rqhd,rkhd->rhqk", q.double(), wide[0]) * 0.5 + bias.double()
+    want = torch.einsum("rhqk,rkhd->rqhd", scores.softmax(-1), wide[1]).reshape(3, 32)
+    assert out.dtype == dtype and out.shape == (3, 32)
+    assert (out.double() - want).abs().max() <= 2e-2

@@ -13,10 +13,9 @@ from lmi_multi.engine.batch import Batch, Passage, Prompt, Row, StepResult
 from lmi_multi.models.spec import ModelSpec
 from lmi_multi.models.transformer import Transformer
 from lmi_multi.models.weights import bind
-from lmi_multi.ops import Ops
-from lmi_multi.ops.heads import Heads
 from lmi_multi.ops.packed import PackedAttention
 from lmi_multi.ops.paged import PagedAttention, PagedCache
+from lmi_multi.ops.reference import Reference
 from lmi_multi.parallel.collectives import Collectives
 
 SCORED_TOKENS = 256
@@ -30,14 +29,14 @@ class TorchExecutor:
         spec: ModelSpec,
         tensors: Mapping[str, Tensor],
         limits: Limits,
-        ops: Ops,
+        ops: Reference,
         collectives: Collectives,
     ) -> None:
         self.limits = limits
         weights = bind(spec, tensors, collectives.rank, collectives.size)
         self._network = Transformer(spec, weights, ops, collectives)
         self._device = weights.embed.device
-        self._heads = Heads(spec, collectives.size)
+        self._heads = ops.heads(spec, collectives.size)
         self._cache = PagedCache(
             self._heads, limits.blocks, limits.block_size, weights.embed.dtype, self._device
         )

@@ -1,4 +1,4 @@
-"""The fused operations as the CPU runs them: the reference, with faster products for few rows."""
+"""The operations as the CPU runs them: the reference, with faster ways for few rows."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lmi_multi.ops.heads import Heads
 from lmi_multi.ops.reference import Reference
 
 # How many rows of x a transposed product may have for it to be the faster one, by the CPU's maker
@@ -21,6 +22,8 @@ TRANSPOSED = {
 # A product with a single column goes to the libraries' matrix-vector kernels, which the wider
 # products beat on these CPUs though they compute a column of zeros too.
 WIDENED = {"AuthenticAMD"}
+# Where torch's attention multiplies half types one by one: widening keys and values costs less.
+WIDE_ATTENTION = {"AuthenticAMD"}
 
 
 @functools.cache
@@ -35,8 +38,24 @@ def maker(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     return name if name in TRANSPOSED else "GenuineIntel"
 
 
+class CpuHeads(Heads):
+    """`Heads` whose single queries of half types are attended in float32 where that is faster."""
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, causal: bool
+    ) -> Tensor:
+        """See `Heads.attend`."""
+        if q.dtype == torch.float32 or q.shape[1] > 1 or maker() not in WIDE_ATTENTION:
+            return super().attend(q, k, v, bias, scale, causal)
+        wide = None if bias is None else bias.float()
+        out = super().attend(q.float(), k.float(), v.float(), wide, scale, causal)
+        return out.to(q.dtype)
+
+
 class CpuOps(Reference):
     """`lmi_multi.ops.Ops` for the CPU."""
+
+    heads = CpuHeads
 
     def __init__(self) -> None:
         name = maker()

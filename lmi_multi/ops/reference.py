@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lmi_multi.models.spec import Activation
 from lmi_multi.models.weights import Linear, Norm
+from lmi_multi.ops.heads import Heads
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
@@ -25,6 +26,8 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 
 class Reference:
     """`lmi_multi.ops.Ops` in plain torch, for any device."""
+
+    heads: type[Heads] = Heads
 
     def norm(self, x: Tensor, norm: Norm, eps: float) -> Tensor:
         """See `Ops.norm`."""
