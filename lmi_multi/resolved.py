@@ -105,6 +105,25 @@ class Resolved:
             seed=self.seed,
         )
 
+    def ahead(self, step: int, stream: int = 0) -> SampleRow | None:
+        """`row` for a step whose tokens are not known yet; None if it depends on them, or if the
+        answer does not get that far."""
+        if step >= self.max_new_tokens or self._reads_tokens:
+            return None
+        return self.row(step, stream=stream)
+
+    @property
+    def _reads_tokens(self) -> bool:
+        return bool(
+            self.repetition_penalty != 1
+            or self.encoder_repetition_penalty != 1
+            or self.presence_penalty
+            or self.frequency_penalty
+            or self.no_repeat_ngram_size
+            or self.bad_words
+            or self.forced_bos_token_id is not None
+        )
+
     def check_ids(self, vocab: int | None = None) -> None:
         """Raise OptionError for ids that the model does not have, and for forced ones that are
         suppressed. `vocab` None: not known."""

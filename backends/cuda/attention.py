@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,8 +17,17 @@ from lmi_multi.ops.paged import PagedAttention, PagedCache
 
 from .ops import Scratch
 
-LEAST_SPLIT = 128  # tokens: with fewer a block costs more than it saves
 MOST_SPLITS = 32
+
+
+@dataclass(frozen=True)
+class Where:
+    """Rows in the cache: how many tokens each has, int32 [rows], and which blocks, int32
+    [rows, n]. Up to `splits` blocks of the kernel share a row's tokens."""
+
+    lengths: Tensor
+    table: Tensor
+    splits: int
 
 
 class DistanceBias:
@@ -37,6 +47,73 @@ class DistanceBias:
         return known[1]
 
 
+class DecodeAttention:
+    """The attention kernel over one cache."""
+
+    def __init__(self, cache: PagedCache, scratch: Scratch) -> None:
+        self.cache, self.heads, self._scratch = cache, cache.heads, scratch
+        self._biases = DistanceBias()
+
+    def extend(
+        self, layer: Layer, qkv: Tensor, where: Where, angles: tuple[Tensor, Tensor] | None
+    ) -> Tensor | None:
+        """Write the rows' new keys and values, then attend to all. None if it is not covered."""
+        cos, sin = (None, None) if angles is None else angles
+        bias = slopes = None
+        if layer.position_bias is not None:
+            position = self.heads.spec.position
+            if isinstance(position, RelativeBias):
+                bias = self._biases.of(layer.position_bias, position)
+            else:
+                slopes = layer.position_bias
+        q_norm = layer.q_norm.weight if layer.q_norm else None
+        k_norm = layer.k_norm.weight if layer.k_norm else None
+        return self._run(layer, qkv, where, True, q_norm, k_norm, cos, sin, bias, slopes)
+
+    def read(self, layer: Layer, q: Tensor, where: Where) -> Tensor | None:
+        """Attend to what is there: a prompt's keys and values. None if it is not covered."""
+        return self._run(layer, q, where, False)
+
+    def _run(
+        self,
+        layer: Layer,
+        q: Tensor,
+        where: Where,
+        write: bool,
+        q_norm: Tensor | None = None,
+        k_norm: Tensor | None = None,
+        cos: Tensor | None = None,
+        sin: Tensor | None = None,
+        bias: Tensor | None = None,
+        slopes: Tensor | None = None,
+    ) -> Tensor | None:
+        heads = self.heads
+        out = q.new_empty((len(where.lengths), heads.q * heads.dim))
+        done = torch.ops.lmi_multi.attention(
+            q,
+            self.cache.k[layer.index],
+            self.cache.v[layer.index],
+            where.table,
+            where.lengths,
+            write,
+            heads.q,
+            q_norm,
+            k_norm,
+            heads.spec.norm_eps,
+            cos,
+            sin,
+            bias,
+            slopes,
+            layer.window if write else 0,
+            layer.scale,
+            where.splits,
+            self._scratch.work,
+            self._scratch.counters,
+            out,
+        )
+        return out if done else None
+
+
 class CudaPagedAttention(PagedAttention):
     """`PagedAttention` whose single-token rows are attended by kernels, if all rows are such."""
 
@@ -45,32 +122,24 @@ class CudaPagedAttention(PagedAttention):
         cache: PagedCache,
         rows: Sequence[Row],
         device: torch.device,
-        scratch: Scratch,
-        biases: DistanceBias,
+        kernel: DecodeAttention,
     ) -> None:
         super().__init__(cache, rows, device)
-        self._scratch, self._biases = scratch, biases
+        self._kernel = kernel
         self._fused = self.singles == len(rows)
         if not self._fused:
             return
         size = cache.block_size
-        self._lengths, self._table, self._splits = _located(
-            self.heads, [row.blocks for row in rows], [row.length for row in rows], size, device
-        )
+        lengths = [row.length for row in rows]
+        self._where = _located(self.heads, [row.blocks for row in rows], lengths, size, device)
         if rows[0].cross_length:
-            self._cross_lengths, self._cross_table, self._cross_splits = _located(
-                self.heads,
-                [row.cross_blocks for row in rows],
-                [row.cross_length for row in rows],
-                size,
-                device,
-            )
+            blocks, lengths = [r.cross_blocks for r in rows], [r.cross_length for r in rows]
+            self._cross_where = _located(self.heads, blocks, lengths, size, device)
 
     def attend(self, layer: Layer, qkv: Tensor) -> Tensor:
         """See `Attention.attend`."""
         if self._fused:
-            where = self._lengths, self._table, self._splits
-            out = self._run(layer, qkv, *where, write=True)
+            out = self._kernel.extend(layer, qkv, self._where, self._angles)
             if out is not None:
                 return out
         return super().attend(layer, qkv)
@@ -78,49 +147,16 @@ class CudaPagedAttention(PagedAttention):
     def cross_attend(self, layer: Layer, q: Tensor) -> Tensor:
         """See `Attention.cross_attend`."""
         if self._fused:
-            where = self._cross_lengths, self._cross_table, self._cross_splits
-            out = self._run(layer, q, *where, write=False)
+            out = self._kernel.read(layer, q, self._cross_where)
             if out is not None:
                 return out
         return super().cross_attend(layer, q)
 
-    def _run(
-        self, layer: Layer, q: Tensor, lengths: Tensor, table: Tensor, splits: int, write: bool
-    ) -> Tensor | None:
-        """Attend to, and with `write` first extend, what `table` locates; None if not covered."""
-        heads = self.heads
-        out = q.new_empty((len(self.rows), heads.q * heads.dim))
-        cos, sin = self._angles if write and self._angles is not None else (None, None)
-        bias = slopes = None
-        if write and layer.position_bias is not None:
-            position = heads.spec.position
-            if isinstance(position, RelativeBias):
-                bias = self._biases.of(layer.position_bias, position)
-            else:
-                slopes = layer.position_bias
-        done = torch.ops.lmi_multi.attention(
-            q,
-            self.cache.k[layer.index],
-            self.cache.v[layer.index],
-            table,
-            lengths,
-            write,
-            heads.q,
-            layer.q_norm.weight if write and layer.q_norm else None,
-            layer.k_norm.weight if write and layer.k_norm else None,
-            heads.spec.norm_eps,
-            cos,
-            sin,
-            bias,
-            slopes,
-            layer.window if write else 0,
-            layer.scale,
-            splits,
-            self._scratch.work,
-            self._scratch.counters,
-            out,
-        )
-        return out if done else None
+
+def splits(heads: Heads, rows: int, device: torch.device) -> int:
+    """Into how many parts a row's tokens may be split: enough to keep the GPU busy."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return max(min(2 * processors // (rows * heads.kv), MOST_SPLITS), 1)
 
 
 def _located(
@@ -129,16 +165,11 @@ def _located(
     lengths: Sequence[int],
     block_size: int,
     device: torch.device,
-) -> tuple[Tensor, Tensor, int]:
-    """Lengths [rows] and block table [rows, n], int32 on the device, and how many blocks of the
-    kernel share a row's tokens."""
+) -> Where:
     width = -(-max(lengths) // block_size)
     table = [[*own[:width], *[0] * (width - len(own))] for own in blocks]
-    busy = len(lengths) * heads.kv
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    splits = min(2 * processors // busy, max(lengths) // LEAST_SPLIT, MOST_SPLITS)
-    return (
+    return Where(
         torch.tensor(lengths, dtype=torch.int32).to(device),
         torch.tensor(table, dtype=torch.int32).to(device),
-        max(splits, 1),
+        splits(heads, len(lengths), device),
     )

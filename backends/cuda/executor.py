@@ -1,24 +1,39 @@
-"""The torch executor with the compiled kernels in it."""
+"""The torch executor with the compiled kernels in it, and decode steps captured as graphs."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from lmi_multi.backends.base import Limits
+from lmi_multi.backends.drawing import draw_by_row
 from lmi_multi.backends.torch_executor import TorchExecutor
-from lmi_multi.engine.batch import Row
+from lmi_multi.engine.batch import Batch, Continuations, Draw, Row, StepResult
 from lmi_multi.models.spec import ModelSpec
 from lmi_multi.ops.paged import PagedAttention
 from lmi_multi.parallel.collectives import Collectives
 
-from .attention import CudaPagedAttention, DistanceBias
+from .ahead import Ahead, Flight
+from .attention import CudaPagedAttention, DecodeAttention
+from .graphs import NotCoveredError, StepGraphs, can_capture
+from .inputs import StepInputs, upload
 from .ops import CudaOps, Scratch
+
+log = logging.getLogger(__name__)
 
 
 class CudaExecutor(TorchExecutor):
-    """`TorchExecutor` by `CudaOps`, with decode attention by kernels."""
+    """`TorchExecutor` by `CudaOps`, with decode attention by kernels.
+
+    Single-token rows run as captured steps where the network allows (`captured` False: never), and
+    ahead of the host where their options do.
+    """
+
+    spare_blocks = 1
 
     def __init__(
         self,
@@ -27,9 +42,106 @@ class CudaExecutor(TorchExecutor):
         limits: Limits,
         scratch: Scratch,
         collectives: Collectives,
+        captured: bool = True,
     ) -> None:
         super().__init__(spec, tensors, limits, CudaOps(scratch), collectives)
-        self._scratch, self._biases = scratch, DistanceBias()
+        self._kernel = DecodeAttention(self._cache, scratch)
+        self._flight: Flight | None = None
+        self._fed: StepGraphs | None = None
+        self._ahead: Ahead | None = None
+        if captured and can_capture(self._network):
+            self._fed, ahead = (
+                StepGraphs(
+                    self._network,
+                    self._kernel,
+                    scratch,
+                    StepInputs(
+                        limits, limits.max_batch, spec.kind == "encoder-decoder", self._device
+                    ),
+                )
+                for _ in range(2)
+            )
+            self._ahead = Ahead(ahead)
+            self._try_captured()
+
+    @torch.inference_mode()
+    def step(self, batch: Batch) -> StepResult:
+        """See `Executor.step`."""
+        self._prepare(batch)
+        last, self._flight = self._flight, None
+        rows = batch.rows
+        places = [last.place(row) if last else None for row in rows]
+        found: dict[int, Draw | Continuations] = {}
+        rest = [i for i, place in enumerate(places) if place is None]
+        if rest:
+            found = self._draw(rest, [rows[i] for i in rest])
+        tokens = [_token(found.get(i)) for i in range(len(rows))]
+        going = [i for i in range(len(rows)) if places[i] is not None or tokens[i] is not None]
+        begun = None
+        if self._ahead is not None and going:
+            begun = self._ahead.begin(
+                [rows[i] for i in going],
+                [tokens[i] for i in going],
+                [places[i] for i in going],
+                last,
+            )
+        if last is not None and len(rest) < len(rows):
+            drawn = last.results()
+            found |= {i: drawn[place] for i, place in enumerate(places) if place is not None}
+        if begun is not None:
+            by_blocks = {tuple(rows[i].blocks): _token(found[i]) or 0 for i in going}
+            begun.fed = [by_blocks[tuple(row.blocks)] for row in begun.rows]
+        self._flight = begun
+        return StepResult([found[i] for i in sorted(found)])
+
+    def close(self) -> None:
+        """See `TorchExecutor.close`."""
+        self._flight = self._fed = self._ahead = None
+        self.__dict__.pop("_kernel", None)
+        super().close()
+
+    def _draw(self, numbers: Sequence[int], rows: Sequence[Row]) -> dict[int, Draw | Continuations]:
+        """Compute rows that nobody has begun; what those that draw get, by their numbers."""
+        logits = self._next_logits(rows)
+        if logits is None:
+            return {}
+        drawing = [(n, row) for n, row in zip(numbers, rows, strict=True) if row.sample is not None]
+        found = draw_by_row(logits, [row for _, row in drawing])
+        return {drawing[i][0]: drawn for i, drawn in found.items()}
+
+    def _next_logits(self, rows: Sequence[Row]) -> Tensor | None:
+        """As `TorchExecutor` does, but rows of one token, which come first, by a graph."""
+        singles = next((i for i, row in enumerate(rows) if len(row.token_ids) > 1), len(rows))
+        if self._fed is None or not singles:
+            return super()._next_logits(rows)
+        # Longer rows first: the graph's logits are read before anything else is replayed.
+        others = super()._next_logits(rows[singles:])
+        single = rows[:singles]
+        step = self._fed.logits(singles)
+        self._fed.inputs.fill(single)
+        ids = np.array([row.token_ids[0] for row in single], dtype=np.int64)
+        upload(ids, self._fed.inputs.ids[:singles])
+        logits = step.replay()[:singles]
+        drawing = [i for i, row in enumerate(single) if row.sample is not None]
+        if len(drawing) < singles:
+            logits = logits[torch.tensor(drawing, device=self._device)]
+        parts = [part for part in (logits, others) if part is not None and len(part)]
+        return torch.cat(parts) if parts else None
+
+    @torch.inference_mode()
+    def _try_captured(self) -> None:
+        """Do without captured steps if the kernels do not cover the network."""
+        try:
+            if self._fed is not None:
+                self._fed.logits(1)
+        except NotCoveredError:
+            log.warning("the kernels do not cover this network's attention: it runs uncaptured")
+            self._fed = self._ahead = None
 
     def _attention(self, rows: Sequence[Row]) -> PagedAttention:
-        return CudaPagedAttention(self._cache, rows, self._device, self._scratch, self._biases)
+        return CudaPagedAttention(self._cache, rows, self._device, self._kernel)
+
+
+def _token(drawn: Draw | Continuations | None) -> int | None:
+    """The token that goes on, if there is one."""
+    return drawn.token if isinstance(drawn, Draw) and drawn.finite else None

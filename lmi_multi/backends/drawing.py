@@ -15,10 +15,15 @@ from lmi_multi.options import TokenLogprob
 
 def draw(logits: Tensor, rows: Sequence[Row]) -> list[Draw | Continuations]:
     """What `rows`, all of which draw, get from `logits` float32[rows, vocab]."""
+    return list(draw_by_row(logits, rows).values())
+
+
+def draw_by_row(logits: Tensor, rows: Sequence[Row]) -> dict[int, Draw | Continuations]:
+    """`draw` by the rows' numbers, rising: a search's beams get one answer, at their first row."""
     samples = [row.sample for row in rows if row.sample is not None]
     groups = list(_groups(rows))
     if not groups:
-        return list(_tokens(logits, samples))
+        return dict(enumerate(_tokens(logits, samples)))
     in_groups = [i for first, beams in groups for i in range(first, first + len(beams.scores))]
     alone = sorted(set(range(len(rows))) - set(in_groups))
     found: dict[int, Draw | Continuations] = {}
@@ -29,7 +34,7 @@ def draw(logits: Tensor, rows: Sequence[Row]) -> list[Draw | Continuations]:
     beams = [group for _, group in groups]
     continued = _continuations(logits[_index(in_groups, logits)], own, beams)
     found |= zip([first for first, _ in groups], continued, strict=True)
-    return [found[i] for i in sorted(found)]
+    return {i: found[i] for i in sorted(found)}
 
 
 def _groups(rows: Sequence[Row]) -> Iterator[tuple[int, Beams]]:

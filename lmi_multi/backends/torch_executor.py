@@ -24,6 +24,8 @@ SCORED_TOKENS = 256
 class TorchExecutor:
     """An `Executor` over one rank's tensors, on the device they lie on."""
 
+    spare_blocks = 0  # of the cache, beyond the limits': they belong to nobody
+
     def __init__(
         self,
         spec: ModelSpec,
@@ -38,7 +40,11 @@ class TorchExecutor:
         self._device = weights.embed.device
         self._heads = ops.heads(spec, collectives.size)
         self._cache = PagedCache(
-            self._heads, limits.blocks, limits.block_size, weights.embed.dtype, self._device
+            self._heads,
+            limits.blocks + self.spare_blocks,
+            limits.block_size,
+            weights.embed.dtype,
+            self._device,
         )
 
     @property
@@ -52,20 +58,18 @@ class TorchExecutor:
     @torch.inference_mode()
     def step(self, batch: Batch) -> StepResult:
         """See `Executor.step`."""
-        hidden = self._decode(batch)
+        self._prepare(batch)
         drawing = [row for row in batch.rows if row.sample is not None]
-        if hidden is None or not drawing:
-            return StepResult()
-        logits = self._network.logits(hidden[self._last_tokens(batch.rows)])
-        return StepResult(draw(logits, drawing))
+        logits = self._next_logits(batch.rows)
+        return StepResult() if logits is None else StepResult(draw(logits, drawing))
 
     @torch.inference_mode()
     def logits(self, batch: Batch) -> Tensor:
         """See `Executor.logits`."""
-        hidden = self._decode(batch)
-        if hidden is None:
+        if not batch.rows:
             raise ValueError("the batch has no rows")
-        return self._network.logits(hidden).cpu()
+        self._prepare(batch)
+        return self._network.logits(self._decode(batch.rows)).cpu()
 
     @torch.inference_mode()
     def encode(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor | None]:
@@ -98,18 +102,28 @@ class TorchExecutor:
         self.__dict__.pop("_network", None)
         self.__dict__.pop("_cache", None)
 
-    def _decode(self, batch: Batch) -> Tensor | None:
+    def _prepare(self, batch: Batch) -> None:
+        """What comes before the rows: blocks zeroed and copied, prompts encoded."""
         if fresh := [block for row in batch.rows for block in row.fresh]:
             self._cache.clear(fresh)
         if copies := [pair for row in batch.rows for pair in row.copies]:
             self._cache.copy(copies)
         if batch.prompts:
             self._write_cross(batch.prompts, self._encode(batch.prompts))
-        if not batch.rows:
-            return None
-        ids = torch.tensor([t for row in batch.rows for t in row.token_ids], device=self._device)
-        attention = self._attention(batch.rows)
+
+    def _decode(self, rows: Sequence[Row]) -> Tensor:
+        """The decoder's output [tokens, hidden] for the rows' tokens."""
+        ids = torch.tensor([t for row in rows for t in row.token_ids], device=self._device)
+        attention = self._attention(rows)
         return self._network.decode(ids, attention.positions, attention)
+
+    def _next_logits(self, rows: Sequence[Row]) -> Tensor | None:
+        """Decode the rows; float32 [drawing rows, vocab], None if no row draws."""
+        if not rows:
+            return None
+        hidden = self._decode(rows)
+        last = self._last_tokens(rows)
+        return self._network.logits(hidden[last]) if len(last) else None
 
     def _attention(self, rows: Sequence[Row]) -> PagedAttention:
         return PagedAttention(self._cache, rows, self._device)

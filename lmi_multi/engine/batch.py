@@ -21,6 +21,10 @@ class Row:
     `beams`, in the first of as many rows as it has scores, asks for their best continuations
     instead. Before anything is computed the `fresh` blocks are zeroed and then, for each pair of
     `copies`, the first block is copied to the second.
+
+    `ahead` is what `sample` will be in the step after this one, if the row is in it, has the same
+    blocks, and gets the token that this step draws: a hint for an executor that begins the next
+    step before anybody has seen that token. None: not known, or there is no such step.
     """
 
     token_ids: Sequence[int]
@@ -30,6 +34,7 @@ class Row:
     cross_blocks: Sequence[int] = ()
     cross_length: int = 0
     sample: SampleRow | None = None
+    ahead: SampleRow | None = None
     beams: Beams | None = None
     fresh: Sequence[int] = ()
     copies: Sequence[tuple[int, int]] = ()

@@ -100,10 +100,11 @@ class Sequence:
     def rows(self, count: int) -> list[Row]:
         """See `Request.rows`."""
         stop = self.computed + count
-        sample = None
+        sample = ahead = None
         if stop == len(self.tokens):
             drawn = stop - self.given
             sample = self.options.row(drawn, self.tokens, self.encoder_ids or (), self.stream)
+            ahead = self.options.ahead(drawn + 1, self.stream)
         fresh: tuple[int, ...] = ()
         if self.computed == self.reused:  # its first step
             fresh = (*self.blocks[self.shared :], *self.cross_blocks)
@@ -115,6 +116,7 @@ class Sequence:
             cross_blocks=tuple(self.cross_blocks),
             cross_length=len(self.encoder_ids or ()),
             sample=sample,
+            ahead=ahead,
             fresh=fresh,
         )
         return [row]

@@ -41,7 +41,7 @@ class Ops(Protocol):
         """`linear` of `norm` of x."""
 
     def linear_residual(self, x: Tensor, linear: Linear, residual: Tensor) -> Tensor:
-        """residual + linear(x), in the residual's dtype."""
+        """residual + linear(x), in the residual's dtype, maybe in the residual's place."""
 
 
 class Attention(Protocol):

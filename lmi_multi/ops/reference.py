@@ -44,12 +44,14 @@ class Reference:
     ) -> Tensor:
         """See `Ops.linear`."""
         y = self._product(x, linear)
-        if activation is None:
-            return y
-        if gated:
-            gate, up = y.chunk(2, dim=-1)
-            return ACTIVATIONS[activation](gate) * up
-        return ACTIVATIONS[activation](y)
+        return y if activation is None else self.activate(y, activation, gated)
+
+    def activate(self, y: Tensor, activation: Activation, gated: bool = False) -> Tensor:
+        """activation(y), or, of halves [gate, up] where `gated`, activation(gate) * up."""
+        if not gated:
+            return ACTIVATIONS[activation](y)
+        gate, up = y.chunk(2, dim=-1)
+        return ACTIVATIONS[activation](gate) * up
 
     def norm_linear(
         self,

@@ -118,7 +118,7 @@ class Sampling:
             top_p=_column([_floor_24(row.top_p) for row in drawn], torch.float32, device),
             min_p=_column([_floor_24(row.min_p) for row in drawn], torch.float32, device),
             typical_p=_column([_floor_24(row.typical_p) for row in drawn], torch.float32, device),
-            uniform=_uniform(drawn, device),
+            uniform=uniform(drawn, device),
             banned=_banned(rows, device),
             any_sampled=bool(sampled),
             any_greedy=len(sampled) < len(rows),
@@ -266,7 +266,8 @@ def _floor_24(part: float) -> float:
     return max(float(part > 0), float(int(part * 2.0**DRAW_BITS))) * 2.0**-DRAW_BITS
 
 
-def _uniform(rows: Sequence[SampleRow], device: torch.device | str) -> Tensor:
+def uniform(rows: Sequence[SampleRow], device: torch.device | str) -> Tensor:
+    """Each row's random number for its step: float32[rows] in [0, 1)."""
     if not rows:
         return torch.empty(0, device=device)
     seeds = np.array([row.seed for row in rows], dtype=np.uint64)

@@ -13,6 +13,7 @@ namespace lmi {
 constexpr int ATTENTION_THREADS = 256, ATTENTION_WARPS = ATTENTION_THREADS / 32;
 template <typename T>
 constexpr int KEYS = 8 / sizeof(T);  // at once in a lane; as many more are under way
+constexpr int LEAST_SHARE = 128;  // tokens of a split: with fewer it costs more than it saves
 constexpr float LOG2E = 1.44269504f;
 
 // exp2(from - to), where nothing at all (-inf) stays nothing.
@@ -224,7 +225,11 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, G == 1 ? 2 : 1)
   let_next_start();
   wait_for_last();
   const int length = p.lengths[row], start = p.window ? max(0, length - p.window) : 0;
-  const int share = (length - start + p.splits - 1) / p.splits;
+  // Lengths change from one replay of a graph to the next, so the splits that have work are counted
+  // here: the others leave.
+  const int share = max((length - start + p.splits - 1) / p.splits, LEAST_SHARE);
+  const int splits = max((length - start + share - 1) / share, 1);
+  if (split >= splits) return;
   const int begin = start + split * share, end = min(length, begin + share);
 
   const int last_head = first_head + count - 1;
@@ -287,7 +292,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, G == 1 ? 2 : 1)
       sum += partial[w][g][MOST_HEAD_DIM + 1] * weight;
       value += partial[w][g][d] * weight;
     }
-    if (p.splits == 1) {
+    if (splits == 1) {
       out[i] = narrow<T>(sum > 0 ? value / sum : 0);
       continue;
     }
@@ -295,10 +300,10 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, G == 1 ? 2 : 1)
     part[d] = value;
     if (d == 0) part[p.dim] = top, part[p.dim + 1] = sum;
   }
-  if (p.splits == 1 || !is_last_part(p.counters + row * gridDim.y + blockIdx.y, p.splits)) return;
+  if (splits == 1 || !is_last_part(p.counters + row * gridDim.y + blockIdx.y, splits)) return;
   for (int i = threadIdx.x; i < count * p.dim; i += ATTENTION_THREADS) {
     const int g = i / p.dim, d = i % p.dim;
-    out[i] = narrow<T>(merged(work + g * p.splits * (p.dim + 2), d, p.dim, p.splits));
+    out[i] = narrow<T>(merged(work + g * p.splits * (p.dim + 2), d, p.dim, splits));
   }
 }
 

@@ -22,10 +22,11 @@ struct AttentionParams {
   const float* bias;    // [distances, heads], the last one for all beyond; or null
   const float* slopes;  // [heads], or null
   void* out;            // [rows, heads, dim]
-  float* work;          // [rows, heads, splits, dim + 2]
+  float* work;          // [rows, heads, splits, dim + 2], if splits > 1
   int* counters;        // [rows * kv_heads * chunks], zero
   float eps, scale;
-  int rows, heads, kv_heads, dim, pairs, distances, window, table_width, block_shift, splits;
+  int rows, heads, kv_heads, dim, pairs, distances, window, table_width, block_shift;
+  int splits;  // blocks that may share a row's tokens
   int chunks;  // of a kv head's query heads; a block does one
   int width;   // lanes a key: dim / 8, rounded up to a power of two
 };

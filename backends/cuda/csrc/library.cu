@@ -9,7 +9,9 @@
 #include <mutex>
 #include <optional>
 
+#include "activate.h"
 #include "attention.h"
+#include "greedy.h"
 #include "linear.h"
 #include "norm.h"
 
@@ -207,9 +209,58 @@ bool run_attention(Tensor q, Tensor k, Tensor v, Tensor table, Tensor lengths, b
   return true;
 }
 
+bool run_activate(Tensor x, int64_t activation, bool gated, Tensor out) {
+  const int64_t features = out.size(-1), rows = out.numel() / features;
+  if (!is_float(x) || !is_dense(x) || !is_dense(out) || out.scalar_type() != x.scalar_type() ||
+      features % 8 || x.numel() != out.numel() * (gated ? 2 : 1) || !rows) {
+    return false;
+  }
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const lmi::ActivateParams p{.x = operand(x),
+                              .out = out.data_ptr(),
+                              .activation = static_cast<lmi::Activation>(activation),
+                              .gated = gated,
+                              .rows = rows,
+                              .features = static_cast<int>(features)};
+  lmi::activate(p, device_of(x), stream_of(x));
+  return true;
+}
+
+bool is_row(const Tensor& tensor, ScalarType type, int64_t size) {
+  return tensor.scalar_type() == type && tensor.is_contiguous() && tensor.numel() == size;
+}
+
+bool run_greedy(Tensor logits, Tensor drawn, Tensor ids, Tensor lengths, Tensor live, Tensor work,
+                Tensor counters) {
+  const int64_t vocab = logits.size(-1), rows = logits.numel() / vocab;
+  if (!is_float(logits) || !logits.is_cuda() || !logits.is_contiguous() || !rows ||
+      !is_row(drawn, ScalarType::Long, rows) || !is_row(ids, ScalarType::Long, rows) ||
+      !is_row(lengths, ScalarType::Int, rows) || !is_row(live, ScalarType::Int, rows) ||
+      rows > counters.numel() || rows > 65535 || vocab > 1LL << 30 ||
+      2 * rows * lmi::GREEDY_PARTS > work.numel()) {
+    return false;
+  }
+  const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
+  const lmi::GreedyParams p{.logits = operand(logits),
+                            .drawn = static_cast<int64_t*>(drawn.data_ptr()),
+                            .ids = static_cast<int64_t*>(ids.data_ptr()),
+                            .lengths = static_cast<int*>(lengths.data_ptr()),
+                            .live = static_cast<const int*>(live.data_ptr()),
+                            .work = static_cast<unsigned long long*>(work.data_ptr()),
+                            .counters = static_cast<int*>(counters.data_ptr()),
+                            .rows = static_cast<int>(rows),
+                            .vocab = static_cast<int>(vocab)};
+  lmi::greedy(p, device_of(logits), stream_of(logits));
+  return true;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(lmi_multi, m) {
+  m.def("activate(Tensor x, int activation, bool gated, Tensor(a!) out) -> bool");
+  m.def(
+      "greedy(Tensor logits, Tensor(a!) drawn, Tensor(b!) ids, Tensor(c!) lengths, Tensor live, "
+      "Tensor(d!) work, Tensor(e!) counters) -> bool");
   m.def("norm(Tensor x, Tensor weight, Tensor? bias, float eps, Tensor(a!) out) -> bool");
   m.def(
       "linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor? norm_weight, "
@@ -223,6 +274,8 @@ STABLE_TORCH_LIBRARY(lmi_multi, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lmi_multi, CUDA, m) {
+  m.impl("activate", TORCH_BOX(&run_activate));
+  m.impl("greedy", TORCH_BOX(&run_greedy));
   m.impl("norm", TORCH_BOX(&run_norm));
   m.impl("linear", TORCH_BOX(&run_linear));
   m.impl("attention", TORCH_BOX(&run_attention));

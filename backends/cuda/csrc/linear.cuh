@@ -6,6 +6,7 @@
 // shared among `splits` blocks, the last of which finishes.
 #pragma once
 
+#include "activation.cuh"
 #include "moments.cuh"
 #include "stream.cuh"
 
@@ -17,17 +18,6 @@ template <typename X>
 __host__ __device__ constexpr int row_stride(int features) {
   // A multiple of 128 bytes and 64 more: rows g and g + 1 then lie in different banks.
   return (features + PAD - 1) / PAD * PAD + 64 / static_cast<int>(sizeof(X));
-}
-
-__device__ inline float activate(float x, Activation kind) {
-  switch (kind) {
-    case Activation::gelu: return 0.5f * x * (1 + erff(x * 0.70710678f));
-    case Activation::gelu_tanh:
-      return 0.5f * x * (1 + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
-    case Activation::relu: return x > 0 || x != x ? x : 0;  // a NaN stays one
-    case Activation::silu: return x / (1 + expf(-x));
-    default: return x;
-  }
 }
 
 // Bring the start of the block's first tile into L2, while the last kernel still runs.

@@ -1,0 +1,117 @@
+"""Decode steps begun before anybody has seen the tokens that they are fed.
+
+The tokens that a captured step draws stay on the GPU as the next step's inputs, so the next step
+can start at once, for all rows that will probably be in it; the host meanwhile reads the tokens,
+looks for ends and plans. What it then plans for these rows has mostly been computed already. Rows
+that have ended computed once too often: into their own blocks, or into one that is nobody's, and
+before anything that their successors write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lmi_multi.engine.batch import Draw, Row
+from lmi_multi.ops.sampling import SampleRow
+
+from .draws import DrawKind, can_capture, unchanged
+from .graphs import StepGraphs
+from .inputs import upload
+
+
+@dataclass
+class Flight:
+    """A step that was begun: of `rows`, each one token further than it says, drawing by `draws`.
+
+    `fed` are the tokens that it was given, once the host knows them.
+    """
+
+    rows: Sequence[Row]
+    draws: Sequence[SampleRow]
+    kind: DrawKind
+    drawn: Tensor  # pinned int64 [rows]; there when `done` is
+    done: torch.cuda.Event
+    fed: Sequence[int] = ()
+    places: dict[tuple[int, ...], int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.places = {tuple(row.blocks): place for place, row in enumerate(self.rows)}
+
+    def place(self, row: Row) -> int | None:
+        """Where in this flight `row` has been computed; None if it has not."""
+        place = self.places.get(tuple(row.blocks))
+        if place is None or row.fresh or row.copies or row.beams is not None:
+            return None
+        before = self.rows[place]
+        same = (
+            row.start == before.length
+            and row.sample == self.draws[place]
+            and tuple(row.token_ids) == (self.fed[place],)
+            and tuple(row.cross_blocks) == tuple(before.cross_blocks)
+        )
+        return place if same else None
+
+    def results(self) -> list[Draw]:
+        """What was drawn for every row; waits for it."""
+        self.done.synchronize()
+        return [Draw(max(token, 0), token >= 0) for token in self.drawn.tolist()]
+
+
+class Ahead:
+    """Begins steps, of which at most one is under way."""
+
+    def __init__(self, graphs: StepGraphs) -> None:
+        self._graphs = graphs
+
+    def begin(
+        self, rows: Sequence[Row], tokens: Sequence[int | None], places: Sequence[int | None],
+        last: Flight | None,
+    ) -> Flight | None:  # fmt: skip
+        """Start the step after the one that `rows` are of, with those that will be in it.
+
+        Each row is fed its one of `tokens`, or, where that is None, what `last` has drawn or is
+        about to draw at its one of `places`. None if no row is sure enough of what it wants.
+        """
+        going = [i for i, row in enumerate(rows) if row.ahead and can_capture(row.ahead)]
+        if not going:
+            return None
+        own = [rows[i] for i in going]
+        draws = [row.ahead for row in own if row.ahead]
+        kind = self._graphs.draws.kind(draws)
+        graph = self._graphs.drawing(len(own), kind)
+        if last and last.kind == kind and self._continues(last, [places[i] for i in going], draws):
+            if kind.any_sampled:
+                self._graphs.draws.advance(draws)
+        else:
+            self._graphs.inputs.fill(own, ahead=1)
+            self._graphs.draws.fill(draws)
+            self._feed([tokens[i] for i in going], [places[i] for i in going])
+        drawn = torch.empty(len(own), dtype=torch.int64, pin_memory=True)
+        drawn.copy_(graph.replay()[: len(own)], non_blocking=True)
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done.record()
+        return Flight(own, draws, kind, drawn, done)
+
+    def _continues(
+        self, last: Flight, places: Sequence[int | None], draws: Sequence[SampleRow]
+    ) -> bool:
+        """Whether the rows are those of `last`, in its order, and want what they wanted."""
+        return list(places) == list(range(len(last.rows))) and all(
+            unchanged(before, now) for before, now in zip(last.draws, draws, strict=True)
+        )
+
+    def _feed(self, tokens: Sequence[int | None], places: Sequence[int | None]) -> None:
+        """Put the next tokens in the first places: those given, else those drawn at `places`."""
+        ids = self._graphs.inputs.ids
+        host = np.array(
+            [[-1 if t is None else t for t in tokens], [p or 0 for p in places]], dtype=np.int64
+        )
+        device = torch.empty(host.shape, dtype=torch.int64, device=ids.device)
+        upload(host, device)
+        given, from_places = device
+        ids[: len(tokens)] = torch.where(given < 0, ids[from_places], given)

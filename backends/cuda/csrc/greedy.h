@@ -1,0 +1,22 @@
+#pragma once
+
+#include "common.cuh"
+
+namespace lmi {
+
+constexpr int GREEDY_PARTS = 16;  // blocks a row
+
+struct GreedyParams {
+  Operand logits;  // [rows, vocab]
+  int64_t* drawn;  // [rows]: the token, or -1 if the logits are unusable
+  int64_t* ids;    // [rows]: the token, or 0: what the next step is fed
+  int* lengths;    // [rows], which grow by `live` [rows]
+  const int* live;
+  unsigned long long* work;  // [rows, GREEDY_PARTS]
+  int* counters;             // [rows], zero
+  int rows, vocab;
+};
+
+void greedy(const GreedyParams& p, const Device& gpu, cudaStream_t stream);
+
+}  // namespace lmi

@@ -1,0 +1,111 @@
+"""How a captured step draws: the sampling options of its rows, where a graph finds them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lmi_multi.ops.sampling import Sampled, SampleRow, Sampling, sample, uniform
+
+from .inputs import upload
+
+FEWEST_BANNED = 4
+COLUMNS = ("temperature", "greedy", "top_k", "top_p", "min_p", "typical_p", "uniform")
+FLAGS = ("any_sampled", "any_top_p", "any_min_p", "any_typical", "window")
+
+
+class DrawKind(NamedTuple):
+    """What a captured step must be able to do; see `Sampling`. `banned`: ids a row, at most."""
+
+    any_sampled: bool
+    any_top_p: bool
+    any_min_p: bool
+    any_typical: bool
+    window: int
+    banned: int
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is all that is wanted."""
+        return not self.any_sampled and not self.banned
+
+
+class DrawInputs:
+    """The options of up to `most` rows on the device."""
+
+    def __init__(self, most: int, device: torch.device) -> None:
+        self.most, self._device = most, device
+        self._columns = {
+            name: column.to(device)
+            for name, column in _columns(_sampling([SampleRow(temperature=1.0)], most)).items()
+        }
+        self._banned: dict[int, Tensor] = {}
+
+    def kind(self, rows: Sequence[SampleRow]) -> DrawKind:
+        """What these rows need."""
+        return _kind(_sampling(rows, len(rows)))
+
+    def fill(self, rows: Sequence[SampleRow]) -> None:
+        """Put the rows' options in the first places."""
+        host = _sampling(rows, self.most)
+        if host.any_sampled:
+            for name, column in _columns(host).items():
+                upload(column.numpy(), self._columns[name])
+        if host.any_banned:
+            banned = self._banned_of(_width(host))
+            padding = (0, banned.shape[1] - host.banned.shape[1])
+            padded = torch.nn.functional.pad(host.banned, padding, value=-1)
+            upload(padded.numpy(), banned)
+
+    def advance(self, rows: Sequence[SampleRow]) -> None:
+        """Put the rows' next random numbers in the first places; their options have not changed."""
+        numbers = uniform(rows, "cpu").numpy()
+        upload(numbers, self._columns["uniform"][: len(rows)])
+
+    def sample(self, logits: Tensor, kind: DrawKind) -> Sampled:
+        """Draw for `logits` float32 [rows, vocab], rows in the first places, as `kind` says."""
+        rows, banned = len(logits), self._banned_of(kind.banned)
+        given: dict[str, Any] = {name: c[:rows] for name, c in self._columns.items()}
+        given |= {name: getattr(kind, name) for name in FLAGS}
+        given |= {"banned": banned[:rows], "any_banned": kind.banned > 0}
+        return sample(logits, Sampling(**given, any_greedy=True, edits=None, wanted=None))
+
+    def _banned_of(self, width: int) -> Tensor:
+        if width not in self._banned:
+            shape = (self.most, width)
+            self._banned[width] = torch.full(shape, -1, dtype=torch.int64, device=self._device)
+        return self._banned[width]
+
+
+def can_capture(row: SampleRow) -> bool:
+    """Whether a captured step can draw for such a row."""
+    return row.edit is None and row.logprobs is None
+
+
+def unchanged(row: SampleRow, later: SampleRow) -> bool:
+    """Whether two steps draw by the same options."""
+    return row == later or replace(row, step=later.step) == later
+
+
+def _sampling(rows: Sequence[SampleRow], count: int) -> Sampling:
+    """On the host, filled up to `count` rows."""
+    return Sampling.of([*rows, *[SampleRow()] * (count - len(rows))])
+
+
+def _columns(host: Sampling) -> dict[str, Tensor]:
+    return {name: getattr(host, name) for name in COLUMNS}
+
+
+def _width(host: Sampling) -> int:
+    """The number of banned ids, rounded up: few different graphs."""
+    width = host.banned.shape[1] if host.any_banned else 0
+    return max(FEWEST_BANNED, 1 << (width - 1).bit_length()) if width else 0
+
+
+def _kind(host: Sampling) -> DrawKind:
+    flags: dict[str, Any] = {name: getattr(host, name) for name in FLAGS}
+    return DrawKind(**flags, banned=_width(host))

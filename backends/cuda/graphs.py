@@ -1,0 +1,185 @@
+"""Decode steps captured as CUDA graphs, one for each number of rows."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lmi_multi.models.rope import cos_sin
+from lmi_multi.models.spec import Rope
+from lmi_multi.models.transformer import Transformer
+from lmi_multi.models.weights import Layer
+
+from .attention import DecodeAttention, splits
+from .draws import DrawInputs, DrawKind
+from .inputs import StepInputs
+from .ops import Scratch
+
+SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+
+
+class NotCoveredError(Exception):
+    """The kernels do not cover this network: its steps cannot be captured."""
+
+
+def sizes(most: int) -> list[int]:
+    """Numbers of rows to capture steps for, rising; the last is `most`."""
+    return [*SIZES[: bisect_left(SIZES, most)], most]
+
+
+class Angles:
+    """Rotary cosines and sines of every position, looked up in a step."""
+
+    def __init__(self, rope: Rope, positions: int, device: torch.device) -> None:
+        every = torch.arange(positions, device=device)
+        self._cos, self._sin = (part.contiguous() for part in cos_sin(rope, every, every))
+
+    def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """float32 [rows, pairs] each."""
+        return self._cos.index_select(0, positions), self._sin.index_select(0, positions)
+
+
+class CapturedAttention:
+    """`lmi_multi.ops.Attention` for the first `rows` rows of `inputs`, by the kernels alone.
+
+    Raises NotCoveredError in the first layer that they cannot do.
+    """
+
+    def __init__(
+        self,
+        kernel: DecodeAttention,
+        inputs: StepInputs,
+        rows: int,
+        angles: tuple[Tensor, Tensor] | None,
+    ) -> None:
+        parts = splits(kernel.heads, rows, inputs.ids.device)
+        self._kernel, self._angles = kernel, angles
+        self._where, self._cross = inputs.where(rows, parts), inputs.cross_where(rows, parts)
+
+    def attend(self, layer: Layer, qkv: Tensor) -> Tensor:
+        """See `Attention.attend`."""
+        return _covered(self._kernel.extend(layer, qkv, self._where, self._angles))
+
+    def cross_attend(self, layer: Layer, q: Tensor) -> Tensor:
+        """See `Attention.cross_attend`."""
+        return _covered(self._kernel.read(layer, q, self._cross))
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A graph, and the tensor that holds what it computes after a replay."""
+
+    graph: torch.cuda.CUDAGraph
+    out: Tensor
+
+    def replay(self) -> Tensor:
+        """Run it on the current stream."""
+        self.graph.replay()
+        return self.out
+
+
+class StepGraphs:
+    """The steps of one network over one cache, each captured when it is first wanted.
+
+    All graphs share one pool of memory: what one computed must be read, or copied, on the stream
+    before the next is replayed.
+    """
+
+    def __init__(
+        self, network: Transformer, kernel: DecodeAttention, scratch: Scratch, inputs: StepInputs
+    ) -> None:
+        self.inputs, self.draws = inputs, DrawInputs(inputs.most, inputs.ids.device)
+        self._network, self._kernel, self._scratch = network, kernel, scratch
+        self._sizes = sizes(inputs.most)
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(inputs.ids.device)  # type: ignore[no-untyped-call]
+        self._captured: dict[tuple[int, DrawKind | None], Captured] = {}
+        position = network.spec.position
+        self._angles: Angles | None = None
+        if isinstance(position, Rope):
+            reach = inputs.table.shape[1] * kernel.cache.block_size
+            self._angles = Angles(position, reach, inputs.ids.device)
+
+    def logits(self, rows: int) -> Captured:
+        """A step that ends with the logits: float32 [size >= rows, vocab]."""
+        size = self._size(rows)
+        return self._get(size, None, lambda: self._logits(size))
+
+    def drawing(self, rows: int, kind: DrawKind) -> Captured:
+        """A step that draws by `draws` and leaves its tokens as the next step's inputs.
+
+        Its result: int64 [size >= rows], the tokens, -1 where the logits were unusable.
+        """
+        size = self._size(rows)
+        if kind.greedy:
+            return self._get(size, kind, lambda: self._greedy(size))
+        return self._get(size, kind, lambda: self._sampled(size, kind))
+
+    def _size(self, rows: int) -> int:
+        return self._sizes[bisect_left(self._sizes, rows)]
+
+    def _logits(self, size: int) -> Tensor:
+        inputs = self.inputs
+        positions = inputs.lengths[:size] - 1
+        angles = None if self._angles is None else self._angles.at(positions)
+        attention = CapturedAttention(self._kernel, inputs, size, angles)
+        hidden = self._network.decode(inputs.ids[:size], positions, attention)
+        return self._network.logits(hidden)
+
+    def _greedy(self, size: int) -> Tensor:
+        scratch = self._scratch
+        ids, lengths, live = self._advanced(size)
+        logits, drawn = self._logits(size), torch.empty_like(ids)
+        done = torch.ops.lmi_multi.greedy(
+            logits, drawn, ids, lengths, live, scratch.work, scratch.counters
+        )
+        return _covered(drawn if done else None)
+
+    def _sampled(self, size: int, kind: DrawKind) -> Tensor:
+        ids, lengths, live = self._advanced(size)
+        found = self.draws.sample(self._logits(size), kind)
+        ids.copy_(found.tokens)
+        lengths.add_(live)
+        return torch.where(found.finite, found.tokens, -1)
+
+    def _advanced(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What a step that draws changes for the next one, and by how much the lengths grow."""
+        return self.inputs.ids[:size], self.inputs.lengths[:size], self.inputs.live[:size]
+
+    def _get(self, size: int, kind: DrawKind | None, body: Callable[[], Tensor]) -> Captured:
+        key = (size, kind)
+        if key not in self._captured:
+            kept = self.inputs.ids.clone()  # a step may be under way, and the next need its tokens
+            self.inputs.clear()
+            self._captured[key] = self._capture(body)
+            self.inputs.ids.copy_(kept)
+        return self._captured[key]
+
+    def _capture(self, body: Callable[[], Tensor]) -> Captured:
+        """Run `body` once, so that all it sets up is there, and record it."""
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            body()
+        current.wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            out = body()
+        return Captured(graph, out)
+
+
+def can_capture(network: Transformer) -> bool:
+    """Whether steps of this network depend on nothing but the rows' tokens and lengths, and are
+    one process's affair."""
+    spec = network.spec
+    return network.collectives.size == 1 and spec.decoder_layers > 0 and not spec.length_dependent
+
+
+def _covered(out: Tensor | None) -> Tensor:
+    if out is None:
+        raise NotCoveredError
+    return out

@@ -1,0 +1,76 @@
+"""What a captured step reads: tensors that stay where they are, filled from the host."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from lmi_multi.backends.base import Limits
+from lmi_multi.engine.batch import Row
+
+from .attention import Where
+
+
+class StepInputs:
+    """Up to `most` rows of one token each.
+
+    `ids` int64 [most] are the tokens, `lengths` int32 [most] the context with them, and `live`
+    int32 [most] by how much that grows with each step: 0 for places that no row has. Such a place
+    computes too, on block `spare`, which belongs to nobody; so does a row that goes on after its
+    last block, since its step was begun before anybody knew that it had ended.
+    """
+
+    def __init__(self, limits: Limits, most: int, encoded: bool, device: torch.device) -> None:
+        self.most, self.spare = most, limits.blocks
+        width = -(-limits.max_tokens // limits.block_size)
+        # One column more: a row may run ahead by one token.
+        widths = [1, 1, 1, width + 1, width if encoded else 0]
+        sizes = [most * n for n in widths]
+        self._host = np.zeros(sum(sizes), dtype=np.int32)
+        self._packed = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
+        ends = np.cumsum(sizes)[:-1]
+        shapes = [(most,), (most,), (most,), (most, widths[3]), (most, widths[4])]
+        host = [part.reshape(s) for part, s in zip(np.split(self._host, ends), shapes, strict=True)]
+        self._lengths, self._live, self._cross_lengths, self._table, self._cross_table = host
+        parts = self._packed.split_with_sizes(sizes)
+        views = [part.view(s) for part, s in zip(parts, shapes, strict=True)]
+        self.lengths, self.live, self.cross_lengths, self.table, self.cross_table = views
+        self.ids = torch.zeros(most, dtype=torch.int64, device=device)
+        self.clear()
+
+    def clear(self) -> None:
+        """No rows at all."""
+        self.fill(())
+
+    def fill(self, rows: Sequence[Row], ahead: int = 0) -> None:
+        """The rows, each `ahead` tokens further than it says, in the first places."""
+        self._live[:] = 0
+        self._lengths[:] = 1
+        self._cross_lengths[:] = 0
+        self._table[:] = self.spare
+        self._cross_table[:] = self.spare
+        for i, row in enumerate(rows):
+            self._live[i] = 1
+            self._lengths[i] = row.length + ahead
+            self._table[i, : len(row.blocks)] = row.blocks
+            self._cross_lengths[i] = row.cross_length
+            self._cross_table[i, : len(row.cross_blocks)] = row.cross_blocks
+        upload(self._host, self._packed)
+
+    def where(self, rows: int, splits: int) -> Where:
+        """The first `rows` rows' own tokens."""
+        return Where(self.lengths[:rows], self.table[:rows], splits)
+
+    def cross_where(self, rows: int, splits: int) -> Where:
+        """Their encoded prompts."""
+        return Where(self.cross_lengths[:rows], self.cross_table[:rows], splits)
+
+
+def upload(values: npt.NDArray[Any], to: Tensor) -> None:
+    """Copy to the device in the stream's order, without waiting: `values` may change at once."""
+    to.copy_(torch.from_numpy(values).pin_memory(), non_blocking=True)
