@@ -6,6 +6,7 @@ normalized inputs before; sums are float32. Float32: sums of some thousand produ
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator
 from dataclasses import replace
@@ -30,6 +31,7 @@ from lmi_multi.models.weights import Layer, Linear, Norm
 from lmi_multi.ops.heads import Heads
 from lmi_multi.ops.paged import PagedAttention, PagedCache
 from lmi_multi.ops.reference import Reference
+from lmi_multi.ops.sampling import SampleRow, Sampling, sample
 
 pytestmark = pytest.mark.cuda
 
@@ -158,14 +160,14 @@ def test_float32_residual_of_fp16(int8: bool) -> None:
         expected = Reference().linear(expected_norm(x, norm), wide(up), "gelu_tanh", True)
         assert error(h, expected) < 3e-3
         down = make_linear(512, 512, torch.float32, int8, False)
-        found = fused.linear_residual(h.float(), down, x)
+        found = fused.linear_residual(h.float(), down, x.clone())
         assert found.dtype == torch.float32
         assert (
             error(found, x.double() + Reference().linear(h.double(), wide(down)))
             < TOLERANCE[torch.float32]
         )
         out = make_linear(512, 512, torch.float16, int8, False)
-        found = fused.linear_residual(h, out, x)
+        found = fused.linear_residual(h, out, x.clone())
         assert found.dtype == torch.float32
         assert error(found, x.double() + Reference().linear(h.double(), wide(out))) < 1e-3
 
@@ -181,6 +183,44 @@ def test_norm(dtype: torch.dtype) -> None:
             x = (randn(5, features) + 100).to(dtype)
             x[:, 0] = 3000
             assert error(fused.norm(x, norm, EPS), expected_norm(x, norm)) < 10 * TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_activation(dtype: torch.dtype) -> None:
+    torch.manual_seed(5)
+    fused, plain = ops(), Reference()
+    kinds: tuple[Activation, ...] = ("gelu", "gelu_tanh", "relu", "silu")
+    for rows, features in ((1, 8), (3, 24), (70, 2048), (300, 4104)):
+        for gated, kind in itertools.product((False, True), kinds):
+            y = 3 * randn(rows, features * (1 + gated), dtype=dtype)
+            expected = plain.activate(y.double(), kind, gated)
+            assert error(fused.activate(y, kind, gated), expected) < TOLERANCE[dtype], (kind, rows)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_greedy(dtype: torch.dtype) -> None:
+    """As `sample` does: ties go to the lowest id, unusable rows are noticed, others unharmed."""
+    torch.manual_seed(6)
+    scratch = ops()._scratch
+    for rows, vocab in ((1, 1), (3, 17), (2, 4096), (70, 32128), (9, 50257)):
+        logits = randn(rows, vocab, dtype=dtype)
+        logits[0, vocab // 2 :] = logits[0].max()
+        if rows > 8:
+            for row, value in enumerate((torch.nan, torch.inf, -torch.inf), start=1):
+                logits[row, vocab // 3] = value
+            logits[4] = -torch.inf
+            logits[5, 7] = -torch.nan
+        ids, lengths = torch.full((rows,), -5).cuda(), torch.arange(rows, dtype=torch.int32).cuda()
+        live = (lengths % 2).int()
+        drawn = torch.full_like(ids, -5)
+        before = lengths.clone()
+        assert torch.ops.lmi_multi.greedy(
+            logits, drawn, ids, lengths, live, scratch.work, scratch.counters
+        )
+        want = sample(logits.float(), Sampling.of([SampleRow()] * rows, "cuda"))
+        assert torch.equal(drawn, torch.where(want.finite, want.tokens, -1))
+        assert torch.equal(ids, want.tokens)
+        assert torch.equal(lengths, before + live)
 
 
 def make_layer(position_bias: Tensor | None, window: int, norms: bool, dim: int) -> Layer:
@@ -255,13 +295,13 @@ def make_rows(lengths: list[int], block: int, chance: random.Random) -> tuple[li
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("position", POSITIONS)
 def test_attention(position: str, dtype: torch.dtype) -> None:
-    from lmi_multi.backends.cuda.attention import CudaPagedAttention, DistanceBias
+    from lmi_multi.backends.cuda.attention import CudaPagedAttention, DecodeAttention
     from lmi_multi.backends.cuda.ops import Scratch
 
     torch.manual_seed(3)
     chance = random.Random(position)
     device = torch.device("cuda")
-    scratch, biases = Scratch(device), DistanceBias()
+    scratch = Scratch(device)
     for dim in (8, 32, 64, 80, 96, 128, 256):
         for heads, kv in ((3, 3), (4, 2), (6, 2), (16, 2)):
             count, longest = chance.choice(((1, 4096), (3, 700), (70, 60), (2, 33)))
@@ -285,9 +325,9 @@ def test_attention(position: str, dtype: torch.dtype) -> None:
             qkv = randn(count, (heads + 2 * kv) * dim, dtype=dtype)
             case = f"{heads}/{kv} heads of {dim}, lengths up to {longest}, window {window}"
 
-            ours = CudaPagedAttention(cache, rows, device, scratch, biases)
+            ours = CudaPagedAttention(cache, rows, device, DecodeAttention(cache, scratch))
             theirs = PagedAttention(exact, rows, device)
-            found = ours._run(layer, qkv, ours._lengths, ours._table, ours._splits, write=True)
+            found = ours._kernel.extend(layer, qkv, ours._where, ours._angles)
             assert found is not None, case
             expected = theirs.attend(widened(layer), qkv.double())
             assert error(found, expected) < 4 * TOLERANCE[dtype], case

@@ -1,0 +1,46 @@
+"""Our executor over random weights of a true size, made where they are used: no files."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from benchmarks.shapes import DTYPES, SHAPES
+from lmi_multi.checkpoint.layout import DtypeName, QuantizeName, stored_tensors
+from lmi_multi.models.config import Config
+from lmi_multi.models.registry import family_of
+from lmi_multi.models.spec import ModelSpec
+
+
+def random_model(
+    name: str, dtype: DtypeName, quantize: QuantizeName | None, device: torch.device
+) -> tuple[ModelSpec, dict[str, Tensor]]:
+    """The spec of shape `name`, and the tensors that an artifact of it would hold."""
+    model = SHAPES[name].build(DTYPES["bf16"], "meta")
+    fields = model.config.to_dict() | {"architectures": [type(model).__name__]}
+    family = family_of(fields["architectures"][0])
+    spec = family.spec(Config(fields))
+    known = {key.removeprefix(family.base) for key in model.state_dict()}
+    names = [
+        f"{module}.{part}"
+        for module, weight in family.weights(spec).items()
+        for part in ("weight", "bias")
+        if all(f"{source}.{part}" in known for source in weight.sources)
+    ]
+    torch.manual_seed(0)
+    return spec, {
+        stored.name: _random(stored.shape, stored.dtype, device)
+        for stored in stored_tensors(spec, names, dtype, quantize)
+    }
+
+
+def _random(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """As large as trained ones are about: norms near one, products that keep the size of x."""
+    if dtype == torch.int8:
+        return torch.randint(-127, 128, shape, dtype=dtype, device=device)
+    if len(shape) == 1:
+        return torch.rand(shape, dtype=dtype, device=device) / 64
+    made = torch.empty(shape, dtype=dtype, device=device)
+    return made.normal_(std=1 / math.sqrt(shape[-1]))

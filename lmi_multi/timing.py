@@ -1,0 +1,60 @@
+"""How long an engine takes for a first token, and for each after it."""
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import dataclass
+from statistics import median
+
+from lmi_multi.defaults import GenerationDefaults
+from lmi_multi.engine.engine import Engine
+from lmi_multi.engine.sequence import Sequence
+from lmi_multi.models.spec import ModelSpec
+from lmi_multi.options import GenerateOptions
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Medians of several rounds, milliseconds: `first` of an answer of one token, `whole` of one
+    of all tokens, and from these `step`, of each token after the first."""
+
+    rows: int
+    first: float
+    whole: float
+    step: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all rows together, once the first token is there."""
+        return self.rows / self.step * 1000
+
+
+def time_generation(
+    engine: Engine, spec: ModelSpec, rows: int, prompt: int, tokens: int, rounds: int
+) -> Timing:
+    """Answer `rows` random prompts of `prompt` tokens greedily with exactly `tokens` > 1 tokens."""
+    chance = random.Random(rows)
+    prompts = [[chance.randrange(2, spec.vocab) for _ in range(prompt)] for _ in range(rows)]
+    _run(engine, spec, prompts, tokens)  # whatever is made on first use
+    first = median(_run(engine, spec, prompts, 1) for _ in range(rounds))
+    whole = median(_run(engine, spec, prompts, tokens) for _ in range(rounds))
+    return Timing(rows, first, whole, (whole - first) / (tokens - 1))
+
+
+def _run(engine: Engine, spec: ModelSpec, prompts: list[list[int]], tokens: int) -> float:
+    decoder_only = spec.kind == "decoder"
+    defaults = GenerationDefaults(decoder_start_token_id=0)
+    options = defaults.resolve(
+        GenerateOptions(max_new_tokens=tokens),
+        prompt_tokens=len(prompts[0]),
+        decoder_only=decoder_only,
+        limit=engine.executor.limits.max_tokens,
+    )
+    sequences = [
+        Sequence(options, list(own)) if decoder_only else Sequence(options, [0], list(own))
+        for own in prompts
+    ]
+    start = time.perf_counter()
+    engine.run(sequences)
+    return (time.perf_counter() - start) * 1000
