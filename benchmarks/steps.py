@@ -21,6 +21,7 @@ import typer
 from benchmarks.machine import copy_bandwidth, machine, versions
 from benchmarks.random_model import random_model
 from benchmarks.shapes import DTYPES, SHAPES
+from lmi_multi import backends
 from lmi_multi.backends.base import Limits
 from lmi_multi.backends.limits import row_blocks
 from lmi_multi.engine.engine import Engine
@@ -45,6 +46,9 @@ def main(
     results: Annotated[Path | None, typer.Option(help="folder to add a JSON file to")] = None,
 ) -> None:
     """Print a line for every shape, number of rows and contender."""
+    state = backends.probe("cuda")
+    if not state.ok or state.reason != "compiled kernels":
+        raise SystemExit(f"cuda: {state.reason}")
     bandwidth = copy_bandwidth("cuda")
     entries = []
     for name in shape:

@@ -124,7 +124,7 @@ class CudaExecutor(TorchExecutor):
         logits = step.replay()[:singles]
         drawing = [i for i, row in enumerate(single) if row.sample is not None]
         if len(drawing) < singles:
-            logits = logits[torch.tensor(drawing, device=self._device)]
+            logits = logits[torch.tensor(drawing, dtype=torch.int64, device=self._device)]
         parts = [part for part in (logits, others) if part is not None and len(part)]
         return torch.cat(parts) if parts else None
 
