@@ -157,4 +157,6 @@ def test_ten_thousand_mixed_requests(folder: Path) -> None:
             assert tiny_models.is_clean(model)
             if turn == 20:
                 used = torch.cuda.memory_allocated()
-        assert torch.cuda.memory_allocated() <= used
+        # A graph may have been captured since; but 5,000 requests that each leave a tensor, the
+        # smallest of which takes 512 bytes, would take more than this.
+        assert torch.cuda.memory_allocated() < used + 2**20

@@ -66,13 +66,14 @@ class Heads:
         """
         total = self.position_bias(layer, distance, causal)
         if not causal:
-            return None if total is None else total.to(dtype)
+            # Contiguous: torch's fast kernels take no other.
+            return None if total is None else total.to(dtype).contiguous()
         hidden = distance > 0
         if layer.window:
             hidden |= distance <= -layer.window
         if total is None:
             total = torch.zeros((), device=distance.device)
-        return torch.where(hidden[:, None], -torch.inf, total).to(dtype)
+        return torch.where(hidden[:, None], -torch.inf, total).to(dtype).contiguous()
 
     def position_bias(self, layer: Layer, distance: Tensor, causal: bool) -> Tensor | None:
         """What positions add at `key - query` distances [rows, queries, keys]: float32

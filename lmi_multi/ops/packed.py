@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -13,7 +14,8 @@ from lmi_multi.ops.heads import Heads
 
 class PackedAttention:
     """Every packed sequence attends to itself: an encoder's prompts, or, with `causal`, a
-    decoder's tokens that are all known (scoring, embeddings).
+    decoder's tokens that are all known (scoring, embeddings). Neighbours of one length are
+    attended together.
 
     `counts` are the sequences' tokens. A decoder with cross-attention needs `cross_kv`, which
     gives a layer's packed keys and values [tokens, 2 * kv_heads * head_dim] of the encoded
@@ -39,21 +41,16 @@ class PackedAttention:
     def attend(self, layer: Layer, qkv: Tensor) -> Tensor:
         """See `Attention.attend`; nothing is stored."""
         heads = self.heads.split(layer, qkv, self._angles)
-        q, k, v = (x.split_with_sizes(self.counts) for x in heads)
         plain = layer.position_bias is None and not layer.window
-        return torch.cat(
-            [
-                self.heads.attend(
-                    q[i][None],
-                    k[i][None],
-                    v[i][None],
-                    None if plain else self._bias(layer, count, q[i].dtype),
-                    layer.scale,
-                    self.causal and plain,
-                )
-                for i, count in enumerate(self.counts)
-            ]
-        )
+        parts, first = [], 0
+        for count, run in groupby(self.counts):
+            rows = len(list(run))
+            last = first + rows * count
+            q, k, v = (x[first:last].unflatten(0, (rows, count)) for x in heads)
+            bias = None if plain else self._bias(layer, count, q.dtype)
+            parts.append(self.heads.attend(q, k, v, bias, layer.scale, self.causal and plain))
+            first = last
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def cross_attend(self, layer: Layer, q: Tensor) -> Tensor:
         """See `Attention.cross_attend`. Raises TypeError in an encoder, which has none."""

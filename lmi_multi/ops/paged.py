@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -110,8 +111,16 @@ class PagedAttention:
     def __init__(self, cache: PagedCache, rows: Sequence[Row], device: torch.device) -> None:
         self.cache, self.heads, self.rows = cache, cache.heads, rows
         self.counts = [len(row.token_ids) for row in rows]
-        # Leading rows of one token are attended together, the others one by one.
+        # Leading rows of one token are attended together, as are neighbours that begin with equally
+        # many tokens; the others one by one.
         self.singles = next((i for i, n in enumerate(self.counts) if n > 1), len(rows))
+        self._longer = [
+            list(group)
+            for _, group in groupby(
+                range(self.singles, len(rows)),
+                lambda i: (-1 if rows[i].start else 0, i if rows[i].start else self.counts[i]),
+            )
+        ]
         positions = [p for row in rows for p in range(row.start, row.length)]
         self.positions = torch.tensor(positions, device=device)
         slots = [cache.slots(row.blocks, row.start, row.length) for row in rows]
@@ -138,9 +147,11 @@ class PagedAttention:
             keys, values = self.cache.read(layer.index, self._own)
             bias = self._bias(-1, layer, q.dtype)
             out.append(self.heads.attend(q[:first, None], keys, values, bias, layer.scale, False))
-        for i in range(self.singles, len(self.rows)):
-            part = slice(first, first := first + self.counts[i])
-            out.append(self._attend_row(i, layer, q[part], k[part], v[part]))
+        for group in self._longer:
+            size = len(group), self.counts[group[0]]
+            part = slice(first, first := first + size[0] * size[1])
+            own = (x[part].unflatten(0, size) for x in (q, k, v))
+            out.append(self._attend_rows(group[0], layer, *own))
         return torch.cat(out) if len(out) > 1 else out[0]
 
     def cross_attend(self, layer: Layer, q: Tensor) -> Tensor:
@@ -158,16 +169,16 @@ class PagedAttention:
             )
         return torch.cat(parts)
 
-    def _attend_row(self, i: int, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attend_rows(self, i: int, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q, k and v [rows, tokens, heads, dim] of row `i` and of those that are like it."""
         row = self.rows[i]
-        keys, values = k[None], v[None]
         if row.start:
             where = self.cache.locate([row.blocks], row.length)
-            keys, values = self.cache.read(layer.index, where)
+            k, v = self.cache.read(layer.index, where)
         elif layer.position_bias is None and not layer.window:
-            return self.heads.attend(q[None], keys, values, None, layer.scale, True)
+            return self.heads.attend(q, k, v, None, layer.scale, True)
         bias = self._bias(i, layer, q.dtype)
-        return self.heads.attend(q[None], keys, values, bias, layer.scale, False)
+        return self.heads.attend(q, k, v, bias, layer.scale, False)
 
     def _bias(self, i: int, layer: Layer, dtype: torch.dtype) -> Tensor | None:
         """The bias of row `i`, or of all single rows for -1; kept for the layers that share it."""
