@@ -46,7 +46,7 @@ class PackedAttention:
         for count, run in groupby(self.counts):
             rows = len(list(run))
             last = first + rows * count
-            q, k, v = (x[first:last].unflatten(0, (rows, count)) for x in heads)
+            q, k, v = (x[first:last].view(rows, count, *x.shape[1:]) for x in heads)
             bias = None if plain else self._bias(layer, count, q.dtype)
             parts.append(self.heads.attend(q, k, v, bias, layer.scale, self.causal and plain))
             first = last

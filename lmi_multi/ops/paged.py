@@ -150,7 +150,7 @@ class PagedAttention:
         for group in self._longer:
             size = len(group), self.counts[group[0]]
             part = slice(first, first := first + size[0] * size[1])
-            own = (x[part].unflatten(0, size) for x in (q, k, v))
+            own = (x[part].view(*size, *x.shape[1:]) for x in (q, k, v))
             out.append(self._attend_rows(group[0], layer, *own))
         return torch.cat(out) if len(out) > 1 else out[0]
 

@@ -10,7 +10,6 @@
 
 namespace lmi {
 
-constexpr int ATTENTION_THREADS = 256, ATTENTION_WARPS = ATTENTION_THREADS / 32;
 template <typename T>
 constexpr int KEYS = 8 / sizeof(T);  // at once in a lane; as many more are under way
 constexpr int LEAST_SHARE = 128;  // tokens of a split: with fewer it costs more than it saves
@@ -214,16 +213,16 @@ __device__ inline float merged(const float* part, int d, int dim, int splits) {
   return sum > 0 ? value / sum : 0;
 }
 
-template <typename T, int G>
-__global__ void __launch_bounds__(ATTENTION_THREADS, G == 1 ? 2 : 1)
+template <typename T, int G, int WARPS>
+__global__ void __launch_bounds__(WARPS * 32, (G == 1 ? 16 : 8) / WARPS)
     attention_kernel(const AttentionParams p) {
   // Of each warp and head: values, then top and sum.
-  __shared__ float partial[ATTENTION_WARPS][G][MOST_HEAD_DIM + 2];
+  __shared__ float partial[WARPS][G][MOST_HEAD_DIM + 2];
+  constexpr int THREADS = WARPS * 32;
   const int split = blockIdx.x, row = blockIdx.z, group = p.heads / p.kv_heads;
   const int kv = blockIdx.y / p.chunks, chunk = blockIdx.y % p.chunks;
   const int first_head = kv * group + chunk * G, count = min(G, group - chunk * G);
   let_next_start();
-  wait_for_last();
   const int length = p.lengths[row], start = p.window ? max(0, length - p.window) : 0;
   // Lengths change from one replay of a graph to the next, so the splits that have work are counted
   // here: the others leave.
@@ -236,9 +235,10 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, G == 1 ? 2 : 1)
   const bool newest = p.new_k && end == length && begin < end;
   const int cached = newest ? end - 1 : end;
 
-  const int workers = ATTENTION_THREADS / p.width, own = begin + threadIdx.x / p.width;
+  const int workers = THREADS / p.width, own = begin + threadIdx.x / p.width;
   Keys<T> next;
   read_keys(p, row, kv, own, workers, cached, length, next);
+  wait_for_last();
   float q[G][8];
   const T* heads = static_cast<const T*>(p.q) + row * p.q_stride;
 #pragma unroll
@@ -253,7 +253,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, G == 1 ? 2 : 1)
   }
   Softmax of[G];
   // The last warp takes the new token: it has the fewest others.
-  if (newest && threadIdx.x / 32 == ATTENTION_WARPS - 1) {
+  if (newest && threadIdx.x / 32 == WARPS - 1) {
     fold_new<T, G>(p, of, q, row, kv, length, first_head, last_head, chunk == 0);
   }
   for (int done = 0; begin + done < cached; done += workers * KEYS<T>) {
@@ -281,13 +281,13 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, G == 1 ? 2 : 1)
   const int64_t head_row = static_cast<int64_t>(row) * p.heads + first_head;
   T* out = static_cast<T*>(p.out) + head_row * p.dim;
   float* work = p.work + head_row * p.splits * (p.dim + 2);
-  for (int i = threadIdx.x; i < count * p.dim; i += ATTENTION_THREADS) {
+  for (int i = threadIdx.x; i < count * p.dim; i += THREADS) {
     const int g = i / p.dim, d = i % p.dim;
     float top = -INFINITY, sum = 0, value = 0;
 #pragma unroll
-    for (int w = 0; w < ATTENTION_WARPS; ++w) top = fmaxf(top, partial[w][g][MOST_HEAD_DIM]);
+    for (int w = 0; w < WARPS; ++w) top = fmaxf(top, partial[w][g][MOST_HEAD_DIM]);
 #pragma unroll
-    for (int w = 0; w < ATTENTION_WARPS; ++w) {
+    for (int w = 0; w < WARPS; ++w) {
       const float weight = rescale(partial[w][g][MOST_HEAD_DIM], top);
       sum += partial[w][g][MOST_HEAD_DIM + 1] * weight;
       value += partial[w][g][d] * weight;
@@ -301,17 +301,26 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, G == 1 ? 2 : 1)
     if (d == 0) part[p.dim] = top, part[p.dim + 1] = sum;
   }
   if (splits == 1 || !is_last_part(p.counters + row * gridDim.y + blockIdx.y, splits)) return;
-  for (int i = threadIdx.x; i < count * p.dim; i += ATTENTION_THREADS) {
+  for (int i = threadIdx.x; i < count * p.dim; i += THREADS) {
     const int g = i / p.dim, d = i % p.dim;
     out[i] = narrow<T>(merged(work + g * p.splits * (p.dim + 2), d, p.dim, splits));
   }
 }
 
+template <typename T, int G, int WARPS>
+void launch_blocks(const AttentionParams& p, const Device& gpu, cudaStream_t stream) {
+  const dim3 grid(p.splits, p.kv_heads * p.chunks, p.rows);
+  launch(&attention_kernel<T, G, WARPS>, p, grid, WARPS * 32, 0, gpu.major >= 9, stream);
+}
+
+// With many heads and rows small blocks keep the GPU as busy, and have less to merge.
 template <typename T, int G>
 void launch_chunks(AttentionParams p, const Device& gpu, cudaStream_t stream) {
   p.chunks = (p.heads / p.kv_heads + G - 1) / G;
-  const dim3 grid(p.splits, p.kv_heads * p.chunks, p.rows);
-  launch(&attention_kernel<T, G>, p, grid, ATTENTION_THREADS, 0, gpu.major >= 9, stream);
+  const int blocks = p.splits * p.kv_heads * p.chunks * p.rows;
+  if (blocks >= 8 * gpu.processors) return launch_blocks<T, G, 2>(p, gpu, stream);
+  if (blocks >= 4 * gpu.processors) return launch_blocks<T, G, 4>(p, gpu, stream);
+  launch_blocks<T, G, 8>(p, gpu, stream);
 }
 
 template <typename T>

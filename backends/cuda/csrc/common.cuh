@@ -134,7 +134,8 @@ __device__ inline void store(void* to, Type type, int64_t at, float value) {
 }
 
 // Programmatic dependent launch: the next kernel may start now; what follows needs the last one's
-// results. Until then only weights may be touched, and only by prefetches.
+// results. Until then only what no kernel of the step writes may be read: weights, lengths, block
+// tables, and the keys and values of earlier tokens.
 __device__ inline void let_next_start() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

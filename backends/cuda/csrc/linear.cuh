@@ -20,18 +20,6 @@ __host__ __device__ constexpr int row_stride(int features) {
   return (features + PAD - 1) / PAD * PAD + 64 / static_cast<int>(sizeof(X));
 }
 
-// Bring the start of the block's first tile into L2, while the last kernel still runs.
-template <typename W>
-__device__ void prefetch(const LinearParams& p, int tile, int begin, int end) {
-  constexpr int LINE = 128 / sizeof(W), MOST_LINES = 16;
-  const int lines = min((end - begin + LINE - 1) / LINE, MOST_LINES);
-  for (int i = threadIdx.x; i < TILE * lines; i += THREADS) {
-    const W* row = static_cast<const W*>(p.weight) +
-                   static_cast<int64_t>(weight_row(p, tile, i / lines)) * p.inputs;
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(row + begin + i % lines * LINE));
-  }
-}
-
 // Put features begin to end of every row of x into shared memory, normalized if there is a norm,
 // zeros up to a whole unit. `scratch` holds a Moments a warp.
 template <typename X, typename W, typename From>
@@ -204,10 +192,9 @@ __global__ void __launch_bounds__(THREADS, Product::AT_ONCE)
   const int begin = blockIdx.y * p.slice, end = min(p.inputs, begin + p.slice);
 
   let_next_start();
-  prefetch<W>(p, blockIdx.x, begin, end);
-  wait_for_last();
   Stream<W> weights(p, shared, begin, end);
-  weights.fill();
+  weights.fill();  // weights are nobody's results: the last kernel may still be at work
+  wait_for_last();
   Moments* scratch = reinterpret_cast<Moments*>(partial);
   if (sizeof(X) < 4 && p.x.type == Type::float32) {
     stage<X, W, float>(p, begin, end, x, scratch);
