@@ -14,8 +14,11 @@ def delayed() -> Iterator[None]:
 
     Python runs signal handlers in the main thread alone, between any two instructions.
     """
-    handler = signal.getsignal(signal.SIGINT)  # None if not Python's to restore
-    if handler is None or threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is None:  # not Python's to restore
         yield
         return
     held: list[int] = []

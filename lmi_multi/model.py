@@ -247,6 +247,11 @@ class Model:
         rows = [embedding.pool(e.hidden, pooling, normalize) for e in self.encode(texts)]
         return np.stack(rows) if rows else np.zeros((0, self.spec.hidden), dtype=np.float32)
 
+    @property
+    def engine(self) -> Engine:
+        """What runs the model's steps, for those who bring requests of their own."""
+        return self._engine
+
     def close(self) -> None:
         """Free the model. Calling it twice is fine."""
         if not self._closed:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from lmi_multi.errors import OptionError
@@ -85,24 +86,14 @@ class Resolved:
         `tokens` are the decoder's so far, `step` generated ones at their end; `encoder_ids` the
         prompt of an encoder-decoder. Answers to one prompt differ in `stream`.
         """
+        if self._is_simple and step >= self.min_new_tokens:
+            return self._simple._replace(step=step, stream=stream)
         forced = self._forced(step, tokens)
-        row = SampleRow(
+        return self._simple._replace(
             step=step,
             banned=self._banned(step, tokens, bool(forced)),
             edit=Edit(forced=forced) if forced else self._edit(step, tokens, encoder_ids),
             stream=stream,
-            logprobs=self.logprobs,
-        )
-        if not self.do_sample:
-            return row
-        return replace(
-            row,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
-            typical_p=self.typical_p,
-            seed=self.seed,
         )
 
     def ahead(self, step: int, stream: int = 0) -> SampleRow | None:
@@ -112,8 +103,9 @@ class Resolved:
             return None
         return self.row(step, stream=stream)
 
-    @property
+    @cached_property
     def _reads_tokens(self) -> bool:
+        """Whether a step's draw depends on the tokens before it."""
         return bool(
             self.repetition_penalty != 1
             or self.encoder_repetition_penalty != 1
@@ -122,6 +114,26 @@ class Resolved:
             or self.no_repeat_ngram_size
             or self.bad_words
             or self.forced_bos_token_id is not None
+        )
+
+    @cached_property
+    def _is_simple(self) -> bool:
+        """Whether all steps draw alike, but for the end tokens that come too early."""
+        return not (self._reads_tokens or self.forced_eos_token_ids or self.logit_bias)
+
+    @cached_property
+    def _simple(self) -> SampleRow:
+        """What is the same in all steps."""
+        row = SampleRow(banned=tuple(dict.fromkeys(self.suppress_tokens)), logprobs=self.logprobs)
+        if not self.do_sample:
+            return row
+        return row._replace(
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            typical_p=self.typical_p,
+            seed=self.seed,
         )
 
     def check_ids(self, vocab: int | None = None) -> None:

@@ -200,8 +200,8 @@ def chi_square(counts: Tensor, expected: Tensor) -> tuple[float, int]:
 def test_draws_follow_the_probabilities(case: SampleRow, by: str) -> None:
     draws = 20_000
     logits = random_logits(1, 64, seed=7)[0] / 2
-    common = replace(case, seed=99, step=3)
-    rows = [replace(common, **{by: i // 16, "stream": i % 16}) for i in range(draws)]
+    common = case._replace(seed=99, step=3)
+    rows = [common._replace(**{by: i // 16, "stream": i % 16}) for i in range(draws)]
     tokens = sample(logits.expand(draws, -1), Sampling.of(rows)).tokens
     expected = hugging_face(logits, case).double() * draws
     counts = torch.bincount(tokens, minlength=64)
@@ -258,7 +258,7 @@ def test_the_ends_of_the_range_never_draw_what_is_masked(number: float) -> None:
 @pytest.mark.parametrize("vocab", [2, 31, 384, 5003])
 def test_a_row_alone_equals_the_row_among_others(vocab: int) -> None:
     rows = [
-        replace(case, seed=2**63 + i, step=5 * i)
+        case._replace(seed=2**63 + i, step=5 * i)
         for i, case in enumerate([*CASES, SampleRow(), SampleRow(banned=(1,)), *CASES])
     ]
     logits = random_logits(len(rows), vocab, seed=3)
@@ -282,7 +282,7 @@ def test_top_k_of_one_and_a_vocabulary_of_one(top_k: int) -> None:
     row = SampleRow(1.0, top_k, 0.9, seed=1)
     assert draw(torch.zeros(1, 1), row) == [0]
     logits = random_logits(1, 77)
-    assert draw(logits, replace(row, top_k=1)) == [int(logits.argmax())]
+    assert draw(logits, row._replace(top_k=1)) == [int(logits.argmax())]
 
 
 # --- bans

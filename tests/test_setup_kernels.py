@@ -85,7 +85,7 @@ def test_missing_kernels_have_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setattr(kernels, "LIBRARY", tmp_path / "_kernels.so")
     assert missing() == "not built (make kernels)"
     kernels.LIBRARY.write_text("no library")
-    monkeypatch.delenv(kernels.SWITCH, raising=False)
-    assert missing() == "not switched on (LMI_MULTI_CUDA_KERNELS=1)"
-    monkeypatch.setenv(kernels.SWITCH, "1")
+    monkeypatch.setenv(kernels.SWITCH, "0")
+    assert missing() == "switched off (LMI_MULTI_CUDA_KERNELS=0)"
+    monkeypatch.delenv(kernels.SWITCH)
     assert missing().startswith("not loadable (")

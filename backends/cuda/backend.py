@@ -19,6 +19,7 @@ from lmi_multi.parallel.executor import RankedExecutor
 
 from . import kernels
 from .executor import CudaExecutor
+from .loading import load_rank
 from .ops import Scratch
 
 CACHE_SHARE = 0.8  # of the memory that the weights leave; the rest is workspace
@@ -99,7 +100,7 @@ def _build_rank(folder: Path, limits: Limits, rank: int, size: int) -> Executor:
     artifact = Artifact.open(folder)
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
-    tensors = {name: t.to(device) for name, t in artifact.load_rank(rank, size).items()}
+    tensors = load_rank(artifact, rank, size, device)
     collectives = SingleRank() if size == 1 else TorchCollectives()
     if kernels.missing():
         return TorchExecutor(artifact.spec, tensors, limits, Reference(), collectives)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -88,7 +87,7 @@ def can_capture(row: SampleRow) -> bool:
 
 def unchanged(row: SampleRow, later: SampleRow) -> bool:
     """Whether two steps draw by the same options."""
-    return row == later or replace(row, step=later.step) == later
+    return row._replace(step=later.step) == later
 
 
 def _sampling(rows: Sequence[SampleRow], count: int) -> Sampling:

@@ -18,8 +18,8 @@ def missing() -> str:
     """Load the kernels; what keeps them from being used, or an empty string."""
     if not LIBRARY.exists():
         return "not built (make kernels)"
-    if os.environ.get(SWITCH) != "1":  # experimental: not every model has run on them yet
-        return f"not switched on ({SWITCH}=1)"
+    if os.environ.get(SWITCH) == "0":
+        return f"switched off ({SWITCH}=0)"
     if torch.cuda.is_available() and torch.cuda.get_device_capability() < LEAST_CAPABILITY:
         return "for compute capability 8.0 and later"
     try:

@@ -167,11 +167,12 @@ class Artifact:
         """The degree for which the files are partitioned."""
         return self.manifest.tensor_parallel
 
-    def _path(self, rank: int) -> Path:
+    def rank_path(self, rank: int) -> Path:
+        """The file of one of the artifact's own ranks."""
         return self.folder / rank_file(rank, self.tensor_parallel)
 
     def _check_header(self, rank: int) -> None:
-        path, degree = self._path(rank), self.tensor_parallel
+        path, degree = self.rank_path(rank), self.tensor_parallel
         infos = read_header(path)
         expected = {tensor.name: tensor for tensor in self.stored}
         for wrong, fault in (
@@ -223,7 +224,7 @@ class Artifact:
 
     @contextmanager
     def _open_ranks(self) -> Iterator[_RankFiles]:
-        files = _RankFiles([self._path(rank) for rank in range(self.tensor_parallel)])
+        files = _RankFiles([self.rank_path(rank) for rank in range(self.tensor_parallel)])
         try:
             yield files
         except (SafetensorError, OSError) as error:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from lmi_multi.ops.beams import Beams
 from lmi_multi.ops.sampling import SampleRow
 from lmi_multi.options import TokenLogprob
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One sequence's share of a step: decoder tokens `start` to `start + len(token_ids)`.
 
     `blocks` are the cache blocks that hold the sequence, in order; `cross_blocks` hold its
@@ -74,8 +74,7 @@ class Batch:
     prompts: Sequence[Prompt] = field(default=())
 
 
-@dataclass(frozen=True)
-class Draw:
+class Draw(NamedTuple):
     """The token drawn for a row. `finite` is False if its logits held NaN or inf, or left nothing
     to draw; `logprob` is None unless the row asks for it."""
 

@@ -111,7 +111,7 @@ class BeamSearch:
             for place, beam in enumerate(group.running)
         ]
         copies = tuple((self.blocks[a], self.blocks[b]) for a, b in state.copies)
-        rows[0] = replace(rows[0], fresh=self._own(state.fresh), copies=copies)
+        rows[0] = rows[0]._replace(fresh=self._own(state.fresh), copies=copies)
         return rows
 
     def accept(self, draws: Iterator[Draw | Continuations]) -> None:
@@ -162,8 +162,7 @@ class BeamSearch:
         if self._prefilled == self._reused:  # its first step
             fresh = (*row.blocks[self._shared :], *row.cross_blocks)
         whole = stop == len(self._given)
-        return replace(
-            row,
+        return row._replace(
             token_ids=self._given[self._prefilled : stop],
             start=self._prefilled,
             sample=row.sample if whole else None,

@@ -9,6 +9,7 @@ from typing import cast
 from lmi_multi.defaults import Resolved
 from lmi_multi.engine.batch import Continuations, Draw, Prompt, Row
 from lmi_multi.engine.detokenizer import Detokenizer
+from lmi_multi.ops.sampling import SampleRow
 from lmi_multi.options import FinishReason, TokenLogprob
 
 
@@ -40,6 +41,7 @@ class Sequence:
     score: float | None = None
     finish_reason: FinishReason | None = None
     error: str | None = None
+    _ahead: SampleRow | None = None  # how the next draw will be made, if that is known
 
     def __post_init__(self) -> None:
         self.given = len(self.tokens)
@@ -103,8 +105,10 @@ class Sequence:
         sample = ahead = None
         if stop == len(self.tokens):
             drawn = stop - self.given
-            sample = self.options.row(drawn, self.tokens, self.encoder_ids or (), self.stream)
-            ahead = self.options.ahead(drawn + 1, self.stream)
+            sample = self._ahead
+            if sample is None or sample.step != drawn:
+                sample = self.options.row(drawn, self.tokens, self.encoder_ids or (), self.stream)
+            ahead = self._ahead = self.options.ahead(drawn + 1, self.stream)
         fresh: tuple[int, ...] = ()
         if self.computed == self.reused:  # its first step
             fresh = (*self.blocks[self.shared :], *self.cross_blocks)

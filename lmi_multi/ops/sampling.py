@@ -30,9 +30,8 @@ MIN_TEMPERATURE = 1e-30
 WINDOWS = (64, 256, 1024)
 
 
-@dataclass(frozen=True)
-class SampleRow:
-    """How one row draws its next token.
+class SampleRow(NamedTuple):
+    """How one row draws its next token. A tuple, as one is made for each row of each step.
 
     `temperature` 0 is greedy. `top_k` >= 0, 0 is off; `top_p` in (0, 1], 1 is off; `seed` in
     [0, 2**64); `step` counts the row's draws from 0. `banned` ids are not drawn in this step;
