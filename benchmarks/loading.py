@@ -11,9 +11,9 @@ from typing import Annotated
 
 import torch
 import typer
+from lmi_multi.backends.cuda.loading import read_file
 from safetensors.torch import load_file, save_file
 
-from lmi_multi.backends.cuda.loading import read_file
 from lmi_multi.checkpoint.header import read_header
 
 ROUNDS = 5
