@@ -11,7 +11,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,11 @@ def test_the_context_holds_nothing_else() -> None:
 # What they start
 
 
+def has_namespaces() -> bool:
+    """Whether a process may be the first one of its own."""
+    return subprocess.run([*UNSHARE, "true"], capture_output=True).returncode == 0
+
+
 @pytest.fixture(params=FILES, ids=lambda file: file.suffix)
 def started(request: Any, tmp_path: Path) -> Iterator[tuple[Running, Path, dict[str, str]]]:
     """`docker run IMAGE serve` as SageMaker does it, without the image: the entry point with the
@@ -126,8 +132,7 @@ def started(request: Any, tmp_path: Path) -> Iterator[tuple[Running, Path, dict[
         "OPTION_MODEL_ID": "demo",
         "SAGEMAKER_BIND_TO_PORT": port,
     }
-    first = subprocess.run([*UNSHARE, "true"], capture_output=True).returncode == 0
-    command = [*(UNSHARE if first else []), *json.loads(entry), "serve"]
+    command = [*(UNSHARE if has_namespaces() else []), *json.loads(entry), "serve"]
     log = tmp_path / "log"
     with (
         log.open("w") as output,
@@ -164,3 +169,31 @@ def test_the_entry_point(started: tuple[Running, Path, dict[str, str]]) -> None:
     own.send_signal(signal.SIGTERM)
     assert server.process.wait(40) == 0
     assert not own.is_running()
+
+
+@pytest.mark.skipif(not has_namespaces(), reason="no process namespaces here")
+def test_a_container_that_is_stopped_while_it_starts(tmp_path: Path) -> None:
+    command = [*UNSHARE, BIN / "lmi-multi", "serve", "demo", "--port", "0"]
+    with (tmp_path / "log").open("w") as log, subprocess.Popen(command, stderr=log) as process:
+        try:
+            own = wait_for(lambda: next(iter(psutil.Process(process.pid).children()), None))
+            wait_for(lambda: catches(own.pid, signal.SIGTERM))
+            own.send_signal(signal.SIGTERM)
+            assert process.wait(30) == 143
+        finally:
+            process.kill()
+
+
+def catches(pid: int, number: signal.Signals) -> bool:
+    """Whether the process has a handler for the signal."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    [mask] = re.findall(r"^SigCgt:\s*(\w+)", status, re.MULTILINE)
+    return bool(int(mask, 16) >> (number - 1) & 1)
+
+
+def wait_for(condition: Callable[[], Any]) -> Any:
+    deadline = time.monotonic() + 60
+    while not (found := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    return found
