@@ -15,6 +15,7 @@ from lmi_multi import backends
 from tests import moto_server
 from tests.matrix import CELLS, Cell, Outcome
 from tests.moto_server import Moto
+from tests.serve.running import Running, serving
 
 # Tiny models gain nothing from threads, and threads that wait for each other on a busy machine
 # make tests slow.
@@ -36,6 +37,14 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the session keeps its tiny checkpoints."""
     return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.fixture(scope="session")
+def demo_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """`lmi-multi serve demo`, for tests that leave it as it is."""
+    with serving(tmp_path_factory.mktemp("demo-server"), "demo") as running:
+        running.wait_ready()
+        yield running
 
 
 @pytest.fixture(scope="session")

@@ -113,11 +113,20 @@ def has_namespaces() -> bool:
     return subprocess.run([*UNSHARE, "true"], capture_output=True).returncode == 0
 
 
-@pytest.fixture(params=FILES, ids=lambda file: file.suffix)
-def started(request: Any, tmp_path: Path) -> Iterator[tuple[Running, Path, dict[str, str]]]:
+START = ("ENTRYPOINT", "CMD", "HEALTHCHECK", "EXPOSE", "LABEL")
+
+
+def test_both_start_alike() -> None:
+    cuda, neuron = ([instructions(file, name) for name in START] for file in FILES)
+    assert cuda == neuron
+    assert environment(FILES[1]).items() <= environment(FILES[0]).items()
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> Iterator[tuple[Running, dict[str, str]]]:
     """`docker run IMAGE serve` as SageMaker does it, without the image: the entry point with the
     image's variables, as the first process of its own where that is allowed."""
-    file = request.param
+    file = FILES[0]
     [entry] = instructions(file, "ENTRYPOINT")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -142,13 +151,14 @@ def started(request: Any, tmp_path: Path) -> Iterator[tuple[Running, Path, dict[
         ) as process,
     ):
         try:
-            yield Running(process, client, log), file, settings
+            yield Running(process, client, log), settings
         finally:
             process.kill()
 
 
-def test_the_entry_point(started: tuple[Running, Path, dict[str, str]]) -> None:
-    server, file, settings = started
+def test_the_entry_point(started: tuple[Running, dict[str, str]]) -> None:
+    server, settings = started
+    file = FILES[0]
     assert json.loads(instructions(file, "CMD")[-1]) == ["serve"]
     [check] = instructions(file, "HEALTHCHECK")
     _, _, command = check.partition("CMD ")

@@ -14,23 +14,16 @@ from lmi_multi.errors import AwsError, OptionError
 from tests import runtime_server
 from tests.moto_server import Moto
 from tests.runtime_server import Runtime
-from tests.serve.running import Running, serving
+from tests.serve.running import Running
 
 PROMPTS = ["twenty two dollars", "the third of march nineteen ninety nine"]
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    with serving(tmp_path_factory.mktemp("invoke"), "demo") as running:
-        running.wait_ready()
-        yield running
-
-
 @pytest.fixture
-def runtime(aws: Moto, server: Running, monkeypatch: pytest.MonkeyPatch) -> Iterator[Runtime]:
+def runtime(aws: Moto, demo_server: Running, monkeypatch: pytest.MonkeyPatch) -> Iterator[Runtime]:
     """An endpoint `demo`."""
     with runtime_server.serve() as own:
-        own.endpoints["demo"] = str(server.client.base_url)
+        own.endpoints["demo"] = str(demo_server.client.base_url)
         monkeypatch.setenv("AWS_ENDPOINT_URL_SAGEMAKER_RUNTIME", own.url)
         yield own
 
