@@ -151,6 +151,8 @@ def deploy(
         startup_timeout=startup_timeout,
     )
     note(_estimate(deployment, option))
+    if deployment.instance.backend == "neuron":
+        note("nothing of this has run on a NeuronCore yet: docs/neuron.md")
     if dry_run:
         json_page([call.shown() for call in deployment.calls()])
         return

@@ -144,6 +144,13 @@ def test_a_dry_run_prints_the_calls(
     assert {call["service"] for call in calls} == {SAGEMAKER, SCALING}
 
 
+def test_what_has_never_run_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    for instance, said in (("inf2.xlarge", True), ("g5.xlarge", False)):
+        args = ["deploy", "demo", "--instance", instance, *ARGS[4:], "--dry-run"]
+        assert run(args) == 0
+        assert ("nothing of this has run on a NeuronCore" in capsys.readouterr().err) == said
+
+
 # What goes wrong
 
 
