@@ -26,10 +26,11 @@ test-neuron: $(NEURON)/.installed ## Run the Neuron backend's tests on the emula
 	LMI_MULTI_NEURON_RUNTIME=emulator $(NEURON)/bin/python -m pytest $(PYTEST_ARGS) \
 		tests/test_neuron_emulator.py tests/test_neuron_lint.py tests/test_neuron_devices.py
 
-lint: $(STAMP) ## Check style, format and types
+lint: $(STAMP) ## Check style, format and types, and the containers' files
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint containers/Dockerfile.*
 
 format: $(STAMP) ## Mend style and format where a tool can
 	$(BIN)/ruff check --fix .

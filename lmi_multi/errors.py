@@ -29,3 +29,7 @@ class CapacityError(LmiError):
 
 class RankError(LmiError):
     """A tensor-parallel rank died, hung or raised; the message carries its traceback."""
+
+
+class AwsError(LmiError):
+    """AWS refuses a request, cannot be reached, or an endpoint fails."""

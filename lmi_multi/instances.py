@@ -1,7 +1,8 @@
 """The accelerated EC2 instance types that this package is for: what each has.
 
-GPUs, host memory and Inferentia2 and Trainium devices are those that EC2's DescribeInstanceTypes
-tells (GpuInfo, MemoryInfo, NeuronInfo; as recorded in moto 5.2.5, with which a test compares them).
+GPUs, host memory, disks and Inferentia2 and Trainium devices are those that EC2's
+DescribeInstanceTypes tells (GpuInfo, MemoryInfo, InstanceStorageSupported, NeuronInfo; as recorded
+in moto 5.2.5, with which a test compares them).
 Its MiB of a GPU can be less than the round number on a data sheet. Trainium2's memory and logical
 NeuronCores (two physical ones each, the default) are those of the AWS Neuron documentation, "Amazon
 EC2 Trn2 Architecture": the API tells another figure. The degrees of NeuronCores are those over
@@ -25,7 +26,8 @@ class Instance:
     """One type. `devices` are what a tensor-parallel rank runs on: GPUs, or logical NeuronCores.
 
     `device_bytes` is the memory of each, a NeuronCore's being its share of the chip's;
-    `host_bytes` the memory of the machine; `degrees` the numbers of ranks that can work together.
+    `host_bytes` the memory of the machine; `degrees` the numbers of ranks that can work together;
+    `has_disk` says that the machine has disks of its own, in place of a volume over the network.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Instance:
     device_bytes: int
     host_bytes: int
     degrees: tuple[int, ...]
+    has_disk: bool = True
 
     @property
     def size(self) -> tuple[int, int, str]:
@@ -51,7 +54,8 @@ def _cores(
     name: str, device: str, count: int, gib: int, host_gib: int, degrees: tuple[int, ...]
 ) -> Instance:
     possible = tuple(degree for degree in degrees if degree <= count)
-    return Instance(name, "neuron", device, count, gib * GIB, host_gib * GIB, possible)
+    disk = not name.startswith("inf2.")
+    return Instance(name, "neuron", device, count, gib * GIB, host_gib * GIB, possible, disk)
 
 
 _A10G, _L4, _L40S = ("A10G", 22_888), ("L4", 22_888), ("L40S", 45_776)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections import Counter
 from collections.abc import Iterator
@@ -11,7 +12,10 @@ import pytest
 import torch
 
 from lmi_multi import backends
+from tests import moto_server
 from tests.matrix import CELLS, Cell, Outcome
+from tests.moto_server import Moto
+from tests.serve.running import Running, serving
 
 # Tiny models gain nothing from threads, and threads that wait for each other on a busy machine
 # make tests slow.
@@ -33,6 +37,32 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the session keeps its tiny checkpoints."""
     return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.fixture(scope="session")
+def demo_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """`lmi-multi serve demo`, for tests that leave it as it is."""
+    with serving(tmp_path_factory.mktemp("demo-server"), "demo") as running:
+        running.wait_ready()
+        yield running
+
+
+@pytest.fixture(scope="session")
+def moto() -> Iterator[Moto]:
+    """moto's server; `aws` is what a test wants."""
+    with moto_server.serve() as server:
+        yield server
+
+
+@pytest.fixture
+def aws(moto: Moto, monkeypatch: pytest.MonkeyPatch) -> Moto:
+    """An empty AWS, and credentials for it in the environment."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in moto.environment.items():
+        monkeypatch.setenv(name, value)
+    moto.reset()
+    return moto
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -47,6 +47,7 @@ def test_the_table_is_what_aws_tells() -> None:
     for instance in INSTANCES:
         entry = told[instance.name]
         assert entry["MemoryInfo"]["SizeInMiB"] * 2**20 == instance.host_bytes
+        assert entry["InstanceStorageSupported"] == instance.has_disk
         if instance.backend == "cuda":
             (gpu,) = entry["GpuInfo"]["Gpus"]
             assert (gpu["Name"], gpu["Count"]) == (instance.device, instance.devices)

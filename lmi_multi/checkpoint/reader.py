@@ -117,7 +117,9 @@ class TorchFile:
 
     def _load(self) -> dict[str, Tensor]:
         try:
-            state = torch.load(self.path, map_location="cpu", mmap=self._mapped, weights_only=True)
+            state = torch.load(  # noqa: TID251
+                self.path, map_location="cpu", mmap=self._mapped, weights_only=True
+            )
         except Exception as error:  # torch raises whatever the malformed bytes lead to
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise CheckpointError(

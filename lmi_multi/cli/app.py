@@ -10,9 +10,11 @@ import typer
 from lmi_multi.cli.bench import bench
 from lmi_multi.cli.convert import convert
 from lmi_multi.cli.demo import demo
+from lmi_multi.cli.deploy import deploy, undeploy
 from lmi_multi.cli.doctor import doctor
 from lmi_multi.cli.generate import generate
 from lmi_multi.cli.inspect import inspect
+from lmi_multi.cli.invoke import invoke as ask
 from lmi_multi.cli.perplexity import perplexity
 from lmi_multi.cli.plan import plan
 from lmi_multi.cli.serve import serve
@@ -27,7 +29,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for command in (generate, serve, perplexity, convert, inspect, plan, bench, doctor, demo):
+for command in (
+    *(generate, perplexity, convert, inspect, plan, bench),
+    *(serve, deploy, ask, undeploy),
+    *(doctor, demo),
+):
     app.command()(command)
 
 

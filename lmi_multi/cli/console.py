@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,9 @@ from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
+    SpinnerColumn,
     TextColumn,
+    TimeElapsedColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
@@ -127,5 +129,32 @@ def byte_progress(title: str) -> Iterator[ProgressCallback]:
 
         def update(done_bytes: int, total_bytes: int, name: str) -> None:
             bar.update(task, completed=done_bytes, total=total_bytes, name=name, visible=True)
+
+        yield update
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[Callable[[str], None]]:
+    """Tells of a state that changes, on standard error: a spinner with the time, or, where it is
+    no terminal, a line for each new state. Print nothing but notes meanwhile."""
+    console, last = err(), ""
+    bar = Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        TimeElapsedColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task(what)
+
+        def update(state: str) -> None:
+            nonlocal last
+            if console.is_terminal:
+                bar.update(task, description=f"{what}: {state}")
+            elif state != last:
+                note(f"{what}: {state}")
+            last = state
 
         yield update

@@ -6,15 +6,19 @@ Exit codes: 0 done, 1 failure, 2 bad usage, 130 interrupted, 141 the reader of o
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
 
-DONE, FAILURE, USAGE, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 130, 141
+DONE, FAILURE, USAGE, INTERRUPTED, PIPE_CLOSED, TERMINATED = 0, 1, 2, 130, 141, 143
 
 
 def main() -> None:
     """Run the command of `sys.argv` and leave with its exit code."""
+    if os.getpid() == 1:
+        # The kernel keeps SIGTERM from a container's first process until there is a handler.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     sys.exit(run(sys.argv[1:]))
 
 

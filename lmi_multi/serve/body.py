@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any, TypeVar
 
@@ -10,21 +11,27 @@ from starlette.requests import Request
 
 from lmi_multi.serve.errors import HttpError
 
+PATIENCE = 30.0  # seconds without a byte after which a client counts as gone
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
 async def read(request: Request, limit: int) -> bytes:
-    """The body. Raises HttpError 413 beyond `limit` bytes, before any more is read."""
+    """The body. Raises HttpError 413 beyond `limit` bytes, before any more is read, and 408 when
+    nothing comes for `PATIENCE` seconds."""
     announced = request.headers.get("content-length", "")
     if announced.isdigit() and int(announced) > limit:
         raise _too_large(limit)
     parts: list[bytes] = []
     size = 0
-    async for part in request.stream():
-        size += len(part)
-        if size > limit:
-            raise _too_large(limit)
-        parts.append(part)
+    stream = request.stream()
+    try:
+        while (part := await asyncio.wait_for(anext(stream, None), PATIENCE)) is not None:
+            size += len(part)
+            if size > limit:
+                raise _too_large(limit)
+            parts.append(part)
+    except asyncio.TimeoutError:  # another class than the built-in one before Python 3.11
+        raise HttpError(408, f"no more of the body came within {PATIENCE:g} s") from None
     return b"".join(parts)
 
 

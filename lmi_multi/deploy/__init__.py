@@ -1,0 +1,1 @@
+"""Endpoints on SageMaker: made, asked, removed."""
