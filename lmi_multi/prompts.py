@@ -15,6 +15,7 @@ from lmi_multi.engine.detokenizer import Detokenizer
 from lmi_multi.engine.request import Job
 from lmi_multi.errors import OptionError
 from lmi_multi.models.spec import ModelSpec
+from lmi_multi.models.traits import Traits
 from lmi_multi.options import GenerateOptions
 from lmi_multi.tokenizer import Tokenizer
 
@@ -78,7 +79,7 @@ def _check_text(text: str, what: str) -> None:
 class PromptReader:
     """Turns prompts into token ids, and into sequences for the engine, of one model."""
 
-    spec: ModelSpec
+    spec: ModelSpec | Traits
     limits: Limits
     tokenizer: Tokenizer | None
     defaults: GenerationDefaults

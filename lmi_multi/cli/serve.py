@@ -21,7 +21,6 @@ log = logging.getLogger(__name__)
 _SERVER = "Server"
 _LATER = {  # settings that containers have and that this version cannot keep
     "entry_point": "a script of your own",
-    "fallback": "other engines",
     "multi_model": "several models",
 }
 
@@ -78,6 +77,7 @@ def serve(
     max_batch: options.MaxBatch = None,
     max_tokens: options.MaxTokens = None,
     revision: options.Revision = None,
+    fallback: options.Fallback = None,
 ) -> None:
     """Serve a model over HTTP: SageMaker's, DJL's and OpenAI's requests.
 
@@ -110,6 +110,7 @@ def serve(
         "max_batch": max_batch,
         "max_tokens": max_tokens,
         "revision": revision,
+        "fallback": fallback,
     }
     settings = ServeSettings.read(command_line=given, properties=properties, environ=os.environ)
     _check(settings)

@@ -20,7 +20,7 @@ from typing import Any
 from lmi_multi.backends.base import Limits
 from lmi_multi.defaults import GenerationDefaults
 from lmi_multi.errors import LmiError
-from lmi_multi.models.spec import ModelSpec
+from lmi_multi.models.traits import Traits
 from lmi_multi.options import GenerateOptions
 from lmi_multi.prompts import PromptReader
 from lmi_multi.serve import wire
@@ -289,7 +289,7 @@ class EngineClient:
     def _prepare(self, message: wire.Message) -> None:
         folder = Path(message["folder"])
         self.reader = PromptReader(
-            ModelSpec.from_dict(message["spec"]),
+            Traits(**message["traits"]),
             Limits(**message["limits"]),
             load_tokenizer(folder),
             GenerationDefaults.read(folder),

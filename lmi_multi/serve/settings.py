@@ -270,14 +270,15 @@ class ServeSettings(BaseModel):
     def _one_engine_at_a_time(self) -> ServeSettings:
         if self.fallback is None:
             return self
-        if self.quantize is not None:
-            raise _rule("quantize", self.quantize, "nothing beside option.fallback=transformers")
-        if self.tensor_parallel != 1:
-            raise _rule(
-                "tensor_parallel",
-                self.tensor_parallel,
-                "1 beside option.fallback=transformers, which spreads layers over all devices",
-            )
+        for field, free, allowed in (
+            ("quantize", (None,), "nothing"),
+            ("tensor_parallel", (1,), "1"),
+            ("max_batch", (None, 1), "1"),
+            ("verify", (False,), "false"),
+        ):
+            value = getattr(self, field)
+            if value not in free:
+                raise _rule(field, value, f"{allowed} beside option.fallback=transformers")
         return self
 
     @classmethod

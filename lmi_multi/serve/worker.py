@@ -18,6 +18,7 @@ import lmi_multi
 from lmi_multi.engine.request import Job
 from lmi_multi.errors import LmiError, OptionError
 from lmi_multi.model import Model
+from lmi_multi.models.traits import Traits
 from lmi_multi.options import GenerateOptions
 from lmi_multi.serve import wire
 from lmi_multi.streaming import View
@@ -104,7 +105,7 @@ def ready(model: Model) -> wire.Message:
     return {
         "type": "ready",
         "folder": str(model.artifact.folder),
-        "spec": model.spec.to_dict(),
+        "traits": asdict(Traits.of(model.spec)),
         "limits": asdict(model.limits),
         "backend": model.backend,
         "device": model.device,

@@ -219,6 +219,8 @@ def test_each_source_names_the_script_from_its_place(
             "engine=Accelerate\noption.tensor_parallel_degree=2",
             "option.tensor_parallel_degree is '2'; allowed: 1 beside",
         ),
+        ("engine=Accelerate\noption.max_rolling_batch_size=8", "is '8'; allowed: 1 beside"),
+        ("engine=Accelerate\noption.verify=true", "is 'true'; allowed: false beside"),
     ],
 )
 def test_refusals_of_a_file(text: str, message: str, file: Path) -> None:
