@@ -172,6 +172,17 @@ class PromptReader:
             return Job(answers, answers)
         return Job([self._search(index, answers)], answers)
 
+    def bounded(self, options: GenerateOptions, ids: list[int], length: int) -> GenerateOptions:
+        """`options` with at most `length` new tokens, and no more than fit, where neither they nor
+        the model's own file set a length."""
+        filed = self.defaults.options
+        lengths = (options.max_new_tokens, options.max_length)
+        if any(value is not None for value in (*lengths, filed.max_new_tokens, filed.max_length)):
+            return options
+        used = len(ids) if self.spec.kind == "decoder" else 1
+        room = max(1, min(length, self.limits.max_tokens - used))
+        return GenerateOptions.of(options, max_new_tokens=room)
+
     def _search(self, index: int, answers: Sequence[engine.Sequence]) -> BeamSearch:
         """The beam search that finds `answers`, checked for what the model was loaded for."""
         first = answers[0]

@@ -20,7 +20,6 @@ log = logging.getLogger(__name__)
 
 _SERVER = "Server"
 _LATER = {  # settings that containers have and that this version cannot keep
-    "entry_point": "a script of your own",
     "multi_model": "several models",
 }
 
@@ -78,6 +77,13 @@ def serve(
     max_tokens: options.MaxTokens = None,
     revision: options.Revision = None,
     fallback: options.Fallback = None,
+    entry_point: Annotated[
+        Path | None,
+        typer.Option(
+            help="A script with a function handle(inputs) that answers instead of a model.",
+            rich_help_panel=_SERVER,
+        ),
+    ] = None,
 ) -> None:
     """Serve a model over HTTP: SageMaker's, DJL's and OpenAI's requests.
 
@@ -111,12 +117,14 @@ def serve(
         "max_tokens": max_tokens,
         "revision": revision,
         "fallback": fallback,
+        "entry_point": entry_point,
     }
     settings = ServeSettings.read(command_line=given, properties=properties, environ=os.environ)
     _check(settings)
-    application = Application(settings, name or str(settings.model))
+    what = settings.entry_point or settings.model
+    application = Application(settings, name or str(what))
     server = Server(application, settings.host, settings.port, settings.drain_timeout)
-    note(f"serving {settings.model} on {settings.host} port {settings.port}")
+    note(f"serving {what} on {settings.host} port {settings.port}")
     server.run()
     if application.engine.failed:
         raise LmiError(application.engine.error or "the engine failed")

@@ -15,10 +15,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lmi_multi.errors import LmiError
 from lmi_multi.serve import openai, sagemaker
-from lmi_multi.serve.client import EngineClient
 from lmi_multi.serve.errors import HttpError
 from lmi_multi.serve.metrics import Metrics
-from lmi_multi.serve.service import Service
+from lmi_multi.serve.served import Served
 from lmi_multi.serve.settings import ServeSettings
 
 log = logging.getLogger(__name__)
@@ -28,20 +27,16 @@ class Application:
     """A FastAPI application around one engine, which lives as long as the application runs."""
 
     def __init__(self, settings: ServeSettings, name: str) -> None:
-        self.engine = EngineClient(
-            settings.load_arguments(),
-            max_requests=settings.max_queue,
-            max_tokens=settings.max_queue_tokens,
-            startup_timeout=settings.startup_timeout,
-            step_timeout=settings.step_timeout,
-        )
-        self.metrics = Metrics(self.engine)
+        self.metrics = Metrics(lambda: [self.engine])
+        served = Served(settings, self.metrics)
+        self.engine = served.engine
         self.draining = False
-        service = Service(self.engine, self.metrics, settings.request_timeout)
         self.app = FastAPI(title="lmi_multi", lifespan=self._lifespan)
-        limit = settings.max_body_bytes
-        self.app.include_router(sagemaker.router(service, settings, lambda: self.draining))
-        self.app.include_router(openai.router(service, limit, name))
+        self.app.include_router(
+            sagemaker.router(served.invoke, self.engine, settings, lambda: self.draining)
+        )
+        if served.service is not None:
+            self.app.include_router(openai.router(served.service, settings.max_body_bytes, name))
         self.app.add_api_route("/metrics", self._show_metrics, tags=["Operation"])
         self.app.add_exception_handler(HttpError, self._failed)
         self.app.add_exception_handler(LmiError, self._failed)

@@ -30,6 +30,7 @@ from lmi_multi.tokenizer import load_tokenizer
 log = logging.getLogger(__name__)
 
 MAX_STARTS = 3  # engines in a row that end before they have answered anything
+BYTES_A_TOKEN = 4  # to know before tokenizing whether there is room
 PATIENCE = 2.0  # seconds to wait before an engine is started once more, doubled each time
 
 
@@ -49,7 +50,11 @@ class OverloadedError(LmiError):
         self.retry_after = retry_after
 
 
-_Answer = Any  # a Chunk, a list of vectors, or an exception to raise
+class LateError(LmiError):
+    """There was no whole answer in time."""
+
+
+_Answer = Any  # a Chunk, a list of vectors, a message of a script, or an exception to raise
 
 
 class EngineClient:
@@ -104,6 +109,11 @@ class EngineClient:
         self._fail_all(EngineGoneError(self.error))
 
     @property
+    def _busy(self) -> bool:
+        """Whether it should be heard of: it owes an answer, or does what nobody wants any more."""
+        return bool(self._answers or self.state["rows"])
+
+    @property
     def requests(self) -> int:
         """How many requests are being answered, or wait to be."""
         return len(self._answers)
@@ -152,6 +162,29 @@ class EngineClient:
         finally:
             self._forget(number)
 
+    async def invoke(
+        self, content: bytes, properties: Mapping[str, str], timeout: float
+    ) -> AsyncGenerator[wire.Message]:
+        """What a script answers: its messages up to the one that is the `last`.
+
+        Raises EngineGoneError, or LateError after `timeout` seconds. Closing the iterator ends a
+        stream at its next part, and keeps a call that has not begun from doing so.
+        """
+        message = {"type": "invoke", "content": wire.text(content), "properties": dict(properties)}
+        number, answers = self._ask(message, len(content) // BYTES_A_TOKEN)
+        late = LateError(f"no whole answer within {timeout:g} s")
+        timer = asyncio.get_running_loop().call_later(timeout, answers.put_nowait, late)
+        try:
+            last = False
+            while not last:
+                part: wire.Message = await self._next(answers)
+                last = part["last"]
+                yield part
+            del self._answers[number]
+        finally:
+            timer.cancel()
+            self._forget(number)
+
     def cut(self, reason: str) -> None:
         """Fail everything that is being answered, as the server has no more time for it."""
         for number in [*self._answers]:
@@ -162,7 +195,7 @@ class EngineClient:
         self.check_room(tokens)
         number = next(self._numbers)
         answers: asyncio.Queue[_Answer] = asyncio.Queue()
-        if not self._answers:
+        if not self._busy:
             self._heard = time.monotonic()  # it was silent because it had nothing to do
         self._answers[number], self._tokens[number] = answers, tokens
         self._outbox.put(message | {"id": number})
@@ -212,11 +245,12 @@ class EngineClient:
                 now = time.monotonic()
                 if not self.ready.is_set() and now > deadline:
                     return f"it was not ready within {self._startup_timeout:g} s"
-                if self._answers and self.ready.is_set() and now - self._heard > self._step_timeout:
+                if self._busy and self.ready.is_set() and now - self._heard > self._step_timeout:
                     return f"it said nothing for {self._step_timeout:g} s"
             return ended.result()
         finally:
             self._end_process()
+            self.state = dict.fromkeys(self.state, 0)
 
     def _start_process(self, ended: asyncio.Future[str]) -> None:
         ours, theirs = socket.socketpair()
@@ -279,6 +313,9 @@ class EngineClient:
         elif kind == "embedded":
             self._answered = True
             self._pass_on(message["id"], message["vectors"])
+        elif kind == "output":
+            self._answered = True
+            self._pass_on(message["id"], message)
         elif kind == "refused":
             self._pass_on(message["id"], RefusedError(message["error"]))
 
@@ -287,13 +324,14 @@ class EngineClient:
             self._answers[number].put_nowait(answer)
 
     def _prepare(self, message: wire.Message) -> None:
-        folder = Path(message["folder"])
-        self.reader = PromptReader(
-            Traits(**message["traits"]),
-            Limits(**message["limits"]),
-            load_tokenizer(folder),
-            GenerationDefaults.read(folder),
-        )
+        if "folder" in message:  # a script keeps to itself what it reads
+            folder = Path(message["folder"])
+            self.reader = PromptReader(
+                Traits(**message["traits"]),
+                Limits(**message["limits"]),
+                load_tokenizer(folder),
+                GenerationDefaults.read(folder),
+            )
         self.info = message
         self.ready.set()
 

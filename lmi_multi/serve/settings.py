@@ -303,7 +303,7 @@ class ServeSettings(BaseModel):
             entry = given.get(error.field, Given(error.field, error.value))
             allowed = entry.allowed(error.allowed)
             raise OptionError(_worded(error.field, entry, allowed)) from None
-        if settings.model is None and not settings.multi_model:
+        if settings.model is None and not settings.multi_model and not settings.entry_point:
             raise OptionError(
                 f"no model is named, and {sources.MODEL_FOLDER} does not exist; allowed: MODEL on "
                 f"the command line, option.model_id in {sources.FILE}, or HF_MODEL_ID"
@@ -323,7 +323,7 @@ class ServeSettings(BaseModel):
             "backend": self.backend,
             "dtype": self.dtype,
             "quantize": self.quantize,
-            "tensor_parallel": self._degree(),
+            "tensor_parallel": self.degree(),
             "max_batch": self.max_batch,
             "max_tokens": self.max_tokens,
             "revision": self.revision,
@@ -332,7 +332,8 @@ class ServeSettings(BaseModel):
         }
         return keywords if self.fallback is None else keywords | {"fallback": self.fallback}
 
-    def _degree(self) -> int:
+    def degree(self) -> int:
+        """Ranks that share the model; "max" is one for every device of the backend."""
         if isinstance(self.tensor_parallel, int):
             return self.tensor_parallel
         from lmi_multi import backends  # imports torch, which reading settings does not need

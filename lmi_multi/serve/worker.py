@@ -21,6 +21,7 @@ from lmi_multi.model import Model
 from lmi_multi.models.traits import Traits
 from lmi_multi.options import GenerateOptions
 from lmi_multi.serve import wire
+from lmi_multi.serve.script import serve_script
 from lmi_multi.streaming import View
 
 
@@ -120,7 +121,11 @@ def main() -> None:
     os.set_inheritable(pipe.fileno(), False)
     os.dup2(2, 1)  # whatever is printed here is no answer
     try:
-        with lmi_multi.load(**wire.receive(pipe)) as model:
+        wanted = wire.receive(pipe)
+        if "script" in wanted:
+            serve_script(pipe, **wanted)
+            return
+        with lmi_multi.load(**wanted) as model:
             wire.send(pipe, ready(model))
             Worker(model, pipe).run()
     except BaseException as error:
