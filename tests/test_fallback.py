@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import lmi_multi
 from lmi_multi.checkpoint.inspect import describe
+from lmi_multi.cli.main import run
 from lmi_multi.errors import (
     BackendError,
     CapacityError,
@@ -249,7 +248,7 @@ def test_dtype(checkpoints: Path) -> None:
         assert len(model.generate([[5]], max_new_tokens=3)[0].token_ids) == 3
 
 
-def test_inspect_says_which_engine(checkpoints: Path) -> None:
+def test_inspect_says_which_engine(checkpoints: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = describe(foreign(checkpoints, "bart"))
     assert (found.engine, found.family, found.sizes["kind"]) == (
         "transformers",
@@ -260,20 +259,19 @@ def test_inspect_says_which_engine(checkpoints: Path) -> None:
     tensors = load_file(foreign(checkpoints, "bart") / "model.safetensors").values()
     assert found.parameters == sum(tensor.numel() for tensor in tensors)
     assert describe(checkpoint(checkpoints, "llama")).engine == "lmi_multi"
-    command = [sys.executable, "-m", "lmi_multi", "inspect", str(foreign(checkpoints, "bart"))]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "transformers, if asked for: --fallback transformers" in shown
+    assert run(["inspect", str(foreign(checkpoints, "bart"))]) == 0
+    assert "transformers, if asked for: --fallback transformers" in capsys.readouterr().out
 
 
-def test_the_command_line(checkpoints: Path) -> None:
+def test_the_command_line(checkpoints: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = foreign(checkpoints, "phi", tokenizer=True)
-    command = [sys.executable, "-m", "lmi_multi", "generate", str(folder), "abc", "--backend=cpu"]
-    options = ["--max-new-tokens=6", "--json", "--fallback"]
-    found = subprocess.run([*command, *options, "transformers"], capture_output=True, text=True)
+    options = ["--backend=cpu", "--max-new-tokens=6", "--json", "--fallback=transformers"]
+    assert run(["generate", str(folder), "abc", *options]) == 0
+    found = capsys.readouterr()
     with opened(folder) as model:
         [expected] = model.generate("abc", max_new_tokens=6)
-    assert json.loads(found.stdout)["token_ids"] == expected.token_ids
-    assert "transformers (" in found.stderr.splitlines()[-1]
+    assert json.loads(found.out)["token_ids"] == expected.token_ids
+    assert "transformers (" in found.err.splitlines()[-1]
 
 
 def test_closed(phi: Model) -> None:

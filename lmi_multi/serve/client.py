@@ -7,12 +7,14 @@ import contextlib
 import itertools
 import logging
 import queue
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -57,12 +59,21 @@ class LateError(LmiError):
 _Answer = Any  # a Chunk, a list of vectors, a message of a script, or an exception to raise
 
 
+@dataclass(frozen=True)
+class _End:
+    """Why a process ended."""
+
+    reason: str
+    lacked_memory: bool = False
+
+
 class EngineClient:
     """One engine process at a time, and what is asked of it. Lives in one asyncio loop.
 
     A process that ends, or that says nothing for `step_timeout` seconds while it is asked
     something, fails what it was answering and is replaced. `error` says why there is none and will
-    be none, and `failed` that it is its own fault; `state` is what it last said of itself.
+    be none, `failed` that it is its own fault, and `lacked_memory` that the last one ended for want
+    of memory; `state` is what it last said of itself.
     """
 
     def __init__(
@@ -88,6 +99,7 @@ class EngineClient:
         self.ready = asyncio.Event()
         self.error: str | None = None
         self.failed = False
+        self.lacked_memory = False
         self.reader: PromptReader | None = None
         self.info: wire.Message = {}
         self.state: dict[str, int] = {"rows": 0, "waiting": 0, "blocks": 0}
@@ -96,6 +108,16 @@ class EngineClient:
     async def start(self) -> None:
         """Start the engine, and keep one running, until `close`."""
         self._supervisor = asyncio.create_task(self._supervise())
+
+    async def started(self) -> None:
+        """Wait until it can answer, or has an `error`."""
+        ready = asyncio.create_task(self.ready.wait())
+        try:
+            await asyncio.wait(
+                [ready, *filter(None, [self._supervisor])], return_when=asyncio.FIRST_COMPLETED
+            )
+        finally:
+            ready.cancel()
 
     async def close(self) -> None:
         """End the engine. What it was answering fails."""
@@ -223,7 +245,8 @@ class EngineClient:
         failures = 0
         while True:
             self._answered = False
-            reason = await self._live()
+            end = await self._live()
+            reason, self.lacked_memory = end.reason, end.lacked_memory
             self.ready.clear()
             self._fail_all(EngineGoneError(reason))
             failures = 0 if self._answered else failures + 1
@@ -234,9 +257,9 @@ class EngineClient:
             self.restarts += 1
             await asyncio.sleep(PATIENCE * 2.0 ** max(failures - 1, 0))
 
-    async def _live(self) -> str:
-        """Start a process and see it through to its end; why it ended."""
-        ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    async def _live(self) -> _End:
+        """Start a process and see it through to its end."""
+        ended: asyncio.Future[_End] = asyncio.get_running_loop().create_future()
         self._start_process(ended)
         deadline = time.monotonic() + self._startup_timeout
         try:
@@ -244,15 +267,15 @@ class EngineClient:
                 await asyncio.wait([ended], timeout=0.25)
                 now = time.monotonic()
                 if not self.ready.is_set() and now > deadline:
-                    return f"it was not ready within {self._startup_timeout:g} s"
+                    return _End(f"it was not ready within {self._startup_timeout:g} s")
                 if self._busy and self.ready.is_set() and now - self._heard > self._step_timeout:
-                    return f"it said nothing for {self._step_timeout:g} s"
+                    return _End(f"it said nothing for {self._step_timeout:g} s")
             return ended.result()
         finally:
             self._end_process()
             self.state = dict.fromkeys(self.state, 0)
 
-    def _start_process(self, ended: asyncio.Future[str]) -> None:
+    def _start_process(self, ended: asyncio.Future[_End]) -> None:
         ours, theirs = socket.socketpair()
         command = [sys.executable, "-m", "lmi_multi.serve.worker", str(theirs.fileno())]
         with theirs:
@@ -282,23 +305,25 @@ class EngineClient:
         pipe: Connection,
         process: subprocess.Popen[bytes],
         loop: asyncio.AbstractEventLoop,
-        ended: asyncio.Future[str],
+        ended: asyncio.Future[_End],
     ) -> None:
         """A thread: every message goes to the loop, the end of them as well."""
-        reason = None
+        reason, lacked_memory = None, False
         try:
             while True:
                 message = wire.receive(pipe)
                 if message["type"] == "broken":
                     reason = message["error"]
+                    lacked_memory = message["memory"]
                 else:
                     loop.call_soon_threadsafe(self._handle, message)
         except (EOFError, OSError):
             pipe.close()
             code = process.wait()
-            reason = reason or _reason(code)
+            lacked_memory |= code == -signal.SIGKILL  # the kernel's way to say so
+            end = _End(reason or _reason(code), lacked_memory)
         with contextlib.suppress(RuntimeError):  # the loop has ended
-            loop.call_soon_threadsafe(_settle, ended, reason)
+            loop.call_soon_threadsafe(_settle, ended, end)
 
     def _handle(self, message: wire.Message) -> None:
         self._heard = time.monotonic()
@@ -345,9 +370,9 @@ def _write(pipe: Connection, outbox: queue.SimpleQueue[wire.Message | None]) -> 
             return  # the reader says why
 
 
-def _settle(ended: asyncio.Future[str], reason: str) -> None:
+def _settle(ended: asyncio.Future[_End], end: _End) -> None:
     if not ended.done():
-        ended.set_result(reason)
+        ended.set_result(end)
 
 
 def _reason(code: int) -> str:

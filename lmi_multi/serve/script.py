@@ -31,7 +31,7 @@ _STAND_INS: Mapping[str, ModuleType] = {
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,100}")  # of a header
 _VALUE = re.compile(r"[\t -~]{0,4000}")
 _OWN = ("content-length", "transfer-encoding", "connection")  # the server's to say
-_MEMORY = (CapacityError, MemoryError, torch.OutOfMemoryError)
+OUT_OF_MEMORY = (CapacityError, MemoryError, torch.OutOfMemoryError)
 
 
 def serve_script(pipe: Connection, script: str, properties: dict[str, str]) -> None:
@@ -147,7 +147,7 @@ class _Worker:
         """What the client hears of an error; the log has the rest."""
         traceback.print_exception(error)
         code = 424  # DJL's for a handler that fails
-        if isinstance(error, _MEMORY):
+        if isinstance(error, OUT_OF_MEMORY):
             code = 507
         elif isinstance(error, OptionError):
             code = 400

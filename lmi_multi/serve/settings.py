@@ -281,6 +281,14 @@ class ServeSettings(BaseModel):
                 raise _rule(field, value, f"{allowed} beside option.fallback=transformers")
         return self
 
+    @model_validator(mode="after")
+    def _no_model_beside_many(self) -> ServeSettings:
+        if self.multi_model and self.model is not None:
+            raise _rule("model", self.model, "none beside multi_model, as requests name them")
+        if self.multi_model and self.entry_point is not None:
+            raise _rule("entry_point", self.entry_point, "none beside multi_model")
+        return self
+
     @classmethod
     def read(
         cls,

@@ -55,9 +55,13 @@ def _find(asked: Mapping[str, Given], variables: Mapping[str, Given]) -> Path | 
 
 
 def _model(given: Mapping[str, Given], file: Path | None) -> Given | None:
-    """The model that is named, else the one in SageMaker's folder, else the file's neighbour."""
+    """The model that is named, else the one in SageMaker's folder, else the file's neighbour; none
+    where requests name the models."""
     if "model" in given:
         return given["model"]
+    several = given.get("multi_model")
+    if several is not None and str(several.value).strip().casefold() in ("true", "1"):
+        return None
     if MODEL_FOLDER.is_dir():
         return Given("model", str(MODEL_FOLDER))
     # As with DJL: a file that names no model lies in the model's folder.

@@ -21,7 +21,7 @@ from lmi_multi.model import Model
 from lmi_multi.models.traits import Traits
 from lmi_multi.options import GenerateOptions
 from lmi_multi.serve import wire
-from lmi_multi.serve.script import serve_script
+from lmi_multi.serve.script import OUT_OF_MEMORY, serve_script
 from lmi_multi.streaming import View
 
 
@@ -133,7 +133,8 @@ def main() -> None:
         if not isinstance(error, LmiError):
             traceback.print_exc()
         try:
-            wire.send(pipe, {"type": "broken", "error": line})
+            memory = isinstance(error, OUT_OF_MEMORY)
+            wire.send(pipe, {"type": "broken", "error": line, "memory": memory})
         except OSError:
             print(line, file=sys.stderr)
         sys.exit(1)

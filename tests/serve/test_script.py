@@ -145,7 +145,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "helper.py").write_text("VALUE = 'beside'\n")
     (place / "serving.properties").write_text(
         "engine=Python\noption.entryPoint=model.py\noption.dtype=int8\n"
-        "option.max_rolling_batch_size=7\noption.predict_timeout=4\n"
+        "option.max_rolling_batch_size=7\noption.predict_timeout=3\n"
     )
     return place
 
@@ -270,14 +270,14 @@ def test_a_request_that_left_the_queue_is_not_run(server: Running, folder: Path)
     (folder / "slept").unlink(missing_ok=True)
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(
-            server.post, "/invocations", {"case": "sleep", "seconds": 2, "name": "a"}
+            server.post, "/invocations", {"case": "sleep", "seconds": 1.2, "name": "a"}
         )
         server.until(lambda: server.gauge("lmi_batch_rows") == 1)
         late = pool.submit(
             server.post,
             "/invocations",
             {"case": "sleep", "seconds": 0, "name": "b"},
-            timeout=0.5,
+            timeout=0.4,
         )
         assert late.exception(30) is not None  # the client gave up
         assert first.result(30).text == "awake"
