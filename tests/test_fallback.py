@@ -274,6 +274,20 @@ def test_the_command_line(checkpoints: Path, capsys: pytest.CaptureFixture[str])
     assert "transformers (" in found.err.splitlines()[-1]
 
 
+def test_perplexity(checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, text = foreign(checkpoints, "phi", tokenizer=True), tmp_path / "text"
+    text.write_text("a text")
+    command = ["perplexity", str(folder), "--file", str(text), "--json", "--backend=cpu"]
+    assert run([*command, "--fallback=transformers"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    with opened(folder) as model:
+        ids = model.tokenizer.encode("a text") if model.tokenizer else []
+    with torch.inference_mode():
+        loss = reference(folder)(torch.tensor([ids]), labels=torch.tensor([ids])).loss
+    assert found["tokens"] == len(ids) - 1
+    assert found["perplexity"] == pytest.approx(float(loss.exp()), rel=1e-4)
+
+
 def test_closed(phi: Model) -> None:
     phi.close()
     with pytest.raises(LmiError, match="closed"):

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -14,6 +15,10 @@ import pytest
 
 import lmi_multi
 from lmi_multi import demo
+from lmi_multi.serve import models
+from lmi_multi.serve.errors import HttpError
+from lmi_multi.serve.metrics import Metrics
+from lmi_multi.serve.settings import ServeSettings
 from tests.serve.running import Running, serving
 from tests.tiny_models import checkpoint
 
@@ -133,6 +138,27 @@ def test_what_does_not_fit_is_507_and_leaves_nothing(server: Running, root: Path
     # SageMaker then makes room, and asks again.
     (root / "huge" / "model" / "serving.properties").write_text("option.max_model_len=100\n")
     assert load(server, root, "huge").status_code == 200
+
+
+def test_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without engines: only the names count."""
+    monkeypatch.setattr(models, "PAGE", 2)
+    several = models.Models(tmp_path, lambda folder: ServeSettings(), Metrics(list), 1.0)
+    engine = SimpleNamespace(error=None)
+    gone = SimpleNamespace(error="it ended three times")
+    for name in "dbeac":
+        own = SimpleNamespace(engine=gone if name == "b" else engine)
+        several._loaded[name] = (f"/{name}", own)  # type: ignore[assignment]
+    found, token = [], ""
+    while True:
+        page = several.page(token)
+        found.append([entry["modelName"] for entry in page["models"]])
+        if "nextPageToken" not in page:
+            break
+        token = page["nextPageToken"]
+    assert found == [["a", "c"], ["d", "e"]]
+    with pytest.raises(HttpError, match="is not loaded"):
+        several.entry("b")
 
 
 def test_an_engine_that_is_killed_while_it_loads_lacked_memory(server: Running, root: Path) -> None:
