@@ -129,6 +129,7 @@ def test_a_step_that_fails_can_be_run_again(phi: Model, monkeypatch: pytest.Monk
     [
         ({"quantize": "int8"}, "quantize is 'int8'; allowed beside fallback='transformers': None"),
         ({"tensor_parallel": 2}, "tensor_parallel is 2; allowed beside"),
+        ({"tensor_parallel": True}, "tensor_parallel is True; allowed beside"),
         ({"max_batch": 4}, "max_batch is 4; allowed beside fallback='transformers': None or 1"),
         ({"verify": True}, "verify is True; allowed beside"),
         ({"dtype": "fp8"}, "dtype is 'fp8', must be one of auto"),

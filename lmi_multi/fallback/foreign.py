@@ -36,7 +36,7 @@ def check_options(
         ("max_batch", max_batch, (None, 1), "one prompt runs at a time"),
         ("verify", verify, (False,), "there are no hashes to compare with"),
     ):
-        if value not in allowed:
+        if not any(value is one or (type(value), value) == (type(one), one) for one in allowed):
             raise OptionError(
                 f"{name} is {value!r:.80}; allowed beside fallback={NAME!r}: "
                 f"{' or '.join(map(str, allowed))}, as {why}"

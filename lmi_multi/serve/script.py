@@ -117,11 +117,17 @@ class _Worker:
         except Exception as error:
             failure = self._failure(error) | {"type": "output", "id": message["id"], "last": True}
             wire.send(self._pipe, failure)
-        finally:
-            if isinstance(output, Output):
-                output.finished()
+        if isinstance(output, Output):
+            self._finish(output)
         self._running = None
         self._say_busy(False)
+
+    def _finish(self, output: Output) -> None:
+        """What the script wants done once its answer has gone; nobody waits to hear of it."""
+        try:
+            output.finished()
+        except Exception as error:
+            traceback.print_exception(error)
 
     def _parts(self, output: object) -> Iterator[dict[str, Any]]:
         """An output as messages. Only the first has a status and headers."""

@@ -126,6 +126,8 @@ def handle(inputs):
     if case == "finalize":
         place = properties["model_dir"] + "/final"
         return Output().add("x").finalize(lambda text: open(place, "w").write(text), "done")
+    if case == "finalize badly":
+        return Output().add("y").finalize(lambda: 1 / 0)
     if case == "sleep":
         time.sleep(asked["seconds"])
         with open(properties["model_dir"] + "/slept", "a") as file:
@@ -202,6 +204,7 @@ def test_forms_of_answers(server: Running, folder: Path) -> None:
     nothing = server.post("/invocations", {"case": "none"})
     assert (nothing.status_code, nothing.content) == (204, b"")
     assert server.post("/invocations", {"case": "finalize"}).text == "x"
+    assert server.post("/invocations", {"case": "finalize badly"}).text == "y"
     server.until(lambda: (folder / "final").exists() and (folder / "final").read_text() == "done")
 
 
