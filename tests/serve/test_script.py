@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import sys
@@ -9,13 +10,16 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from unittest import mock
 
 import pytest
 
 from lmi_multi import fastertransformer
+from lmi_multi.checkpoint.source import Source
 from lmi_multi.errors import LmiError
+from lmi_multi.serve import script
 from lmi_multi.serve.script import serve_script
 from tests.serve.running import Running, serving
 
@@ -311,10 +315,27 @@ def test_a_script_that_cannot_start_ends_the_server(tmp_path: Path) -> None:
     assert server.log.read_text().strip().splitlines()[-1] == "error: ValueError: no model"
 
 
-def test_what_is_no_handler(tmp_path: Path) -> None:
-    (tmp_path / "other.py").write_text("def other(inputs): ...")
+@contextlib.contextmanager
+def in_process() -> Iterator[tuple[Connection, Connection]]:
+    """A pipe to talk to a script that is run here, and that leaves nothing behind."""
     ours, theirs = Pipe()
     with ours, theirs, mock.patch.dict(sys.modules), mock.patch.object(sys, "path", [*sys.path]):
+        yield ours, theirs
+
+
+def test_a_model_on_s3_is_downloaded_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model.py").write_text(
+        "def handle(inputs):\n    raise LookupError(inputs.get_property('model_id'))\n"
+    )
+    fetched = Source("s3://bucket/model", tmp_path / "fetched", "local-1")
+    monkeypatch.setattr(script, "resolve", {"s3://bucket/model": fetched}.__getitem__)
+    with in_process() as (_, theirs), pytest.raises(LookupError, match=str(tmp_path / "fetched")):
+        serve_script(theirs, str(tmp_path / "model.py"), {"model_id": "s3://bucket/model"})
+
+
+def test_what_is_no_handler(tmp_path: Path) -> None:
+    (tmp_path / "other.py").write_text("def other(inputs): ...")
+    with in_process() as (ours, theirs):
         with pytest.raises(LmiError, match=r"other.py has no function handle\(inputs\)"):
             serve_script(theirs, str(tmp_path / "other.py"), {})
         assert not ours.poll()
