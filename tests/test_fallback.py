@@ -154,6 +154,18 @@ def test_what_it_does_not_answer_is_refused(phi: Model) -> None:
         phi.generate("a" * 127)
 
 
+def test_beams_of_the_model_s_own_file_are_refused_by_their_name(
+    checkpoints: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(foreign(checkpoints, "bart"), tmp_path / "bart")
+    settings = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(settings | {"num_beams": 4}))
+    with opened(folder) as model:
+        with pytest.raises(OptionError, match=r"num_beams in generation_config.json is 4; allowed"):
+            model.generate([[5]])
+        assert model.generate([[5]], num_beams=1, max_new_tokens=2)[0].token_ids
+
+
 def test_other_hardware_is_refused(checkpoints: Path) -> None:
     with pytest.raises(BackendError, match="backend is 'neuron'; allowed"):
         lmi_multi.load(foreign(checkpoints, "phi"), backend="neuron", fallback="transformers")

@@ -139,8 +139,10 @@ def serve(
 
     def read(folder: Path) -> ServeSettings:
         """Those of one of several models: its own file stands in for that of the server."""
-        own = given | {"model": str(folder), "multi_model": False}
-        return ServeSettings.read(command_line=own, properties=properties, environ=os.environ)
+        own = given | {"multi_model": False}
+        return ServeSettings.read(
+            command_line=own, properties=properties, environ=os.environ, folder=folder
+        )
 
     what = settings.models_root if settings.multi_model else settings.entry_point or settings.model
     application = Application(settings, name or str(what), read)

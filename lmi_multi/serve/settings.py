@@ -296,14 +296,16 @@ class ServeSettings(BaseModel):
         command_line: Mapping[str, object],
         properties: Path | None = None,
         environ: Mapping[str, str],
+        folder: Path | None = None,
     ) -> ServeSettings:
         """Settings from a command line (by field name; None: not given), a file and variables.
 
         The command line counts first, then the file, then the environment, then the defaults.
         Without `properties`, a serving.properties in the model's folder is read: in the folder
-        that the command line names, else in /opt/ml/model, else in the one a variable names.
+        that the command line names, else in /opt/ml/model, else in the one a variable names. One of
+        several models has a `folder` of its own: then it is read there.
         """
-        given = sources.gather(command_line, properties, environ)
+        given = sources.gather(command_line, properties, environ, folder)
         fields: dict[str, Any] = {field: entry.converted() for field, entry in given.items()}
         try:
             settings = cls(**fields)

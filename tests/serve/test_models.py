@@ -35,6 +35,7 @@ def root(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("tiny", "option.dtype=fp32\noption.max_rolling_batch_size=3\n"),
         ("huge", "option.max_model_len=2000000000\n"),  # its cache would take terabytes
         ("slip", "option.dtyp=fp32\n"),
+        ("named", f"option.model_id={demo.CHECKPOINT}\noption.max_rolling_batch_size=3\n"),
         ("code", "option.entryPoint=model.py\n"),
     ):
         shutil.copytree(tiny, place / name / "model")
@@ -135,9 +136,10 @@ def test_what_does_not_fit_is_507_and_leaves_nothing(server: Running, root: Path
     answer = load(server, root, "huge")
     assert answer.status_code == 507 and "GiB" in answer.json()["error"]
     assert names(server) == [] and engines(server) == []
-    # SageMaker then makes room, and asks again.
-    (root / "huge" / "model" / "serving.properties").write_text("option.max_model_len=100\n")
-    assert load(server, root, "huge").status_code == 200
+    # SageMaker then makes room, and asks again; here for one whose file names its model.
+    assert load(server, root, "named").status_code == 200
+    found = server.post("/models/named/invoke", {"inputs": "ten"})
+    assert found.json() == {"generated_text": "10"}
 
 
 def test_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
