@@ -18,16 +18,20 @@ from lmi_multi import backends, chat, embedding, streaming
 from lmi_multi.backends.base import Executor
 from lmi_multi.checkpoint.artifact import Artifact
 from lmi_multi.checkpoint.cache import open_or_convert
-from lmi_multi.checkpoint.convert import Progress
+from lmi_multi.checkpoint.convert import Progress, check_options
+from lmi_multi.checkpoint.source import Source, resolve
 from lmi_multi.defaults import GenerationDefaults
 from lmi_multi.engine.batch import Passage
 from lmi_multi.engine.batch import Prompt as EncoderPrompt
 from lmi_multi.engine.engine import Engine
 from lmi_multi.engine.request import Job
 from lmi_multi.engine.sequence import Sequence as EngineSequence
-from lmi_multi.errors import OptionError
+from lmi_multi.errors import OptionError, UnsupportedModelError
+from lmi_multi.fallback import foreign
+from lmi_multi.fallback.foreign import Foreign
 from lmi_multi.models.schema import check_degree
 from lmi_multi.models.spec import ModelSpec
+from lmi_multi.models.traits import Traits
 from lmi_multi.options import Completion, GenerateOptions, per_prompt
 from lmi_multi.prompts import Prompt, PromptReader, Prompts
 from lmi_multi.streaming import Chunk
@@ -73,6 +77,7 @@ def load(
     revision: str | None = None,
     verify: bool = False,
     prefix_caching: bool = True,
+    fallback: str | None = None,
     progress: Progress | None = None,
 ) -> Model:
     """Load a model from a local folder, "s3://bucket/prefix", a Hugging Face Hub id, or "demo".
@@ -83,25 +88,44 @@ def load(
     `max_tokens` bounds prompt plus generated tokens of a decoder, and each of the two for an
     encoder-decoder. `verify` compares the artifact's files with their sha256 first. With
     `prefix_caching` prompts of a decoder-only model that begin alike, in one call or in several,
-    share what has been computed of them. `progress` is called with bytes done, bytes in all, and
-    the file's or tensor's name while downloading from S3 and while converting; by several threads,
-    but never by two at once.
+    share what has been computed of them. `fallback="transformers"`: what no family declares, of
+    transformers' own causal and sequence-to-sequence architectures, runs through transformers, one
+    prompt at a time, without `quantize`, `tensor_parallel` or beams; what a family declares runs as
+    ever. `progress` is called with bytes done, bytes in all, and the file's or tensor's name while
+    downloading from S3 and while converting; by several threads, but never by two at once.
 
     Raises OptionError, CheckpointError, BackendError or CapacityError, each one clear line.
     """
     for name, flag in (("verify", verify), ("prefix_caching", prefix_caching)):
         if not isinstance(flag, bool):
             raise OptionError(f"{name} is {flag!r:.80}; allowed: True or False")
+    found: str | Path | Source = source
+    if fallback is not None:
+        foreign.check_options(
+            fallback,
+            quantize=quantize,
+            tensor_parallel=tensor_parallel,
+            max_batch=max_batch,
+            verify=verify,
+        )
+        found = resolve(source, revision, progress)
+        if not foreign.is_declared(found.folder):
+            return _load_foreign(found.folder, backend, dtype, max_tokens)
     chosen = backends.select(backend)
-    artifact = open_or_convert(
-        source,
-        revision=revision,
-        dtype=dtype,
-        quantize=quantize,
-        tensor_parallel=tensor_parallel,
-        verify=verify,
-        progress=progress,
-    )
+    try:
+        artifact = open_or_convert(
+            found,
+            revision=revision,
+            dtype=dtype,
+            quantize=quantize,
+            tensor_parallel=tensor_parallel,
+            verify=verify,
+            progress=progress,
+        )
+    except UnsupportedModelError as error:
+        if fallback is None:
+            raise UnsupportedModelError(f"{error}; fallback='transformers' may run it") from None
+        raise
     check_degree(artifact.spec, tensor_parallel)
     executor = chosen.load(
         artifact, tensor_parallel=tensor_parallel, max_batch=max_batch, max_tokens=max_tokens
@@ -109,15 +133,28 @@ def load(
     return Model(artifact, chosen.name, executor, prefix_caching)
 
 
+def _load_foreign(folder: Path, backend: str, dtype: str, max_tokens: int | None) -> Model:
+    from lmi_multi.fallback import loading
+
+    check_options(dtype, None, 1)
+    found = Foreign.read(folder)
+    executor = loading.load(found, backend=backend, dtype=dtype, max_tokens=max_tokens)
+    return Model(found, foreign.NAME, executor, prefix_caching=False)
+
+
 class Model:
     """A loaded model. Safe to use from several threads; close it, or use it in a `with`."""
 
     def __init__(
-        self, artifact: Artifact, backend: str, executor: Executor, prefix_caching: bool = True
+        self,
+        artifact: Artifact | Foreign,
+        backend: str,
+        executor: Executor,
+        prefix_caching: bool = True,
     ) -> None:
         self.backend = backend
         self.device = executor.device
-        self.spec: ModelSpec = artifact.spec
+        self.spec: ModelSpec | Traits = artifact.spec
         self.artifact = artifact
         self.limits = executor.limits
         self.tokenizer: Tokenizer | None = load_tokenizer(artifact.folder)

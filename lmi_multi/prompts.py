@@ -15,6 +15,7 @@ from lmi_multi.engine.detokenizer import Detokenizer
 from lmi_multi.engine.request import Job
 from lmi_multi.errors import OptionError
 from lmi_multi.models.spec import ModelSpec
+from lmi_multi.models.traits import Traits
 from lmi_multi.options import GenerateOptions
 from lmi_multi.tokenizer import Tokenizer
 
@@ -78,7 +79,7 @@ def _check_text(text: str, what: str) -> None:
 class PromptReader:
     """Turns prompts into token ids, and into sequences for the engine, of one model."""
 
-    spec: ModelSpec
+    spec: ModelSpec | Traits
     limits: Limits
     tokenizer: Tokenizer | None
     defaults: GenerationDefaults
@@ -169,10 +170,23 @@ class PromptReader:
         ]
         if resolved.num_beams == 1:
             return Job(answers, answers)
-        return Job([self._search(index, answers)], answers)
+        where = "" if options.num_beams else f" in {self.defaults.source}"
+        return Job([self._search(index, answers, f"num_beams{where}")], answers)
 
-    def _search(self, index: int, answers: Sequence[engine.Sequence]) -> BeamSearch:
-        """The beam search that finds `answers`, checked for what the model was loaded for."""
+    def bounded(self, options: GenerateOptions, ids: list[int], length: int) -> GenerateOptions:
+        """`options` with at most `length` new tokens, and no more than fit, where neither they nor
+        the model's own file set a length."""
+        filed = self.defaults.options
+        lengths = (options.max_new_tokens, options.max_length)
+        if any(value is not None for value in (*lengths, filed.max_new_tokens, filed.max_length)):
+            return options
+        used = len(ids) if self.spec.kind == "decoder" else 1
+        room = max(1, min(length, self.limits.max_tokens - used))
+        return GenerateOptions.of(options, max_new_tokens=room)
+
+    def _search(self, index: int, answers: Sequence[engine.Sequence], name: str) -> BeamSearch:
+        """The beam search that finds `answers`, checked for what the model was loaded for; `name`
+        says where its number of beams stands."""
         first = answers[0]
         options = first.options
         stops = self.tokenizer if options.stop else None
@@ -187,13 +201,13 @@ class PromptReader:
         limits = self.limits
         if options.num_beams > limits.max_batch:
             raise OptionError(
-                f"prompt {index}: num_beams is {options.num_beams}; allowed: at most "
+                f"prompt {index}: {name} is {options.num_beams}; allowed: at most "
                 f"{limits.max_batch}, the max_batch that the model was loaded with"
             )
         needed = sum(search.blocks_needed(limits.block_size))
         if needed > limits.blocks:
             raise OptionError(
-                f"prompt {index}: num_beams is {options.num_beams}, which with up to "
+                f"prompt {index}: {name} is {options.num_beams}, which with up to "
                 f"{options.max_new_tokens} new tokens needs {needed} cache blocks of "
                 f"{limits.block_size} tokens; allowed: at most {limits.blocks}, so fewer beams or "
                 "new tokens"

@@ -11,6 +11,7 @@ from lmi_multi.defaults import GenerationDefaults
 from lmi_multi.engine.engine import Engine
 from lmi_multi.engine.sequence import Sequence
 from lmi_multi.models.spec import ModelSpec
+from lmi_multi.models.traits import Traits
 from lmi_multi.options import GenerateOptions
 
 
@@ -31,7 +32,7 @@ class Timing:
 
 
 def time_generation(
-    engine: Engine, spec: ModelSpec, rows: int, prompt: int, tokens: int, rounds: int
+    engine: Engine, spec: ModelSpec | Traits, rows: int, prompt: int, tokens: int, rounds: int
 ) -> Timing:
     """Answer `rows` random prompts of `prompt` tokens greedily with exactly `tokens` > 1 tokens."""
     chance = random.Random(rows)
@@ -42,7 +43,7 @@ def time_generation(
     return Timing(rows, first, whole, (whole - first) / (tokens - 1))
 
 
-def _run(engine: Engine, spec: ModelSpec, prompts: list[list[int]], tokens: int) -> float:
+def _run(engine: Engine, spec: ModelSpec | Traits, prompts: list[list[int]], tokens: int) -> float:
     decoder_only = spec.kind == "decoder"
     defaults = GenerationDefaults(decoder_start_token_id=0)
     options = defaults.resolve(

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def open_or_convert(
-    source: str | Path,
+    source: str | Path | Source,
     *,
     revision: str | None = None,
     dtype: str = "auto",
@@ -38,7 +38,7 @@ def open_or_convert(
     `Artifact.open` raise.
     """
     check_options(dtype, quantize, tensor_parallel)
-    found = resolve(source, revision, progress)
+    found = source if isinstance(source, Source) else resolve(source, revision, progress)
     if is_artifact(found.folder):
         artifact = Artifact.open(found.folder, verify)
         _check_same(artifact, dtype, quantize)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,28 +13,40 @@ from pydantic import BaseModel
 from lmi_multi.checkpoint.artifact import Artifact, is_artifact
 from lmi_multi.checkpoint.convert import chosen_dtype
 from lmi_multi.checkpoint.formats import open_reader
-from lmi_multi.checkpoint.layout import DtypeName, QuantizeName, parameters, stored_tensors
-from lmi_multi.checkpoint.plan import make_plan
+from lmi_multi.checkpoint.layout import (
+    DTYPES,
+    DtypeName,
+    QuantizeName,
+    parameters,
+    stored_tensors,
+)
+from lmi_multi.checkpoint.plan import dominant, make_plan
+from lmi_multi.checkpoint.reader import CheckpointReader, Reader
 from lmi_multi.checkpoint.source import Source, resolve
 from lmi_multi.checkpoint.writer import Progress
+from lmi_multi.fallback.foreign import Foreign, is_declared
 from lmi_multi.models.schema import valid_degrees
 
 
 class Description(BaseModel):
     """What `lmi-multi inspect` shows. Sizes of files and ranks are in bytes.
 
+    `engine` runs it: this package's own, or transformers, which `load` must be asked for as a
+    `fallback`. Of what transformers runs, every tensor counts as a parameter, and whether the head
+    is tied is not known.
     `dtype` is the artifact's, or a checkpoint's own. `bytes_per_rank` are the weights that each of
     `tensor_parallel` ranks holds; for a checkpoint, those of its conversion with default options.
     `verified`: whether hashes were compared ("no hashes": a checkpoint has none).
     """
 
     kind: Literal["artifact", "checkpoint"]
+    engine: Literal["lmi_multi", "transformers"]
     path: str
     family: str
     architecture: str | None
     sizes: dict[str, Any]
     parameters: int
-    tied_head: bool
+    tied_head: bool | None
     dtype: DtypeName
     quantize: QuantizeName | None
     tensor_parallel: int
@@ -60,7 +74,9 @@ def describe(
     the errors of `resolve`, `Artifact.open` and `make_plan`.
     """
     found = resolve(source, revision, progress)
-    return _artifact(found, verify) if is_artifact(found.folder) else _checkpoint(found)
+    if is_artifact(found.folder):
+        return _artifact(found, verify)
+    return _checkpoint(found) if is_declared(found.folder) else _foreign(found)
 
 
 def _artifact(source: Source, verify: bool) -> Description:
@@ -68,6 +84,7 @@ def _artifact(source: Source, verify: bool) -> Description:
     manifest, spec = artifact.manifest, artifact.spec
     return Description(
         kind="artifact",
+        engine="lmi_multi",
         path=str(artifact.folder),
         family=spec.family,
         architecture=_architecture(artifact.folder),
@@ -91,10 +108,9 @@ def _checkpoint(source: Source) -> Description:
     plan = make_plan(source.folder, reader)
     spec = plan.spec
     stored = stored_tensors(spec, plan.tensors, chosen_dtype(plan, "auto"), None)
-    beside = (item for item in reader.side_files().values() if isinstance(item, Path))
-    files = [*reader.paths, *beside]
     return Description(
         kind="checkpoint",
+        engine="lmi_multi",
         path=str(source.folder),
         family=spec.family,
         architecture=plan.architecture,
@@ -106,11 +122,43 @@ def _checkpoint(source: Source) -> Description:
         tensor_parallel=1,
         bytes_per_rank=sum(tensor.nbytes(1) for tensor in stored),
         degrees=valid_degrees(spec),
-        files={path.name: path.stat().st_size for path in files},
+        files=_files(reader),
         source=source.name,
         revision=source.revision,
         verified="no hashes",
     )
+
+
+def _foreign(source: Source) -> Description:
+    foreign = Foreign.read(source.folder)
+    reader = CheckpointReader(source.folder)
+    infos = reader.tensors.values()
+    count, dtype = sum(math.prod(info.shape) for info in infos), dominant(infos)
+    return Description(
+        kind="checkpoint",
+        engine="transformers",
+        path=str(source.folder),
+        family=foreign.spec.family,
+        architecture=foreign.architecture,
+        sizes=_sizes(asdict(foreign.spec)) | {"max_positions": foreign.positions},
+        parameters=count,
+        tied_head=None,
+        dtype=dtype,
+        quantize=None,
+        tensor_parallel=1,
+        bytes_per_rank=count * DTYPES[dtype].itemsize,
+        degrees=[1],
+        files=_files(reader),
+        source=source.name,
+        revision=source.revision,
+        verified="no hashes",
+    )
+
+
+def _files(reader: Reader) -> dict[str, int]:
+    """Sizes of the files that loading reads."""
+    beside = (item for item in reader.side_files().values() if isinstance(item, Path))
+    return {path.name: path.stat().st_size for path in (*reader.paths, *beside)}
 
 
 def _sizes(spec: dict[str, Any]) -> dict[str, Any]:

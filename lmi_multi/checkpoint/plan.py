@@ -88,7 +88,7 @@ def make_plan(folder: Path, reader: Reader, compare: bool = True) -> Plan:
     told = config.fields.get("tie_word_embeddings") is True
     if _tied(spec, entries, reader if compare else None, told):
         entries = [entry for entry in entries if entry.name != "head.weight"]
-    dtype = _dominant(reader.tensors, entries)
+    dtype = dominant(reader.tensors[s] for entry in entries for s in entry.sources)
     return Plan(architecture, family, spec, dtype, tuple(entries), tuple(ignored))
 
 
@@ -261,12 +261,10 @@ def _tied(spec: ModelSpec, entries: list[Entry], reader: Reader | None, told: bo
     )
 
 
-def _dominant(infos: Mapping[str, TensorInfo], entries: Iterable[Entry]) -> DtypeName:
+def dominant(infos: Iterable[TensorInfo]) -> DtypeName:
     """The dtype that most bytes have, in the names of this package."""
     sizes: dict[DtypeName, int] = {"fp32": 0, "fp16": 0, "bf16": 0}
     names: dict[torch.dtype, DtypeName] = {torch.float16: "fp16", torch.bfloat16: "bf16"}
-    for entry in entries:
-        for source in entry.sources:
-            info = infos[source]
-            sizes[names.get(info.dtype, "fp32")] += info.nbytes
+    for info in infos:
+        sizes[names.get(info.dtype, "fp32")] += info.nbytes
     return max(sizes, key=lambda name: sizes[name])

@@ -93,6 +93,7 @@ def generate(
     max_batch: options.MaxBatch = None,
     max_tokens: options.MaxTokens = None,
     revision: options.Revision = None,
+    fallback: options.Fallback = None,
     verify: options.Verify = False,
 ) -> None:
     """Generate text from prompts.
@@ -131,6 +132,7 @@ def generate(
             max_batch=max_batch,
             max_tokens=max_tokens,
             revision=revision,
+            fallback=fallback,
             verify=verify,
             progress=progress,
         )

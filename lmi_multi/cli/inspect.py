@@ -13,6 +13,12 @@ from lmi_multi.cli.console import byte_progress, json_page, out, pairs, size, ta
 if TYPE_CHECKING:
     from lmi_multi.checkpoint.inspect import Description
 
+_ENGINES = {
+    "lmi_multi": "lmi_multi",
+    "transformers": "transformers, if asked for: --fallback transformers",
+}
+_HEADS = {True: "tied to the embedding", False: "own", None: "not known"}
+
 
 def inspect(
     path: Annotated[
@@ -43,11 +49,12 @@ def _overview(d: Description) -> Table:
     shown = pairs(d.path)
     architecture = f" ({d.architecture})" if d.architecture else ""
     shown.add_row("kind", d.kind)
+    shown.add_row("engine", _ENGINES[d.engine])
     shown.add_row("family", f"{d.family}{architecture}")
     shown.add_row("parameters", f"{d.parameters:,}")
     shown.add_row("dtype", d.dtype)
     shown.add_row("quantized", d.quantize or "no")
-    shown.add_row("output head", "tied to the embedding" if d.tied_head else "own")
+    shown.add_row("output head", _HEADS[d.tied_head])
     shown.add_row("tensor parallel", str(d.tensor_parallel))
     shown.add_row("bytes a rank", f"{size(d.bytes_per_rank)} ({d.bytes_per_rank:,})")
     shown.add_row("possible degrees", ", ".join(map(str, d.degrees)))

@@ -50,4 +50,11 @@ Verify = Annotated[
         rich_help_panel=LOADING,
     ),
 ]
+Fallback = Annotated[
+    str | None,
+    typer.Option(
+        help="transformers: run what no family declares through transformers.",
+        rich_help_panel=LOADING,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]

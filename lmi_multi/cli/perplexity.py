@@ -34,6 +34,7 @@ def perplexity(
         int | None, typer.Option(help="Tokens of context.", rich_help_panel=options.LOADING)
     ] = None,
     revision: options.Revision = None,
+    fallback: options.Fallback = None,
 ) -> None:
     """Print the perplexity of a text: exp of the mean negative log-likelihood a token.
 
@@ -55,6 +56,7 @@ def perplexity(
             tensor_parallel=tensor_parallel,
             max_tokens=max_tokens,
             revision=revision,
+            fallback=fallback,
             progress=progress,
         )
     with loaded:

@@ -19,11 +19,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _SERVER = "Server"
-_LATER = {  # settings that containers have and that this version cannot keep
-    "entry_point": "a script of your own",
-    "fallback": "other engines",
-    "multi_model": "several models",
-}
 
 
 def serve(
@@ -63,6 +58,21 @@ def serve(
         float | None,
         typer.Option(help="Seconds that SIGTERM leaves for answers.", rich_help_panel=_SERVER),
     ] = None,
+    multi_model: Annotated[
+        bool | None,
+        typer.Option(
+            "--multi-model",
+            help="No MODEL: requests to /models load and unload them.",
+            rich_help_panel=_SERVER,
+        ),
+    ] = None,
+    models_root: Annotated[
+        Path | None,
+        typer.Option(
+            help="The folder that these models are in; default: /opt/ml/models.",
+            rich_help_panel=_SERVER,
+        ),
+    ] = None,
     backend: Annotated[
         str | None, typer.Option(help="auto, cpu, cuda or neuron.", rich_help_panel=options.LOADING)
     ] = None,
@@ -78,6 +88,14 @@ def serve(
     max_batch: options.MaxBatch = None,
     max_tokens: options.MaxTokens = None,
     revision: options.Revision = None,
+    fallback: options.Fallback = None,
+    entry_point: Annotated[
+        Path | None,
+        typer.Option(
+            help="A script with a function handle(inputs) that answers instead of a model.",
+            rich_help_panel=_SERVER,
+        ),
+    ] = None,
 ) -> None:
     """Serve a model over HTTP: SageMaker's, DJL's and OpenAI's requests.
 
@@ -110,24 +128,26 @@ def serve(
         "max_batch": max_batch,
         "max_tokens": max_tokens,
         "revision": revision,
+        "fallback": fallback,
+        "entry_point": entry_point,
+        "multi_model": multi_model,
+        "models_root": models_root,
     }
     settings = ServeSettings.read(command_line=given, properties=properties, environ=os.environ)
-    _check(settings)
-    application = Application(settings, name or str(settings.model))
-    server = Server(application, settings.host, settings.port, settings.drain_timeout)
-    note(f"serving {settings.model} on {settings.host} port {settings.port}")
-    server.run()
-    if application.engine.failed:
-        raise LmiError(application.engine.error or "the engine failed")
-
-
-def _check(settings: ServeSettings) -> None:
-    """Refuse what cannot be kept, and say what changes nothing."""
-    for field, what in _LATER.items():
-        if getattr(settings, field):
-            raise OptionError(
-                f"{field} is {getattr(settings, field)}, and this version serves without {what}; "
-                "allowed: nothing"
-            )
     if settings.task != "auto":
         log.info("task is %s: no effect, as the model itself tells what it can do", settings.task)
+
+    def read(folder: Path) -> ServeSettings:
+        """Those of one of several models: its own file stands in for that of the server."""
+        own = given | {"multi_model": False}
+        return ServeSettings.read(
+            command_line=own, properties=properties, environ=os.environ, folder=folder
+        )
+
+    what = settings.models_root if settings.multi_model else settings.entry_point or settings.model
+    application = Application(settings, name or str(what), read)
+    server = Server(application, settings.host, settings.port, settings.drain_timeout)
+    note(f"serving {what} on {settings.host} port {settings.port}")
+    server.run()
+    if application.failed:
+        raise LmiError(application.error or "the engine failed")

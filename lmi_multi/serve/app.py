@@ -2,46 +2,43 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hmac
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lmi_multi.errors import LmiError
-from lmi_multi.serve import openai, sagemaker
+from lmi_multi.serve import models, openai, sagemaker
 from lmi_multi.serve.client import EngineClient
 from lmi_multi.serve.errors import HttpError
 from lmi_multi.serve.metrics import Metrics
-from lmi_multi.serve.service import Service
+from lmi_multi.serve.served import Served
 from lmi_multi.serve.settings import ServeSettings
 
 log = logging.getLogger(__name__)
 
 
 class Application:
-    """A FastAPI application around one engine, which lives as long as the application runs."""
+    """A FastAPI application around one engine, which lives as long as the application runs; or
+    around none, and models that requests load: `read` gives the settings of each."""
 
-    def __init__(self, settings: ServeSettings, name: str) -> None:
-        self.engine = EngineClient(
-            settings.load_arguments(),
-            max_requests=settings.max_queue,
-            max_tokens=settings.max_queue_tokens,
-            startup_timeout=settings.startup_timeout,
-            step_timeout=settings.step_timeout,
-        )
-        self.metrics = Metrics(self.engine)
+    def __init__(self, settings: ServeSettings, name: str, read: models.Read) -> None:
+        self.metrics = Metrics(self._engines)
         self.draining = False
-        service = Service(self.engine, self.metrics, settings.request_timeout)
+        self._served: Served | None = None
+        self._models = models.Models(
+            settings.models_root, read, self.metrics, settings.drain_timeout
+        )
         self.app = FastAPI(title="lmi_multi", lifespan=self._lifespan)
-        limit = settings.max_body_bytes
-        self.app.include_router(sagemaker.router(service, settings, lambda: self.draining))
-        self.app.include_router(openai.router(service, limit, name))
+        for router in self._routers(settings, name):
+            self.app.include_router(router)
         self.app.add_api_route("/metrics", self._show_metrics, tags=["Operation"])
         self.app.add_exception_handler(HttpError, self._failed)
         self.app.add_exception_handler(LmiError, self._failed)
@@ -52,13 +49,41 @@ class Application:
             key = settings.api_key.get_secret_value()
             self.app.add_middleware(_Authorized, key=key)
 
+    def _routers(self, settings: ServeSettings, name: str) -> Iterator[APIRouter]:
+        if settings.multi_model:
+            yield models.router(self._models, settings, lambda: self.draining)
+            return
+        self._served = served = Served(settings, self.metrics)
+        yield sagemaker.router(served.invoke, served.engine, settings, lambda: self.draining)
+        if served.service is not None:
+            yield openai.router(served.service, settings.max_body_bytes, name)
+
+    def _engines(self) -> list[EngineClient]:
+        return self._models.engines() if self._served is None else [self._served.engine]
+
+    @property
+    def error(self) -> str | None:
+        """Why nothing can be answered any more; models that requests load may always come."""
+        return None if self._served is None else self._served.engine.error
+
+    @property
+    def failed(self) -> bool:
+        """Whether that is the engine's own fault."""
+        return self._served is not None and self._served.engine.failed
+
+    def cut(self, reason: str) -> None:
+        """Fail everything that is being answered, as there is no more time for it."""
+        for engine in self._engines():
+            engine.cut(reason)
+
     @contextlib.asynccontextmanager
     async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:
-        await self.engine.start()
+        if self._served is not None:
+            await self._served.engine.start()
         try:
             yield
         finally:
-            await self.engine.close()
+            await asyncio.gather(*(engine.close() for engine in self._engines()))
 
     async def _show_metrics(self) -> Response:
         """Prometheus's text format."""

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
-from starlette.requests import Request
 
 from lmi_multi.serve.errors import HttpError
 
 PATIENCE = 30.0  # seconds without a byte after which a client counts as gone
+
+if TYPE_CHECKING:  # the handler for DJL Serving does without starlette
+    from starlette.requests import Request
+
 _Model = TypeVar("_Model", bound=BaseModel)
 
 

@@ -7,12 +7,14 @@ import contextlib
 import itertools
 import logging
 import queue
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from typing import Any
 from lmi_multi.backends.base import Limits
 from lmi_multi.defaults import GenerationDefaults
 from lmi_multi.errors import LmiError
-from lmi_multi.models.spec import ModelSpec
+from lmi_multi.models.traits import Traits
 from lmi_multi.options import GenerateOptions
 from lmi_multi.prompts import PromptReader
 from lmi_multi.serve import wire
@@ -30,6 +32,7 @@ from lmi_multi.tokenizer import load_tokenizer
 log = logging.getLogger(__name__)
 
 MAX_STARTS = 3  # engines in a row that end before they have answered anything
+BYTES_A_TOKEN = 4  # to know before tokenizing whether there is room
 PATIENCE = 2.0  # seconds to wait before an engine is started once more, doubled each time
 
 
@@ -49,7 +52,19 @@ class OverloadedError(LmiError):
         self.retry_after = retry_after
 
 
-_Answer = Any  # a Chunk, a list of vectors, or an exception to raise
+class LateError(LmiError):
+    """There was no whole answer in time."""
+
+
+_Answer = Any  # a Chunk, a list of vectors, a message of a script, or an exception to raise
+
+
+@dataclass(frozen=True)
+class _End:
+    """Why a process ended."""
+
+    reason: str
+    lacked_memory: bool = False
 
 
 class EngineClient:
@@ -57,7 +72,8 @@ class EngineClient:
 
     A process that ends, or that says nothing for `step_timeout` seconds while it is asked
     something, fails what it was answering and is replaced. `error` says why there is none and will
-    be none, and `failed` that it is its own fault; `state` is what it last said of itself.
+    be none, `failed` that it is its own fault, and `lacked_memory` that the last one ended for want
+    of memory; `state` is what it last said of itself.
     """
 
     def __init__(
@@ -83,6 +99,7 @@ class EngineClient:
         self.ready = asyncio.Event()
         self.error: str | None = None
         self.failed = False
+        self.lacked_memory = False
         self.reader: PromptReader | None = None
         self.info: wire.Message = {}
         self.state: dict[str, int] = {"rows": 0, "waiting": 0, "blocks": 0}
@@ -91,6 +108,16 @@ class EngineClient:
     async def start(self) -> None:
         """Start the engine, and keep one running, until `close`."""
         self._supervisor = asyncio.create_task(self._supervise())
+
+    async def started(self) -> None:
+        """Wait until it can answer, or has an `error`."""
+        ready = asyncio.create_task(self.ready.wait())
+        try:
+            await asyncio.wait(
+                [ready, *filter(None, [self._supervisor])], return_when=asyncio.FIRST_COMPLETED
+            )
+        finally:
+            ready.cancel()
 
     async def close(self) -> None:
         """End the engine. What it was answering fails."""
@@ -102,6 +129,11 @@ class EngineClient:
         self.error = self.error or "the server is shutting down"
         self._end_process()
         self._fail_all(EngineGoneError(self.error))
+
+    @property
+    def _busy(self) -> bool:
+        """Whether it should be heard of: it owes an answer, or does what nobody wants any more."""
+        return bool(self._answers or self.state["rows"])
 
     @property
     def requests(self) -> int:
@@ -152,6 +184,29 @@ class EngineClient:
         finally:
             self._forget(number)
 
+    async def invoke(
+        self, content: bytes, properties: Mapping[str, str], timeout: float
+    ) -> AsyncGenerator[wire.Message]:
+        """What a script answers: its messages up to the one that is the `last`.
+
+        Raises EngineGoneError, or LateError after `timeout` seconds. Closing the iterator ends a
+        stream at its next part, and keeps a call that has not begun from doing so.
+        """
+        message = {"type": "invoke", "content": wire.text(content), "properties": dict(properties)}
+        number, answers = self._ask(message, len(content) // BYTES_A_TOKEN)
+        late = LateError(f"no whole answer within {timeout:g} s")
+        timer = asyncio.get_running_loop().call_later(timeout, answers.put_nowait, late)
+        try:
+            last = False
+            while not last:
+                part: wire.Message = await self._next(answers)
+                last = part["last"]
+                yield part
+            del self._answers[number]
+        finally:
+            timer.cancel()
+            self._forget(number)
+
     def cut(self, reason: str) -> None:
         """Fail everything that is being answered, as the server has no more time for it."""
         for number in [*self._answers]:
@@ -162,7 +217,7 @@ class EngineClient:
         self.check_room(tokens)
         number = next(self._numbers)
         answers: asyncio.Queue[_Answer] = asyncio.Queue()
-        if not self._answers:
+        if not self._busy:
             self._heard = time.monotonic()  # it was silent because it had nothing to do
         self._answers[number], self._tokens[number] = answers, tokens
         self._outbox.put(message | {"id": number})
@@ -190,7 +245,8 @@ class EngineClient:
         failures = 0
         while True:
             self._answered = False
-            reason = await self._live()
+            end = await self._live()
+            reason, self.lacked_memory = end.reason, end.lacked_memory
             self.ready.clear()
             self._fail_all(EngineGoneError(reason))
             failures = 0 if self._answered else failures + 1
@@ -201,9 +257,9 @@ class EngineClient:
             self.restarts += 1
             await asyncio.sleep(PATIENCE * 2.0 ** max(failures - 1, 0))
 
-    async def _live(self) -> str:
-        """Start a process and see it through to its end; why it ended."""
-        ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    async def _live(self) -> _End:
+        """Start a process and see it through to its end."""
+        ended: asyncio.Future[_End] = asyncio.get_running_loop().create_future()
         self._start_process(ended)
         deadline = time.monotonic() + self._startup_timeout
         try:
@@ -211,14 +267,15 @@ class EngineClient:
                 await asyncio.wait([ended], timeout=0.25)
                 now = time.monotonic()
                 if not self.ready.is_set() and now > deadline:
-                    return f"it was not ready within {self._startup_timeout:g} s"
-                if self._answers and self.ready.is_set() and now - self._heard > self._step_timeout:
-                    return f"it said nothing for {self._step_timeout:g} s"
+                    return _End(f"it was not ready within {self._startup_timeout:g} s")
+                if self._busy and self.ready.is_set() and now - self._heard > self._step_timeout:
+                    return _End(f"it said nothing for {self._step_timeout:g} s")
             return ended.result()
         finally:
             self._end_process()
+            self.state = dict.fromkeys(self.state, 0)
 
-    def _start_process(self, ended: asyncio.Future[str]) -> None:
+    def _start_process(self, ended: asyncio.Future[_End]) -> None:
         ours, theirs = socket.socketpair()
         command = [sys.executable, "-m", "lmi_multi.serve.worker", str(theirs.fileno())]
         with theirs:
@@ -248,23 +305,25 @@ class EngineClient:
         pipe: Connection,
         process: subprocess.Popen[bytes],
         loop: asyncio.AbstractEventLoop,
-        ended: asyncio.Future[str],
+        ended: asyncio.Future[_End],
     ) -> None:
         """A thread: every message goes to the loop, the end of them as well."""
-        reason = None
+        reason, lacked_memory = None, False
         try:
             while True:
                 message = wire.receive(pipe)
                 if message["type"] == "broken":
                     reason = message["error"]
+                    lacked_memory = message["memory"]
                 else:
                     loop.call_soon_threadsafe(self._handle, message)
         except (EOFError, OSError):
             pipe.close()
             code = process.wait()
-            reason = reason or _reason(code)
+            lacked_memory |= code == -signal.SIGKILL  # the kernel's way to say so
+            end = _End(reason or _reason(code), lacked_memory)
         with contextlib.suppress(RuntimeError):  # the loop has ended
-            loop.call_soon_threadsafe(_settle, ended, reason)
+            loop.call_soon_threadsafe(_settle, ended, end)
 
     def _handle(self, message: wire.Message) -> None:
         self._heard = time.monotonic()
@@ -279,6 +338,9 @@ class EngineClient:
         elif kind == "embedded":
             self._answered = True
             self._pass_on(message["id"], message["vectors"])
+        elif kind == "output":
+            self._answered = True
+            self._pass_on(message["id"], message)
         elif kind == "refused":
             self._pass_on(message["id"], RefusedError(message["error"]))
 
@@ -287,13 +349,14 @@ class EngineClient:
             self._answers[number].put_nowait(answer)
 
     def _prepare(self, message: wire.Message) -> None:
-        folder = Path(message["folder"])
-        self.reader = PromptReader(
-            ModelSpec.from_dict(message["spec"]),
-            Limits(**message["limits"]),
-            load_tokenizer(folder),
-            GenerationDefaults.read(folder),
-        )
+        if "folder" in message:  # a script keeps to itself what it reads
+            folder = Path(message["folder"])
+            self.reader = PromptReader(
+                Traits(**message["traits"]),
+                Limits(**message["limits"]),
+                load_tokenizer(folder),
+                GenerationDefaults.read(folder),
+            )
         self.info = message
         self.ready.set()
 
@@ -307,9 +370,9 @@ def _write(pipe: Connection, outbox: queue.SimpleQueue[wire.Message | None]) -> 
             return  # the reader says why
 
 
-def _settle(ended: asyncio.Future[str], reason: str) -> None:
+def _settle(ended: asyncio.Future[_End], end: _End) -> None:
     if not ended.done():
-        ended.set_result(reason)
+        ended.set_result(end)
 
 
 def _reason(code: int) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lmi_multi.errors import LmiError, OptionError
-from lmi_multi.serve.client import EngineGoneError, OverloadedError, RefusedError
+from lmi_multi.errors import CapacityError, LmiError, OptionError
+from lmi_multi.serve.client import EngineGoneError, LateError, OverloadedError, RefusedError
 
 
 @dataclass
@@ -24,8 +24,12 @@ class HttpError(Exception):
             return cls(503, str(error), headers={"Retry-After": str(error.retry_after)})
         if isinstance(error, EngineGoneError):
             return cls(503, f"the engine is not available: {error}", headers={"Retry-After": "5"})
+        if isinstance(error, LateError):
+            return cls(504, str(error))
         if isinstance(error, OptionError | RefusedError):
             return cls(400, str(error))
+        if isinstance(error, CapacityError):
+            return cls(507, str(error))
         return cls(500, str(error))
 
     def openai(self) -> dict[str, object]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterable
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -16,7 +18,8 @@ _FINE = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.25, 0.5, 1.
 class Metrics:
     """The counters of one server, in a registry of their own."""
 
-    def __init__(self, engine: EngineClient) -> None:
+    def __init__(self, engines: Callable[[], Iterable[EngineClient]]) -> None:
+        """`engines` gives those that run now; what they have is added up."""
         self._registry = registry = CollectorRegistry()
         self._requests = Counter(
             "lmi_requests", "Prompts by how they ended", ["outcome"], registry=registry
@@ -39,18 +42,15 @@ class Metrics:
             "lmi_request_seconds", "Time to the last token", buckets=_SECONDS, registry=registry
         )
         for name, text, value in (
-            ("lmi_in_flight", "Prompts being answered or waiting", lambda: engine.requests),
-            (
-                "lmi_batch_rows",
-                "Rows that the running prompts may have",
-                lambda: engine.state["rows"],
-            ),
-            ("lmi_queue", "Prompts that wait for a row", lambda: engine.state["waiting"]),
-            ("lmi_cache_blocks", "Cache blocks in use", lambda: engine.state["blocks"]),
-            ("lmi_engine_restarts", "Engines started after the first", lambda: engine.restarts),
-            ("lmi_engine_ready", "1 if the engine can answer", lambda: engine.ready.is_set()),
+            ("lmi_in_flight", "Prompts being answered or waiting", lambda e: e.requests),
+            ("lmi_batch_rows", "Rows that the running prompts may have", lambda e: e.state["rows"]),
+            ("lmi_queue", "Prompts that wait for a row", lambda e: e.state["waiting"]),
+            ("lmi_cache_blocks", "Cache blocks in use", lambda e: e.state["blocks"]),
+            ("lmi_engine_restarts", "Engines started after the first", lambda e: e.restarts),
+            ("lmi_engine_ready", "Engines that can answer", lambda e: e.ready.is_set()),
         ):
-            Gauge(name, text, registry=registry).set_function(value)
+            gauge = Gauge(name, text, registry=registry)
+            gauge.set_function(partial(_total, engines, value))
 
     def text(self) -> bytes:
         """All of them in Prometheus's text format."""
@@ -60,6 +60,12 @@ class Metrics:
         """Begin to watch a prompt."""
         self._prompt_tokens.inc(prompt_tokens)
         return Watch(self)
+
+
+def _total(
+    engines: Callable[[], Iterable[EngineClient]], value: Callable[[EngineClient], int]
+) -> float:
+    return float(sum(map(value, engines())))
 
 
 class Watch:

@@ -19,8 +19,9 @@ from lmi_multi.errors import LmiError
 from lmi_multi.options import TokenLogprob
 from lmi_multi.prompts import as_list
 from lmi_multi.serve import body
+from lmi_multi.serve.answer import Answer
 from lmi_multi.serve.errors import HttpError
-from lmi_multi.serve.service import Answer, Service, Wanted, first
+from lmi_multi.serve.service import Service, Wanted, first
 from lmi_multi.streaming import Chunk
 
 _SAME = (  # options that go by the same name on both sides

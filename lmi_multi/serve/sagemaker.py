@@ -1,73 +1,77 @@
-"""SageMaker's routes, with the request and answer shapes of DJL Serving's LMI containers."""
+"""SageMaker's routes."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from fastapi import APIRouter
-from pydantic import BaseModel, ConfigDict, StrictBool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from lmi_multi.errors import LmiError
-from lmi_multi.options import GenerateOptions, TokenLogprob
 from lmi_multi.prompts import as_list
-from lmi_multi.serve import body, openai
+from lmi_multi.serve import body, lmi, openai
+from lmi_multi.serve.answer import Answer
+from lmi_multi.serve.client import EngineClient
 from lmi_multi.serve.errors import HttpError
-from lmi_multi.serve.service import Answer, Service, Wanted, first
+from lmi_multi.serve.lmi import Invocation
+from lmi_multi.serve.service import Service, Wanted, first
 from lmi_multi.serve.settings import ServeSettings
 from lmi_multi.streaming import Chunk
 
-NEW_TOKENS = 30  # LMI's default
-_REASONS = {"eos": "eos_token", "length": "length", "stop": "stop_sequence"}
-_NAMES = {"stop_sequences": "stop"}
 _JSON_LINES, _SSE = "application/jsonlines", "text/event-stream"
 _LINE, _EVENT = "%s\n", "data: %s\n\n"
 _FORMS = {_SSE: _EVENT, _JSON_LINES: _LINE}
 
 
-class Invocation(BaseModel):
-    """The body of `/invocations`: prompts, and how to continue them."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    inputs: str | list[str] | list[int] | list[list[int]]
-    parameters: dict[str, Any] = {}
-    stream: StrictBool | None = None
+Invoke = Callable[[Request], Awaitable[Response]]
 
 
-def router(service: Service, settings: ServeSettings, draining: Callable[[], bool]) -> APIRouter:
+def router(
+    invoke: Invoke, engine: EngineClient, settings: ServeSettings, draining: Callable[[], bool]
+) -> APIRouter:
     """The routes. `draining` says whether the server is about to end."""
     routes = APIRouter()
 
     @routes.get("/ping", tags=["SageMaker"])
     async def ping() -> Response:
         """200 once the model can answer, 503 before that and while there is no engine."""
-        ok = service.engine.ready.is_set() and not draining()
+        ok = engine.ready.is_set() and not draining()
         return Response(status_code=200 if ok else 503)
 
     @routes.get("/execution-parameters", tags=["SageMaker"])
     async def execution_parameters() -> dict[str, Any]:
         """What batch transform asks before it sends anything."""
-        rows = service.engine.info.get("limits", {}).get("max_batch", 1)
+        rows = engine.info.get("limits", {}).get("max_batch", 1)
         return {
             "MaxConcurrentTransforms": settings.max_concurrent_transforms or rows,
             "BatchStrategy": settings.batch_strategy,
             "MaxPayloadInMB": max(1, settings.max_body_bytes >> 20),
         }
 
-    schema = {"schema": Invocation.model_json_schema()}
-
-    @routes.post(
-        "/invocations",
-        tags=["SageMaker"],
-        openapi_extra={"requestBody": {"content": {"application/json": schema}}},
-    )
+    @routes.post("/invocations", tags=["SageMaker"], openapi_extra=described(settings))
     async def invocations(request: Request) -> Response:
         """Continue prompts, or embed them with an encoder. A body with `messages` or `prompt` is
-        taken for a request in OpenAI's form."""
+        taken for a request in OpenAI's form. A script decides by itself what it takes."""
+        return await invoke(request)
+
+    return routes
+
+
+def described(settings: ServeSettings) -> dict[str, Any]:
+    """The body of an invocation for the OpenAPI page."""
+    content = {"application/json": {"schema": Invocation.model_json_schema()}}
+    if settings.entry_point is not None:
+        content = {"*/*": {"schema": {}}}
+    return {"requestBody": {"content": content}}
+
+
+def invoker(service: Service, settings: ServeSettings) -> Invoke:
+    """What answers an invocation of a model."""
+
+    async def invoke(request: Request) -> Response:
         data = await body.read(request, settings.max_body_bytes)
         kind = request.headers.get("content-type", "application/json").partition(";")[0].strip()
         if kind in (_JSON_LINES, "application/x-jsonlines", "application/jsonl"):
@@ -83,7 +87,7 @@ def router(service: Service, settings: ServeSettings, draining: Callable[[], boo
         asked = body.check(Invocation, value)
         return await _invoke(service, asked, request, _form(asked, request, settings))
 
-    return routes
+    return invoke
 
 
 async def _invoke(
@@ -92,8 +96,7 @@ async def _invoke(
     """`form`: how a line of a stream looks; None for a whole answer."""
     if service.is_encoder:
         return JSONResponse(await _embeddings(service, asked, request))
-    options, details = _options(asked.parameters)
-    several = not isinstance(asked.inputs, str) and not _is_ids(asked.inputs)
+    options, details = lmi.options(asked.parameters)
     prompts = as_list(asked.inputs)
     if form is not None:
         if len(prompts) != 1 or options.get("num_return_sequences", 1) != 1:
@@ -101,20 +104,20 @@ async def _invoke(
                 400, "stream is True; allowed: with one prompt and one answer", "stream"
             )
         options.setdefault("logprobs", 0)
-        wanted = await service.wanted(prompts, options, NEW_TOKENS)
+        wanted = await service.wanted(prompts, options, lmi.NEW_TOKENS)
         chunks = await first(service.stream(wanted))
         kind = _SSE if form == _EVENT else _JSON_LINES
         return StreamingResponse(_events(chunks, wanted[0], form), media_type=kind)
     if details:
         options.setdefault("logprobs", 0)
-    wanted = await service.wanted(prompts, options, NEW_TOKENS)
+    wanted = await service.wanted(prompts, options, lmi.NEW_TOKENS)
     answers = await service.answers(wanted, request)
     shown = [
-        _shown(service, answer, own, details)
+        lmi.shown(answer, len(own.ids), service.tokenizer, details)
         for own, found in zip(wanted, answers, strict=True)
         for answer in found
     ]
-    return JSONResponse(shown if several or len(shown) > 1 else shown[0])
+    return JSONResponse(shown[0] if asked.single and len(shown) == 1 else shown)
 
 
 def _form(asked: Invocation, request: Request, settings: ServeSettings) -> str | None:
@@ -148,58 +151,9 @@ async def _lines(service: Service, data: bytes, request: Request) -> Response:
 
 
 async def _embeddings(service: Service, asked: Invocation, request: Request) -> Any:
-    known = {"pooling", "normalize"}
-    if unknown := set(asked.parameters) - known:
-        raise HttpError(
-            400, f"unknown parameter {min(unknown)!r}; known: pooling, normalize", min(unknown)
-        )
-    one = isinstance(asked.inputs, str) or _is_ids(asked.inputs)
-    prompts = as_list(asked.inputs)
-    vectors, _ = await service.embed(prompts, request, **asked.parameters)
-    return vectors[0] if one else vectors
-
-
-def _options(parameters: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
-    """Our options, and whether details are wanted."""
-    given = {_NAMES.get(name, name): value for name, value in parameters.items()}
-    if len(given) < len(parameters):
-        raise HttpError(400, "stop and stop_sequences are the same; allowed: one of them", "stop")
-    details = given.pop("details", False)
-    if not isinstance(details, bool):
-        raise HttpError(400, f"details is {details!r:.80}; allowed: true or false", "details")
-    # Sampling options beside an unset do_sample mean sampling there.
-    asked = GenerateOptions.of({n: v for n, v in given.items() if n != "do_sample"})
-    if given.get("do_sample") is None and asked.sampling_asked() and not asked.num_beams:
-        given["do_sample"] = True
-    return given, details
-
-
-def _shown(service: Service, answer: Answer, wanted: Wanted, details: bool) -> dict[str, Any]:
-    shown: dict[str, Any] = {"generated_text": answer.text}
-    if answer.score is not None:
-        shown["score"] = answer.score
-    if service.tokenizer is None:
-        shown["token_ids"] = answer.token_ids
-    if details:
-        shown["details"] = _details(answer, wanted) | {
-            "tokens": [_token(service, entry) for entry in answer.logprobs]
-        }
-    return shown
-
-
-def _details(answer: Answer, wanted: Wanted) -> dict[str, Any]:
-    return {
-        "finish_reason": _REASONS.get(answer.finish_reason, answer.finish_reason),
-        "generated_tokens": len(answer.token_ids),
-        "prompt_tokens": len(wanted.ids),
-    }
-
-
-def _token(service: Service, entry: TokenLogprob) -> dict[str, Any]:
-    text = None
-    if service.tokenizer is not None:
-        text = service.tokenizer.decode([entry.token_id])
-    return {"id": entry.token_id, "text": text, "log_prob": entry.logprob}
+    parameters = lmi.pooling(asked.parameters)
+    vectors, _ = await service.embed(as_list(asked.inputs), request, **parameters)
+    return vectors[0] if asked.single else vectors
 
 
 async def _events(chunks: AsyncGenerator[Chunk], wanted: Wanted, form: str) -> AsyncIterator[str]:
@@ -208,25 +162,11 @@ async def _events(chunks: AsyncGenerator[Chunk], wanted: Wanted, form: str) -> A
     try:
         async for chunk in chunks:
             answer.add(chunk)
-            events = _tokens(chunk)
-            if chunk.finish_reason is not None:
-                events = events or [{}]
-                events[-1] |= {"generated_text": answer.text, "details": _details(answer, wanted)}
-            for event in events:
+            for event in lmi.events(chunk, answer, len(wanted.ids)):
                 yield form % json.dumps(event)
     except (LmiError, HttpError) as error:
         failure = error if isinstance(error, HttpError) else HttpError.of(error)
         yield form % json.dumps({"error": failure.message, "code": failure.status})
-
-
-def _tokens(chunk: Chunk) -> list[dict[str, Any]]:
-    """A chunk's tokens; its text, which may be several tokens', stands with the last one."""
-    scores = [entry.logprob for entry in chunk.logprobs or []]
-    texts = [""] * (len(chunk.token_ids) - 1) + [chunk.text or ""]
-    return [
-        {"token": {"id": token, "text": text, "log_prob": score}}
-        for token, text, score in zip(chunk.token_ids, texts, scores, strict=True)
-    ]
 
 
 def _text(data: bytes) -> str:
@@ -234,7 +174,3 @@ def _text(data: bytes) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise HttpError(400, f"the body is no UTF-8 at byte {error.start}") from None
-
-
-def _is_ids(inputs: Any) -> bool:
-    return bool(inputs) and all(isinstance(entry, int) for entry in inputs)

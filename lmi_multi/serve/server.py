@@ -47,7 +47,7 @@ class Server(uvicorn.Server):
 
     async def _watch(self) -> None:
         """End the server once there will be no engine any more."""
-        while self._application.engine.error is None:
+        while self._application.error is None:
             await asyncio.sleep(0.1)
         self.should_exit = True
 
@@ -57,5 +57,5 @@ class Server(uvicorn.Server):
         self._application.draining = True
         self.should_exit = True
         delay = max(0.0, self._drain - LAST_WORDS)
-        engine = self._application.engine
-        asyncio.get_running_loop().call_later(delay, engine.cut, "the server is shutting down")
+        cut = self._application.cut
+        asyncio.get_running_loop().call_later(delay, cut, "the server is shutting down")

@@ -5,22 +5,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from starlette.requests import Request
 
 from lmi_multi import chat
 from lmi_multi.errors import LmiError, OptionError
-from lmi_multi.options import FinishReason, GenerateOptions, TokenLogprob
+from lmi_multi.options import GenerateOptions
 from lmi_multi.prompts import Prompt, PromptReader
-from lmi_multi.serve.client import EngineClient, EngineGoneError
+from lmi_multi.serve.answer import Answer
+from lmi_multi.serve.client import BYTES_A_TOKEN, EngineClient, EngineGoneError
 from lmi_multi.serve.errors import HttpError
 from lmi_multi.serve.metrics import Metrics
 from lmi_multi.streaming import Chunk
 from lmi_multi.tokenizer import Tokenizer, text_of
-
-BYTES_A_TOKEN = 4  # to know before tokenizing whether there is room
 
 
 @dataclass(frozen=True)
@@ -33,27 +32,6 @@ class Wanted:
     options: GenerateOptions
     answers: int
     text: str = ""
-
-
-@dataclass
-class Answer:
-    """One whole answer."""
-
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    finish_reason: FinishReason = "cancelled"
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    score: float | None = None
-
-    def add(self, chunk: Chunk) -> None:
-        """Take the next chunk of it. Raises HttpError 500 if the answer has failed."""
-        if chunk.error is not None:
-            raise HttpError(500, f"{chunk.finish_reason}: {chunk.error}")
-        self.text += chunk.text or ""
-        self.token_ids += chunk.token_ids
-        self.logprobs += chunk.logprobs or []
-        self.finish_reason = chunk.finish_reason or self.finish_reason
-        self.score = chunk.score if chunk.score is not None else self.score
 
 
 class Service:
@@ -107,17 +85,10 @@ class Service:
         given = GenerateOptions.of(options)
         if given.prompt_logprobs:
             raise OptionError("prompt_logprobs is True; allowed: False, as nothing here returns it")
-        filed = reader.defaults.options
-        unset = (given.max_new_tokens, given.max_length, filed.max_new_tokens, filed.max_length)
         results = []
         for index, prompt in enumerate(prompts):
             ids = reader.ids(prompt, index)
-            own = given
-            if length is not None and all(value is None for value in unset):
-                used = len(ids) if reader.spec.kind == "decoder" else 1
-                own = GenerateOptions.of(
-                    given, max_new_tokens=max(1, min(length, reader.limits.max_tokens - used))
-                )
+            own = given if length is None else reader.bounded(given, ids, length)
             job = reader.job(index, ids, own)
             text = ""
             if job.answers[0].options.return_full_text:

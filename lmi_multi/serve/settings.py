@@ -270,14 +270,23 @@ class ServeSettings(BaseModel):
     def _one_engine_at_a_time(self) -> ServeSettings:
         if self.fallback is None:
             return self
-        if self.quantize is not None:
-            raise _rule("quantize", self.quantize, "nothing beside option.fallback=transformers")
-        if self.tensor_parallel != 1:
-            raise _rule(
-                "tensor_parallel",
-                self.tensor_parallel,
-                "1 beside option.fallback=transformers, which spreads layers over all devices",
-            )
+        for field, free, allowed in (
+            ("quantize", (None,), "nothing"),
+            ("tensor_parallel", (1,), "1"),
+            ("max_batch", (None, 1), "1"),
+            ("verify", (False,), "false"),
+        ):
+            value = getattr(self, field)
+            if value not in free:
+                raise _rule(field, value, f"{allowed} beside option.fallback=transformers")
+        return self
+
+    @model_validator(mode="after")
+    def _no_model_beside_many(self) -> ServeSettings:
+        if self.multi_model and self.model is not None:
+            raise _rule("model", self.model, "none beside multi_model, as requests name them")
+        if self.multi_model and self.entry_point is not None:
+            raise _rule("entry_point", self.entry_point, "none beside multi_model")
         return self
 
     @classmethod
@@ -287,14 +296,16 @@ class ServeSettings(BaseModel):
         command_line: Mapping[str, object],
         properties: Path | None = None,
         environ: Mapping[str, str],
+        folder: Path | None = None,
     ) -> ServeSettings:
         """Settings from a command line (by field name; None: not given), a file and variables.
 
         The command line counts first, then the file, then the environment, then the defaults.
         Without `properties`, a serving.properties in the model's folder is read: in the folder
-        that the command line names, else in /opt/ml/model, else in the one a variable names.
+        that the command line names, else in /opt/ml/model, else in the one a variable names. One of
+        several models has a `folder` of its own: then it is read there.
         """
-        given = sources.gather(command_line, properties, environ)
+        given = sources.gather(command_line, properties, environ, folder)
         fields: dict[str, Any] = {field: entry.converted() for field, entry in given.items()}
         try:
             settings = cls(**fields)
@@ -302,7 +313,7 @@ class ServeSettings(BaseModel):
             entry = given.get(error.field, Given(error.field, error.value))
             allowed = entry.allowed(error.allowed)
             raise OptionError(_worded(error.field, entry, allowed)) from None
-        if settings.model is None and not settings.multi_model:
+        if settings.model is None and not settings.multi_model and not settings.entry_point:
             raise OptionError(
                 f"no model is named, and {sources.MODEL_FOLDER} does not exist; allowed: MODEL on "
                 f"the command line, option.model_id in {sources.FILE}, or HF_MODEL_ID"
@@ -322,7 +333,7 @@ class ServeSettings(BaseModel):
             "backend": self.backend,
             "dtype": self.dtype,
             "quantize": self.quantize,
-            "tensor_parallel": self._degree(),
+            "tensor_parallel": self.degree(),
             "max_batch": self.max_batch,
             "max_tokens": self.max_tokens,
             "revision": self.revision,
@@ -331,7 +342,8 @@ class ServeSettings(BaseModel):
         }
         return keywords if self.fallback is None else keywords | {"fallback": self.fallback}
 
-    def _degree(self) -> int:
+    def degree(self) -> int:
+        """Ranks that share the model; "max" is one for every device of the backend."""
         if isinstance(self.tensor_parallel, int):
             return self.tensor_parallel
         from lmi_multi import backends  # imports torch, which reading settings does not need

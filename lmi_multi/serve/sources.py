@@ -20,14 +20,23 @@ MAX_KEY_BYTES = 4096
 
 
 def gather(
-    command_line: Mapping[str, object], file: Path | None, environ: Mapping[str, str]
+    command_line: Mapping[str, object],
+    file: Path | None,
+    environ: Mapping[str, str],
+    folder: Path | None = None,
 ) -> dict[str, Given]:
-    """What was given for each field of the settings, each from the source that counts first."""
+    """What was given for each field of the settings, each from the source that counts first.
+
+    `folder` is the model's own, where it is known: its file is read, and it is the model if nothing
+    names another.
+    """
     asked = names.of_command_line(command_line)
     variables = names.of_environment(environ)
-    found = file or _find(asked, variables)
+    found = file or _find(asked, variables, folder)
     listed = names.of_file(properties.read(found)) if found else {}
     given = variables | listed | asked
+    if folder is not None:
+        given.setdefault("model", Given("model", str(folder)))
     model = _model(given, found)
     if model is not None:
         given["model"] = model
@@ -44,9 +53,14 @@ def gather(
     return _with_key(given)
 
 
-def _find(asked: Mapping[str, Given], variables: Mapping[str, Given]) -> Path | None:
+def _find(
+    asked: Mapping[str, Given], variables: Mapping[str, Given], folder: Path | None
+) -> Path | None:
     """The serving.properties of the model's folder, if there is one."""
-    if "model" in asked:
+    folders: list[Path | None]
+    if folder is not None:
+        folders = [folder]
+    elif "model" in asked:
         folders = [_folder(asked["model"])]
     else:
         folders = [MODEL_FOLDER, _folder(variables.get("model"))]
@@ -55,9 +69,13 @@ def _find(asked: Mapping[str, Given], variables: Mapping[str, Given]) -> Path | 
 
 
 def _model(given: Mapping[str, Given], file: Path | None) -> Given | None:
-    """The model that is named, else the one in SageMaker's folder, else the file's neighbour."""
+    """The model that is named, else the one in SageMaker's folder, else the file's neighbour; none
+    where requests name the models."""
     if "model" in given:
         return given["model"]
+    several = given.get("multi_model")
+    if several is not None and str(several.value).strip().casefold() in ("true", "1"):
+        return None
     if MODEL_FOLDER.is_dir():
         return Given("model", str(MODEL_FOLDER))
     # As with DJL: a file that names no model lies in the model's folder.

@@ -1,12 +1,13 @@
 """What the server and its engine process say to each other: JSON over a private pipe.
 
 JSON, not pickle: whatever one side says, the other only gets data. From the server come `submit`,
-`embed` and `cancel`; from the engine `ready` once, then a message for each step, answers to
-`embed`, refusals, and `broken` before it ends because it cannot go on.
+`embed` and `cancel`, to a script `invoke`; from the engine `ready` once, then a message for each
+step, answers to `embed` and `invoke`, refusals, and `broken` before it ends as it cannot go on.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 from multiprocessing.connection import Connection
 from typing import Any
@@ -26,6 +27,16 @@ def receive(pipe: Connection) -> Message:
     """Wait for a message. Raises EOFError or OSError when nobody speaks any more."""
     message: Message = json.loads(pipe.recv_bytes())
     return message
+
+
+def text(content: bytes) -> str:
+    """Any bytes as a JSON value; `content` is its inverse."""
+    return base64.b64encode(content).decode("ascii")
+
+
+def content(text: str) -> bytes:
+    """The bytes that were made text."""
+    return base64.b64decode(text)
 
 
 def pack(chunk: Chunk) -> list[Any]:

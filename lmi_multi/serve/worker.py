@@ -18,8 +18,10 @@ import lmi_multi
 from lmi_multi.engine.request import Job
 from lmi_multi.errors import LmiError, OptionError
 from lmi_multi.model import Model
+from lmi_multi.models.traits import Traits
 from lmi_multi.options import GenerateOptions
 from lmi_multi.serve import wire
+from lmi_multi.serve.script import OUT_OF_MEMORY, serve_script
 from lmi_multi.streaming import View
 
 
@@ -104,7 +106,7 @@ def ready(model: Model) -> wire.Message:
     return {
         "type": "ready",
         "folder": str(model.artifact.folder),
-        "spec": model.spec.to_dict(),
+        "traits": asdict(Traits.of(model.spec)),
         "limits": asdict(model.limits),
         "backend": model.backend,
         "device": model.device,
@@ -119,7 +121,11 @@ def main() -> None:
     os.set_inheritable(pipe.fileno(), False)
     os.dup2(2, 1)  # whatever is printed here is no answer
     try:
-        with lmi_multi.load(**wire.receive(pipe)) as model:
+        wanted = wire.receive(pipe)
+        if "script" in wanted:
+            serve_script(pipe, **wanted)
+            return
+        with lmi_multi.load(**wanted) as model:
             wire.send(pipe, ready(model))
             Worker(model, pipe).run()
     except BaseException as error:
@@ -127,7 +133,8 @@ def main() -> None:
         if not isinstance(error, LmiError):
             traceback.print_exc()
         try:
-            wire.send(pipe, {"type": "broken", "error": line})
+            memory = isinstance(error, OUT_OF_MEMORY)
+            wire.send(pipe, {"type": "broken", "error": line, "memory": memory})
         except OSError:
             print(line, file=sys.stderr)
         sys.exit(1)

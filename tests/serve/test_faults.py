@@ -182,7 +182,7 @@ def test_a_file_of_properties_is_all_it_needs(tmp_path: Path) -> None:
         assert whole.json() == {"generated_text": "10"}
     for line, message in (
         ("option.dtyp=fp32", "option.dtype"),
-        ("option.multi_model=true", "multi_model is True, and this version serves without"),
+        ("option.multi_model=true", "option.model_id is 'demo'; allowed: none beside multi_model"),
     ):
         properties.write_text(f"option.model_id=demo\n{line}\n")
         failed = subprocess.run(command, capture_output=True, text=True)

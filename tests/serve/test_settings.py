@@ -79,6 +79,11 @@ def read(
     )
 
 
+def beside(field: str) -> dict[str, str]:
+    """A model for the server; with several, requests name them."""
+    return {} if field in ("model", "multi_model") else {"HF_MODEL_ID": "demo"}
+
+
 def refused(*args: Any) -> str:
     with pytest.raises(OptionError) as caught:
         read(*args)
@@ -95,19 +100,19 @@ def test_every_property_reaches_its_field(field: str, name: str, file: Path) -> 
     text, value = VALUES[field]
     file.write_text(f"{name}={text}\n")
     assert getattr(read(file=file), field) == value
-    assert getattr(read({name: text}, None, {"HF_MODEL_ID": "demo"}), field) == value
+    assert getattr(read({name: text}, None, beside(field)), field) == value
 
 
 @pytest.mark.parametrize(("field", "name"), [v for v in VARIABLES if v[0] in VALUES])
 def test_every_variable_reaches_its_field(field: str, name: str) -> None:
     text, value = ("3", 3 * 2**20) if name in IN_MEGABYTES else VALUES[field]
-    assert getattr(read(environ={"HF_MODEL_ID": "demo"} | {name: text}), field) == value
+    assert getattr(read(environ=beside(field) | {name: text}), field) == value
 
 
 @pytest.mark.parametrize("field", VALUES)
 def test_every_field_is_an_option_of_the_command_line(field: str) -> None:
     text, value = VALUES[field]
-    assert getattr(read({"model": "demo"} | {field: text}), field) == value
+    assert getattr(read({field: text}, None, beside(field)), field) == value
 
 
 def test_every_field_has_a_name() -> None:
@@ -219,6 +224,12 @@ def test_each_source_names_the_script_from_its_place(
             "engine=Accelerate\noption.tensor_parallel_degree=2",
             "option.tensor_parallel_degree is '2'; allowed: 1 beside",
         ),
+        ("engine=Accelerate\noption.max_rolling_batch_size=8", "is '8'; allowed: 1 beside"),
+        (
+            "option.multi_model=true\noption.model_id=a",
+            "option.model_id is 'a'; allowed: none beside multi_model",
+        ),
+        ("engine=Accelerate\noption.verify=true", "is 'true'; allowed: false beside"),
     ],
 )
 def test_refusals_of_a_file(text: str, message: str, file: Path) -> None:
