@@ -68,9 +68,10 @@ def on_cpu(opened: Artifact) -> Executor:
 
 
 def emulated(opened: Artifact, degree: int) -> Any:
-    from lmi_multi.backends.neuron.loading import open_emulated
+    from lmi_multi.backends.neuron.emulator import EmulatorRuntime
+    from lmi_multi.backends.neuron.loading import open_executor
 
-    return open_emulated(opened, degree, LIMITS)
+    return open_executor(opened, degree, LIMITS, EmulatorRuntime())
 
 
 def ids(count: int, seed: int) -> list[int]:
@@ -238,4 +239,4 @@ def test_what_static_graphs_cannot_carry_is_refused_by_name(
 def emulated_cores(count: int) -> None:
     from lmi_multi.backends.neuron.emulator import EmulatorRuntime
 
-    EmulatorRuntime().compile(torch.nn.Module(), [], [], count)
+    EmulatorRuntime().builder(torch.nn.Module(), [], count)

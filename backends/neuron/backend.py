@@ -15,8 +15,9 @@ from lmi_multi.models.schema import check_degree
 from lmi_multi.models.spec import ModelSpec
 
 from . import devices, instances
+from .runtimes import VARIABLE as RUNTIME
+from .runtimes import open_runtime
 
-RUNTIME = "LMI_MULTI_NEURON_RUNTIME"
 INSTANCE = "LMI_MULTI_NEURON_INSTANCE"
 CACHE_SHARE = 0.25  # of the memory that the weights leave: a step holds the cache twice
 NEEDED = ("torch_xla", "jax", "jaxlib")
@@ -66,9 +67,9 @@ class NeuronBackend:
             max_tokens=max_tokens,
             max_step_tokens=512,
         )
-        from .loading import open_emulated  # needs torch-xla
+        from .loading import open_executor
 
-        return open_emulated(artifact, degree, limits)
+        return open_executor(artifact, degree, limits, open_runtime("emulator", None))
 
 
 def _check(spec: ModelSpec, degree: int) -> None:

@@ -15,6 +15,7 @@ from lmi_multi.models.spec import ModelSpec
 
 from .buckets import Buckets, fit
 from .inputs import block_table, padded, slots
+from .lint import check_inputs
 from .program import Program, Trace
 
 
@@ -100,6 +101,10 @@ class NeuronExecutor:
         """See `Executor.close`."""
         self._program.close()
 
+    def _run(self, trace: Trace, inputs: dict[str, Tensor]) -> list[Tensor]:
+        check_inputs(trace.tag, trace.bounds, inputs)
+        return self._program.run(trace.tag, **inputs)
+
     def _prepare(self, batch: Batch) -> None:
         """Copy blocks and encode prompts. Fresh blocks need no clearing: see `attention`."""
         copies = [pair for row in batch.rows for pair in row.copies]
@@ -107,11 +112,11 @@ class NeuronExecutor:
         count = trace.inputs["sources"][0]
         for start in range(0, len(copies), count):
             sources, targets = zip(*copies[start : start + count], strict=True)
-            self._program.run(
-                trace.tag,
-                sources=padded(sources, count, self._trash),
-                targets=padded(targets, count, self._trash),
-            )
+            inputs = {
+                "sources": padded(sources, count, self._trash),
+                "targets": padded(targets, count, self._trash),
+            }
+            self._run(trace, inputs)
         for prompt in batch.prompts:
             self._encode(prompt, prompt.cross_blocks)
 
@@ -141,7 +146,7 @@ class NeuronExecutor:
             fit(self._buckets.encoded, encoded) if encoded else 0,
             draws,
         )
-        return self._program.run(trace.tag, **self._inputs(trace, rows))
+        return self._run(trace, self._inputs(trace, rows))
 
     def _inputs(self, trace: Trace, rows: Sequence[Row]) -> dict[str, Tensor]:
         """What `trace` wants of `rows`."""
@@ -185,7 +190,7 @@ class NeuronExecutor:
         if "slots" in trace.inputs:
             own = slots(blocks, 0, count, self._size)
             inputs["slots"] = padded(own, bucket, self._trash * self._size)
-        return self._program.run(trace.tag, **inputs)
+        return self._run(trace, inputs)
 
     def _whole(self, row: Row) -> tuple[Tensor, Tensor]:
         """Hidden states and logits of all tokens of a row, in slices that the buckets hold."""

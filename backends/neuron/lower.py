@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,9 +21,12 @@ from .program import Trace
 
 @dataclass(frozen=True)
 class Graph:
-    """One lowered graph. `parameters[i]` is the name of input i: a buffer's, or `input.` and the
-    trace's name of it; those in `constants` have a value instead. The outputs are the module's,
-    `outputs` of them, and then the state in the order of `state`."""
+    """`program.Lowered`, and what its inputs and outputs mean.
+
+    `parameters[i]` is the name of input i: a buffer's, or `input.` and the trace's name of it;
+    those in `constants` have a value instead. The outputs are the module's, `outputs` of them, and
+    then the state in the order of `state`.
+    """
 
     tag: str
     proto: bytes
@@ -31,6 +35,16 @@ class Graph:
     constants: dict[int, Tensor]
     outputs: int
     state: Sequence[str]
+
+    @property
+    def digest(self) -> str:
+        """See `Lowered.digest`. Where inputs come from is found anew whenever it is lowered."""
+        return hashlib.sha256(self.proto).hexdigest()
+
+    @property
+    def instructions(self) -> int:
+        """See `Lowered.instructions`."""
+        return sum(" = " in line for line in self.text.splitlines())
 
 
 class TraceCollectives:
