@@ -53,6 +53,12 @@ class Network:
         default_factory=dict, init=False, repr=False, compare=False
     )
 
+    @classmethod
+    def of(cls, artifact: Artifact, name: str) -> Network:
+        """What `artifact` is, which people call `name`."""
+        names = tuple(artifact.manifest.tensors)
+        return cls(name, artifact.spec, names, artifact.dtype, artifact.quantize, True)
+
     def formats(self) -> list[tuple[DtypeName, QuantizeName | None]]:
         """The combinations of dtype and quantization that can be loaded."""
         if self.is_artifact:
@@ -77,11 +83,7 @@ def read_network(source: str | Path, revision: str | None = None) -> Network:
     """
     with outlined(source, revision) as found:
         if is_artifact(found.folder):
-            artifact = Artifact.open(found.folder, ranks=())
-            names = tuple(artifact.manifest.tensors)
-            return Network(
-                found.name, artifact.spec, names, artifact.dtype, artifact.quantize, True
-            )
+            return Network.of(Artifact.open(found.folder, ranks=()), found.name)
         plan = make_plan(found.folder, open_reader(found.folder), compare=False)
         dtype = chosen_dtype(plan, "auto")
         return Network(found.name, plan.spec, tuple(plan.tensors), dtype, None, False)

@@ -9,10 +9,12 @@ import json
 from pathlib import Path
 
 import pytest
-from lmi_multi.backends.neuron import devices, environment, instances
+from lmi_multi.backends.neuron import devices, environment, instances, sizing
 from lmi_multi.backends.neuron.devices import Core, Host
 
 from lmi_multi.errors import BackendError, CapacityError, OptionError
+from lmi_multi.fit import Network
+from lmi_multi.models.registry import FAMILIES
 from lmi_multi.models.spec import Alibi, ModelSpec
 
 GIB = 2**30
@@ -189,13 +191,85 @@ def test_wrong_degrees_list_the_valid_ones() -> None:
         instances.find("p5.48xlarge")
 
 
-def test_memory_that_does_not_suffice() -> None:
-    inf2 = instances.find("inf2.xlarge")
-    instances.check_memory(inf2, 2, 16 * GIB, "")
-    with pytest.raises(
-        CapacityError, match=r"needs 20.00 GiB and has 16: 4.00 GiB too little; int8"
-    ):
-        instances.check_memory(inf2, 2, 20 * GIB, "int8 would fit")
+def network(layers: int) -> Network:
+    """As BLOOM, of 0.375 GiB a layer."""
+    big = ModelSpec(
+        family="bloom",
+        vocab=256,
+        hidden=4096,
+        heads=64,
+        ffn=4 * 4096,
+        position=Alibi(),
+        decoder_layers=layers,
+    )
+    family = next(family for family in FAMILIES if family.name == "bloom")
+    modules = (name for name, weight in family.weights(big).items() if not weight.optional)
+    return Network("big", big, tuple(f"{name}.weight" for name in modules), "bf16", None, True)
+
+
+@pytest.mark.parametrize(
+    ("layers", "instance", "degree", "tokens", "refusal"),
+    [
+        (
+            45,
+            "inf2.8xlarge",
+            1,
+            512,
+            "big does not fit 1 cores of inf2.8xlarge: 1.9 GiB of device memory are missing for "
+            "the weights; what would fit: tensor_parallel 2, or int8 weights",
+        ),
+        (
+            100,
+            "inf2.8xlarge",
+            1,
+            512,
+            "big does not fit 1 cores of inf2.8xlarge: 22.5 GiB of device memory are missing for "
+            "the weights; what would fit: trn2.3xlarge at tensor_parallel 2",
+        ),
+        (
+            45,
+            "inf2.xlarge",
+            2,
+            512,
+            "big does not fit 2 cores of inf2.xlarge: 2.9 GiB of host memory are missing to load "
+            "it; what would fit: int8 weights",
+        ),
+        (
+            30,
+            "inf2.8xlarge",
+            1,
+            6000,
+            "big does not fit 1 cores of inf2.8xlarge: a row of 6000 tokens, and as much to score "
+            "one, need 2.50 GiB more of cache; what would fit: tensor_parallel 2, or int8 weights",
+        ),
+        (
+            8000,
+            "inf2.48xlarge",
+            8,
+            512,
+            "big does not fit 8 cores of inf2.48xlarge: 360.1 GiB of device memory are missing for "
+            "the weights; no instance with NeuronCores would take it at this max_tokens",
+        ),
+    ],
+)
+def test_what_does_not_fit_says_by_how_much_and_what_would(
+    layers: int, instance: str, degree: int, tokens: int, refusal: str
+) -> None:
+    with pytest.raises(CapacityError) as caught:
+        sizing.limits_on(network(layers), instances.find(instance), degree, 1, tokens)
+    assert str(caught.value) == refusal
+
+
+def test_limits_follow_from_the_instance_alone() -> None:
+    inf2 = instances.find("inf2.8xlarge")
+    small = sizing.limits_on(network(30), inf2, 2, 4, 512)
+    assert (small.max_batch, small.max_tokens, small.blocks) == (4, 512, 4 * 32)
+    full = sizing.limits_on(network(30), inf2, 1, 64, 512)
+    needed = sizing.core_bytes(network(30), 1, full)
+    block = 2 * 30 * 16 * 64 * 64 * 2
+    assert needed["cache"] == block * (full.blocks + 32 + 1)
+    room = inf2.device_bytes - needed["reserved"] - needed["weights"]
+    assert needed["cache"] <= 0.8 * room < needed["cache"] + block
 
 
 def test_environment() -> None:
@@ -215,7 +289,7 @@ def test_environment() -> None:
 
 
 def test_probe(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lmi_multi.backends.neuron import BACKEND, backend
+    from lmi_multi.backends.neuron import BACKEND, backend, runtimes
 
     monkeypatch.delenv(backend.RUNTIME, raising=False)
     cores = [Core(0, 0, 16 * GIB)]
@@ -227,7 +301,7 @@ def test_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(backend.RUNTIME, "nxd")
     assert "must be emulator" in BACKEND.probe().remedy
     monkeypatch.setenv(backend.RUNTIME, "emulator")
-    monkeypatch.setattr(backend, "find_spec", lambda name: None)
+    monkeypatch.setattr(runtimes, "find_spec", lambda name: None)
     assert BACKEND.probe().reason == "the emulator needs torch_xla, jax, jaxlib"
-    monkeypatch.setattr(backend, "find_spec", lambda name: name)
+    monkeypatch.setattr(runtimes, "find_spec", lambda name: name)
     assert BACKEND.probe().ok

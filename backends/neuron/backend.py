@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import os
-from importlib.util import find_spec
+from pathlib import Path
 
 import psutil
 
+from lmi_multi.backends.ahead import Compilation, Progress
 from lmi_multi.backends.base import Availability, Executor
-from lmi_multi.backends.limits import plan_limits
 from lmi_multi.checkpoint.artifact import Artifact
-from lmi_multi.errors import BackendError, CapacityError
+from lmi_multi.errors import BackendError, CapacityError, OptionError
+from lmi_multi.fit import Network
+from lmi_multi.instances import INSTANCES, Instance
 from lmi_multi.models.schema import check_degree
 from lmi_multi.models.spec import ModelSpec
 
-from . import devices, instances
+from . import devices, instances, runtimes, sizing
+from .loading import open_cache, open_executor, open_graphs
 from .runtimes import VARIABLE as RUNTIME
-from .runtimes import open_runtime
 
 INSTANCE = "LMI_MULTI_NEURON_INSTANCE"
 CACHE_SHARE = 0.25  # of the memory that the weights leave: a step holds the cache twice
-NEEDED = ("torch_xla", "jax", "jaxlib")
 
 
 class NeuronBackend:
@@ -54,22 +55,56 @@ class NeuronBackend:
         max_tokens: int | None,
     ) -> Executor:
         """See `Backend.load`. Raises BackendError for what static graphs cannot carry."""
-        if os.environ.get(RUNTIME) != "emulator":
-            raise BackendError(f"this version runs on Neuron only emulated; set {RUNTIME}=emulator")
-        spec, degree = artifact.spec, tensor_parallel
-        _check(spec, degree)
-        limits = plan_limits(
-            spec,
-            item_bytes=4 if artifact.dtype == "fp32" else 2,
-            ranks=degree,
-            memory=_cache_memory(artifact, degree),
-            max_batch=max_batch,
-            max_tokens=max_tokens,
-            max_step_tokens=512,
+        name, instance = runtimes.choose(), _instance()
+        _check(artifact.spec, tensor_parallel)
+        if instance is None:
+            memory = _free_memory(artifact, tensor_parallel)
+            limits = sizing.plan(
+                artifact.spec, artifact.dtype, tensor_parallel, memory, max_batch, max_tokens
+            )
+        else:
+            network = Network.of(artifact, str(artifact.folder))
+            limits = sizing.limits_on(network, instance, tensor_parallel, max_batch, max_tokens)
+        return open_executor(
+            artifact,
+            tensor_parallel,
+            limits,
+            runtimes.open_runtime(name, None),
+            open_cache(artifact, tensor_parallel, limits),
         )
-        from .loading import open_executor
 
-        return open_executor(artifact, degree, limits, open_runtime("emulator", None))
+    def compile(
+        self,
+        artifact: Artifact,
+        *,
+        instance: str,
+        tensor_parallel: int,
+        max_batch: int | None,
+        max_tokens: int | None,
+        cache: str | Path | None = None,
+        jobs: int | None = None,
+        progress: Progress | None = None,
+    ) -> Compilation:
+        """See `AheadOfTime.compile`."""
+        on = instances.find(instance)
+        if jobs is not None and jobs < 1:
+            raise OptionError(f"jobs is {jobs}, must be at least 1")
+        network = Network.of(artifact, str(artifact.folder))
+        limits = sizing.limits_on(network, on, tensor_parallel, max_batch, max_tokens)
+        _check(artifact.spec, tensor_parallel)
+        runtime = runtimes.open_runtime(runtimes.choose(), on)
+        place = open_cache(artifact, tensor_parallel, limits, cache)
+        graphs = open_graphs(artifact, tensor_parallel, limits, runtime, place, must_keep=True)
+        graphs.make_all(jobs or os.cpu_count() or 1, progress)
+        return Compilation(graphs.count, str(place))
+
+
+def _instance() -> Instance | None:
+    """The instance that is asked for or that this machine is; None on any other machine."""
+    if name := os.environ.get(INSTANCE):
+        return instances.find(name)
+    here = devices.instance_type()
+    return next((i for i in INSTANCES if i.backend == "neuron" and i.name == here), None)
 
 
 def _check(spec: ModelSpec, degree: int) -> None:
@@ -78,13 +113,10 @@ def _check(spec: ModelSpec, degree: int) -> None:
             "rope scaling 'dynamic' depends on a text's length, which a static graph does not "
             "know; the neuron backend runs linear, llama3, yarn or none"
         )
-    name = os.environ.get(INSTANCE)
-    if name:
-        instances.check(spec, instances.find(name), degree)
     check_degree(spec, degree)
 
 
-def _cache_memory(artifact: Artifact, degree: int) -> int:
+def _free_memory(artifact: Artifact, degree: int) -> int:
     """Bytes that each emulated core may spend on its cache."""
     weights = sum(artifact.tensor_bytes(rank, degree) for rank in range(degree))
     free = psutil.virtual_memory().available
@@ -97,12 +129,8 @@ def _cache_memory(artifact: Artifact, degree: int) -> int:
 
 
 def _probe_emulator() -> Availability:
-    missing = [name for name in NEEDED if find_spec(name) is None]
-    if missing:
-        return _unavailable(
-            f"the emulator needs {', '.join(missing)}",
-            f"run `make test-neuron`, which installs them, or unset {RUNTIME}",
-        )
+    if fault := runtimes.emulator_fault():
+        return _unavailable(*fault)
     return Availability("neuron", True, "emulated on the CPU", devices=("emulated NeuronCores",))
 
 

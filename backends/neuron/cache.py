@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 SUFFIX = ".graph"
 FORMAT_VERSION = 1
+_HEADER_BYTES = 2**16
 
 
 @dataclass(frozen=True)
@@ -99,15 +100,19 @@ class Cache:
     def find(self, key: Key) -> bytes | None:
         """The bytes for `key`, or None. Entries of the same tag that do not serve are named in
         warnings."""
-        if key.name in self._names:
-            try:
-                return _unpack(self._place.read(key.name))[1]
-            except ValueError as error:
-                logger.warning("%s/%s %s: not used", self, key.name, error)
-                return None
-        for name in self._others(key):
-            logger.warning("%s/%s %s: not used", self, name, self._why_not(name, key))
-        return None
+        if key.name not in self._names:
+            for name in self._others(key):
+                self._warn(name, self._why_not(name, key))
+            return None
+        try:
+            header, binary = _unpack(self._place.read(key.name))
+        except ValueError as error:
+            self._warn(key.name, str(error))
+            return None
+        if different := "; ".join(header.differences(key)):  # somebody has renamed it
+            self._warn(key.name, different)
+            return None
+        return binary
 
     def put(self, key: Key, binary: bytes) -> None:
         """Keep `binary` for `key`. Raises CheckpointError when the place cannot be written."""
@@ -123,6 +128,9 @@ class Cache:
         )
         self._place.write(key.name, header.model_dump_json().encode() + b"\n" + binary)
 
+    def _warn(self, name: str, why: str) -> None:
+        logger.warning("%s/%s %s: not used", self, name, why)
+
     def _others(self, key: Key) -> list[str]:
         """Names that differ from the key's in nothing but the hash."""
         same = key.tag + "-"
@@ -130,21 +138,26 @@ class Cache:
 
     def _why_not(self, name: str, key: Key) -> str:
         try:
-            header = _unpack(self._place.read(name))[0]
+            header = _header(self._place.read(name, _HEADER_BYTES).partition(b"\n")[0])
         except (ValueError, LmiError) as error:
             return str(error)
         return "; ".join(header.differences(key)) or "bears another name than its content has"
 
 
 def _unpack(entry: bytes) -> tuple[Header, bytes]:
-    """Raises ValueError that says what is wrong, to follow the entry's name."""
+    """A whole entry's parts. Raises ValueError that says, after a name, what is wrong."""
     line, _, binary = entry.partition(b"\n")
-    try:
-        header = Header.model_validate_json(line)
-    except ValidationError:
-        raise ValueError("is no compiled graph of this version") from None
+    header = _header(line)
     if len(binary) != header.size:
         raise ValueError(f"has {len(binary)} bytes of a graph, expected {header.size}")
     if hashlib.sha256(binary).hexdigest() != header.sha256:
         raise ValueError("has another sha256 than when it was written")
     return header, binary
+
+
+def _header(line: bytes) -> Header:
+    """Raises ValueError."""
+    try:
+        return Header.model_validate_json(line)
+    except ValidationError:
+        raise ValueError("is no compiled graph, or of another version of lmi_multi") from None

@@ -94,13 +94,13 @@ class EmulatorBuilder:
         from jax._src.lib import xla_client
         from jaxlib import _jax
 
-        computation = xla_client.XlaComputation(graph.proto)
         options = xla_client.CompileOptions()
         options.num_replicas, options.num_partitions = self._ranks, 1
         options.device_assignment = xla_client.DeviceAssignment.create(
             np.arange(self._ranks).reshape(self._ranks, 1)
         )
         try:
+            computation = xla_client.XlaComputation(graph.proto)
             module = _jax.mlir.xla_computation_to_mlir_module(computation)
             executable = self._client.compile_and_load(module, self._places, options)
             binary: bytes = executable.serialize()

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from lmi_multi.backends.base import Limits
 from lmi_multi.backends.drawing import draw
-from lmi_multi.backends.limits import row_blocks
 from lmi_multi.engine.batch import Batch, Draw, Passage, Prompt, Row, StepResult
 from lmi_multi.models.spec import ModelSpec
 
@@ -17,13 +16,7 @@ from .buckets import Buckets, fit
 from .inputs import block_table, padded, slots
 from .lint import check_inputs
 from .program import Program, Trace
-
-
-def spare_blocks(spec: ModelSpec, limits: Limits) -> int:
-    """Blocks beyond the engine's: room to score one text, and one block for padding."""
-    if not spec.decoder_layers:
-        return 1
-    return row_blocks(spec, limits.max_tokens, limits.max_tokens, limits.block_size) + 1
+from .sizing import spare_blocks
 
 
 class NeuronExecutor:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from typing import Any
 
+from lmi_multi.backends.ahead import Count, Progress
 from lmi_multi.errors import CheckpointError
 
 from .cache import Cache, Key
@@ -16,19 +16,7 @@ from .program import Builder, Compiled, Lowered, Program, Toolchain, Trace
 logger = logging.getLogger(__name__)
 
 
-@dataclass
-class Count:
-    """How many graphs there are, how many of them are ready, and how many of these were cached."""
-
-    total: int
-    done: int = 0
-    hits: int = 0
-
-
 _Made = tuple[Compiled[Any], bool]
-
-Progress = Callable[[Count, str], None]
-"""Called with the counts and the tag of the graph that has just become ready."""
 
 
 class Graphs(Mapping[str, Compiled[Any]]):
@@ -47,7 +35,7 @@ class Graphs(Mapping[str, Compiled[Any]]):
         must_keep: bool = False,
     ) -> None:
         self._builder, self._toolchain = builder, toolchain
-        self._cache, self._must_keep = cache, must_keep
+        self._cache, self._keeps, self._must_keep = cache, True, must_keep
         self._traces = {trace.tag: trace for trace in traces}
         self._made: dict[str, Compiled[Any]] = {}
         self.count = Count(len(self._traces))
@@ -110,7 +98,7 @@ class Graphs(Mapping[str, Compiled[Any]]):
         if found is not None:
             return Compiled(graph, found), True
         binary = self._builder.compile(graph)
-        if self._cache is not None:
+        if self._cache is not None and self._keeps:
             self._keep(self._cache, key, binary)
         return Compiled(graph, binary), False
 
@@ -120,4 +108,5 @@ class Graphs(Mapping[str, Compiled[Any]]):
         except CheckpointError as error:
             if self._must_keep:
                 raise
-            logger.warning("%s; graph %s will be compiled again next time", error, key.tag)
+            self._keeps = False
+            logger.warning("%s; what is compiled now will be compiled again next time", error)

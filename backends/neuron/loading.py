@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,11 +16,32 @@ from lmi_multi.models.weights import rank_data
 
 from .buckets import Buckets
 from .cache import Cache
-from .executor import NeuronExecutor, spare_blocks
+from .executor import NeuronExecutor
 from .graphs import Graphs
 from .lower import TraceCollectives
 from .module import StaticModel, buffer_name
 from .program import Runtime
+from .sizing import spare_blocks
+
+CACHE = "LMI_MULTI_NEURON_CACHE"
+FOLDER = "neuron"
+
+
+def open_cache(
+    artifact: Artifact, degree: int, limits: Limits, where: str | Path | None = None
+) -> Cache:
+    """The cache of the artifact's graphs: in `where`, a folder or `s3://BUCKET/PREFIX`, else where
+    the environment says, else in the artifact's own folder.
+
+    Models share a place without getting in each other's way: everything that a graph's shapes
+    follow from is in the name of an inner folder. Raises what `Cache.at` raises.
+    """
+    place = where or os.environ.get(CACHE) or artifact.folder / FOLDER
+    manifest = artifact.manifest
+    model = json.dumps([manifest.spec, manifest.dtype, manifest.quantize, sorted(manifest.tensors)])
+    digest = hashlib.sha256(model.encode()).hexdigest()[:12]
+    sizes = f"tp{degree}-{limits.max_batch}x{limits.max_tokens}"
+    return Cache.at(place, f"{artifact.spec.family}-{digest}-{sizes}")
 
 
 def open_graphs(

@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from lmi_multi.checkpoint.s3.address import Address
 from lmi_multi.errors import CheckpointError
 
 _PARTIAL = ".partial"
-_ABANDONED_SECONDS = 3600.0
+ABANDONED_SECONDS = 3600.0
 
 
 class Place(Protocol):
@@ -22,8 +23,8 @@ class Place(Protocol):
     def names(self) -> set[str]:
         """All files; none where there is no such place yet."""
 
-    def read(self, name: str) -> bytes:
-        """A whole file."""
+    def read(self, name: str, most: int | None = None) -> bytes:
+        """A whole file, or what of it is in its first `most` bytes."""
 
     def write(self, name: str, content: bytes) -> None:
         """Put a file there, or in the place of another, at one stroke."""
@@ -47,10 +48,11 @@ class Folder:
         except OSError as error:
             raise CheckpointError(f"{self._folder} cannot be read: {error.strerror}") from None
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, most: int | None = None) -> bytes:
         """See `Place.read`."""
         try:
-            return (self._folder / name).read_bytes()
+            with (self._folder / name).open("rb") as file:
+                return file.read(-1 if most is None else most)
         except OSError as error:
             raise CheckpointError(f"{self._folder / name} cannot be read: {error}") from None
 
@@ -76,7 +78,7 @@ class Folder:
         """Remove what processes left that were killed while they wrote."""
         for path in self._folder.glob(f".*{_PARTIAL}"):
             with suppress(OSError):  # another process sweeps too
-                if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
+                if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
                     path.unlink()
 
 
@@ -97,22 +99,27 @@ class Prefix:
 
         return set(list_folder(self._client, self._address))
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, most: int | None = None) -> bytes:
         """See `Place.read`."""
-        content: bytes = self._call("get_object", name)["Body"].read()
-        return content
+        with self._failures(name):
+            content: bytes = self._client.get_object(**self._where(name))["Body"].read(most)
+            return content
 
     def write(self, name: str, content: bytes) -> None:
         """See `Place.write`."""
-        self._call("put_object", name, Body=content)
+        with self._failures(name):
+            self._client.put_object(**self._where(name), Body=content)
 
-    def _call(self, operation: str, name: str, **more: Any) -> Any:
+    def _where(self, name: str) -> dict[str, str]:
+        return {"Bucket": self._address.bucket, "Key": self._address.key(name)}
+
+    @contextmanager
+    def _failures(self, name: str) -> Iterator[None]:
         from botocore.exceptions import BotoCoreError, ClientError
 
         from lmi_multi.checkpoint.s3.client import failure
 
-        where = {"Bucket": self._address.bucket, "Key": self._address.key(name)}
         try:
-            return getattr(self._client, operation)(**where, **more)
+            yield
         except (BotoCoreError, ClientError) as error:
             raise failure(error, self._address.url(name)) from None

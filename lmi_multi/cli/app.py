@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from lmi_multi.cli.compile import compile
 from lmi_multi.cli.convert import convert
 from lmi_multi.cli.demo import demo
 from lmi_multi.cli.doctor import doctor
@@ -26,7 +27,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for command in (generate, serve, perplexity, convert, inspect, plan, doctor, demo):
+for command in (generate, serve, perplexity, convert, compile, inspect, plan, doctor, demo):
     app.command()(command)
 
 
