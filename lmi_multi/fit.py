@@ -22,7 +22,7 @@ from lmi_multi.checkpoint.artifact import Artifact, is_artifact
 from lmi_multi.checkpoint.convert import chosen_dtype
 from lmi_multi.checkpoint.files import gib
 from lmi_multi.checkpoint.formats import open_reader
-from lmi_multi.checkpoint.layout import DtypeName, QuantizeName, parameters, stored_tensors
+from lmi_multi.checkpoint.layout import DtypeName, QuantizeName, Stored, parameters, stored_tensors
 from lmi_multi.checkpoint.outline import outlined
 from lmi_multi.checkpoint.plan import make_plan
 from lmi_multi.errors import CapacityError
@@ -65,6 +65,10 @@ class Network:
             return [(self.dtype, self.quantize)]
         kinds: tuple[QuantizeName | None, ...] = (None, *get_args(QuantizeName))
         return [(dtype, kind) for kind in kinds for dtype in get_args(DtypeName)]
+
+    def stored(self) -> list[Stored]:
+        """The tensors in the source's own format."""
+        return stored_tensors(self.spec, self.tensors, self.dtype, self.quantize)
 
     def weight_bytes(self, dtype: DtypeName, quantize: QuantizeName | None, degree: int) -> int:
         """Bytes of weights on each of `degree` ranks."""

@@ -15,9 +15,11 @@ from pathlib import Path
 import pytest
 
 from lmi_multi import load
+from lmi_multi.checkpoint.artifact import Artifact
 from lmi_multi.checkpoint.convert import convert
 from lmi_multi.cli.main import run
 from lmi_multi.errors import BackendError
+from lmi_multi.fit import Network
 from tests.families import Tiny
 
 pytest.importorskip("torch_xla", reason="the emulator needs torch-xla: see `make test-neuron`")
@@ -65,6 +67,10 @@ def tokens(artifact: Path, backend: str, degree: int = 1) -> list[list[int]]:
     sizes = {"max_batch": 2, "max_tokens": 32}
     with load(artifact, backend=backend, tensor_parallel=degree, **sizes) as model:
         return [c.token_ids for c in model.generate(prompts, max_new_tokens=8, ignore_eos=True)]
+
+
+def network(artifact: Path) -> Network:
+    return Network.of(Artifact.open(artifact), str(artifact))
 
 
 def entries(artifact: Path) -> list[Path]:
@@ -124,9 +130,8 @@ def test_every_size_has_a_folder_of_its_own(artifact: Path) -> None:
     from lmi_multi.backends.neuron.loading import open_cache
 
     from lmi_multi.backends.base import Limits
-    from lmi_multi.checkpoint.artifact import Artifact
 
-    opened = Artifact.open(artifact)
+    opened = network(artifact)
     limits = Limits(max_batch=1, max_tokens=32, max_step_tokens=32, blocks=4, block_size=16)
     more = (replace(limits, max_batch=2), replace(limits, max_tokens=64))
     places = {str(open_cache(opened, 2, sizes)) for sizes in (limits, *more)}
@@ -153,10 +158,9 @@ def test_what_the_compiler_and_the_loader_refuse(artifact: Path) -> None:
     from lmi_multi.backends.neuron.emulator import EmulatorRuntime
 
     from lmi_multi.backends.base import Limits
-    from lmi_multi.checkpoint.artifact import Artifact
 
     limits = Limits(max_batch=1, max_tokens=32, max_step_tokens=32, blocks=4, block_size=16)
-    made = loading.open_graphs(Artifact.open(artifact), 1, limits, EmulatorRuntime())
+    made = loading.open_graphs(network(artifact), 1, limits, EmulatorRuntime())
     builder, graph = made._builder, made["copy"].graph
     with pytest.raises(BackendError, match=r"graph copy cannot be compiled: .*proto"):
         builder.compile(replace(graph, proto=b"junk"))

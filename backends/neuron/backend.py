@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 
-from lmi_multi.backends.ahead import Compilation, Progress
+from lmi_multi.backends.ahead import Compilation, GraphPlan, Progress
 from lmi_multi.backends.base import Availability, Executor
 from lmi_multi.checkpoint.artifact import Artifact
 from lmi_multi.errors import BackendError, CapacityError, OptionError
@@ -18,6 +18,7 @@ from lmi_multi.models.spec import ModelSpec
 
 from . import devices, instances, runtimes, sizing
 from .loading import open_cache, open_executor, open_graphs
+from .planning import plan_graphs
 from .runtimes import VARIABLE as RUNTIME
 
 INSTANCE = "LMI_MULTI_NEURON_INSTANCE"
@@ -56,6 +57,7 @@ class NeuronBackend:
     ) -> Executor:
         """See `Backend.load`. Raises BackendError for what static graphs cannot carry."""
         name, instance = runtimes.choose(), _instance()
+        network = Network.of(artifact, str(artifact.folder))
         _check(artifact.spec, tensor_parallel)
         if instance is None:
             memory = _free_memory(artifact, tensor_parallel)
@@ -63,15 +65,30 @@ class NeuronBackend:
                 artifact.spec, artifact.dtype, tensor_parallel, memory, max_batch, max_tokens
             )
         else:
-            network = Network.of(artifact, str(artifact.folder))
             limits = sizing.limits_on(network, instance, tensor_parallel, max_batch, max_tokens)
         return open_executor(
             artifact,
             tensor_parallel,
             limits,
             runtimes.open_runtime(name, None),
-            open_cache(artifact, tensor_parallel, limits),
+            open_cache(network, tensor_parallel, limits),
         )
+
+    def plan(
+        self,
+        network: Network,
+        *,
+        instance: str,
+        tensor_parallel: int,
+        max_batch: int | None,
+        max_tokens: int | None,
+        progress: Progress | None = None,
+    ) -> GraphPlan:
+        """See `AheadOfTime.plan`."""
+        on = instances.find(instance)
+        limits = sizing.limits_on(network, on, tensor_parallel, max_batch, max_tokens)
+        _check(network.spec, tensor_parallel)
+        return plan_graphs(network, on, tensor_parallel, limits, progress)
 
     def compile(
         self,
@@ -92,9 +109,9 @@ class NeuronBackend:
         network = Network.of(artifact, str(artifact.folder))
         limits = sizing.limits_on(network, on, tensor_parallel, max_batch, max_tokens)
         _check(artifact.spec, tensor_parallel)
+        place = open_cache(network, tensor_parallel, limits, cache)
         runtime = runtimes.open_runtime(runtimes.choose(), on)
-        place = open_cache(artifact, tensor_parallel, limits, cache)
-        graphs = open_graphs(artifact, tensor_parallel, limits, runtime, place, must_keep=True)
+        graphs = open_graphs(network, tensor_parallel, limits, runtime, place, must_keep=True)
         graphs.make_all(jobs or os.cpu_count() or 1, progress)
         return Compilation(graphs.count, str(place))
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from lmi_multi.backends.base import Limits
+from lmi_multi.errors import OptionError
 from lmi_multi.models.spec import ModelSpec
 
 from .program import Trace
 
+VARIABLE = "LMI_MULTI_NEURON_BUCKETS"
 LEAST_QUERIES = 16
 LEAST_CONTEXT = 32
 
@@ -60,6 +63,34 @@ class Buckets:
             spec=spec,
             blocks=blocks,
         )
+
+    @property
+    def ladders(self) -> dict[str, list[int]]:
+        """The sizes by what they are sizes of; those that the network has no use for are left
+        out."""
+        encoder = {"encoded": list(self.encoded)} if self.spec.encoder_layers else {}
+        if not self.spec.decoder_layers:
+            return encoder
+        decoder = {"rows": self.rows, "queries": self.queries, "context": self.context}
+        return {name: list(steps) for name, steps in decoder.items()} | encoder
+
+    def pruned(self, kept: str) -> Buckets:
+        """With only the steps that `kept` names, as "rows=1,4 context=512"; a ladder that it does
+        not name stays whole. The largest step of each must stay. Raises OptionError."""
+        ladders = self.ladders
+        chosen: dict[str, Any] = {}
+        for part in kept.split():
+            name, _, listed = part.partition("=")
+            if name not in ladders:
+                raise OptionError(f"{VARIABLE} names {name!r}, must be of {', '.join(ladders)}")
+            known, wanted = {str(step): step for step in ladders[name]}, set(listed.split(","))
+            last = list(known)[-1]
+            if last not in wanted or not wanted <= known.keys():
+                raise OptionError(
+                    f"{VARIABLE} has {part!r}, must be {last} and any of {', '.join(known)}"
+                )
+            chosen[name] = [step for text, step in known.items() if text in wanted]
+        return replace(self, **chosen)
 
     def traces(self) -> Iterator[Trace]:
         """Every graph that these ladders make."""

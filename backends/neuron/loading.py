@@ -8,12 +8,13 @@ import os
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from lmi_multi.backends.base import Limits
 from lmi_multi.checkpoint.artifact import Artifact
+from lmi_multi.fit import Network
 from lmi_multi.models.weights import rank_data
 
+from .buckets import VARIABLE as PRUNED
 from .buckets import Buckets
 from .cache import Cache
 from .executor import NeuronExecutor
@@ -28,37 +29,49 @@ FOLDER = "neuron"
 
 
 def open_cache(
-    artifact: Artifact, degree: int, limits: Limits, where: str | Path | None = None
+    network: Network, degree: int, limits: Limits, where: str | Path | None = None
 ) -> Cache:
-    """The cache of the artifact's graphs: in `where`, a folder or `s3://BUCKET/PREFIX`, else where
-    the environment says, else in the artifact's own folder.
+    """The cache of the network's graphs in `where`, a folder or `s3://BUCKET/PREFIX`; by default
+    where the environment says, or else in the artifact's own folder, which `source` then is.
 
     Models share a place without getting in each other's way: everything that a graph's shapes
     follow from is in the name of an inner folder. Raises what `Cache.at` raises.
     """
-    place = where or os.environ.get(CACHE) or artifact.folder / FOLDER
-    manifest = artifact.manifest
-    model = json.dumps([manifest.spec, manifest.dtype, manifest.quantize, sorted(manifest.tensors)])
+    place = where or os.environ.get(CACHE) or Path(network.source) / FOLDER
+    spec, tensors = network.spec, sorted(network.tensors)
+    model = json.dumps([spec.to_dict(), network.dtype, network.quantize, tensors])
     digest = hashlib.sha256(model.encode()).hexdigest()[:12]
     sizes = f"tp{degree}-{limits.max_batch}x{limits.max_tokens}"
-    return Cache.at(place, f"{artifact.spec.family}-{digest}-{sizes}")
+    return Cache.at(place, f"{spec.family}-{digest}-{sizes}")
+
+
+def open_module(network: Network, degree: int, limits: Limits) -> StaticModel:
+    """Rank 0's module for tracing. Its weights are zeros: they are inputs of a graph."""
+    spec = network.spec
+    tensors = {t.name: torch.zeros(t.local_shape(degree), dtype=t.dtype) for t in network.stored()}
+    tensors |= rank_data(spec, 0, degree)
+    blocks = limits.blocks + spare_blocks(spec, limits)
+    return StaticModel(spec, tensors, TraceCollectives(degree), blocks, limits.block_size)
+
+
+def buckets_of(network: Network, limits: Limits) -> Buckets:
+    """The ladders of its graphs, pruned as the environment says."""
+    blocks = limits.blocks + spare_blocks(network.spec, limits)
+    return Buckets.of(network.spec, limits, blocks).pruned(os.environ.get(PRUNED, ""))
 
 
 def open_graphs(
-    artifact: Artifact,
+    network: Network,
     degree: int,
     limits: Limits,
     runtime: Runtime,
     cache: Cache | None = None,
     must_keep: bool = False,
 ) -> Graphs:
-    """The graphs of the artifact over `degree` cores; no weights are read, none is made yet."""
-    blocks = limits.blocks + spare_blocks(artifact.spec, limits)
-    tensors = _placeholders(artifact, degree)
-    collectives = TraceCollectives(degree)
-    module = StaticModel(artifact.spec, tensors, collectives, blocks, limits.block_size)
+    """The graphs of the network over `degree` cores; none is made yet."""
+    module = open_module(network, degree, limits)
     builder = runtime.builder(module, module.state_names, degree)
-    traces = Buckets.of(artifact.spec, limits, blocks).traces()
+    traces = buckets_of(network, limits).traces()
     return Graphs(builder, runtime.toolchain, traces, cache, must_keep)
 
 
@@ -70,8 +83,8 @@ def open_executor(
     cache: Cache | None = None,
 ) -> NeuronExecutor:
     """The artifact over `degree` cores of `runtime`, with graphs from `cache` if it has them."""
-    spec = artifact.spec
-    graphs = open_graphs(artifact, degree, limits, runtime, cache)
+    spec, network = artifact.spec, Network.of(artifact, str(artifact.folder))
+    graphs = open_graphs(network, degree, limits, runtime, cache)
     if not runtime.lazy:
         graphs.make_all(os.cpu_count() or 1)
     program = graphs.assemble()
@@ -79,11 +92,5 @@ def open_executor(
         artifact.load_rank(rank, degree) | rank_data(spec, rank, degree) for rank in range(degree)
     )
     program.load_weights([{buffer_name(n): t for n, t in shard.items()} for shard in shards])
-    buckets = Buckets.of(spec, limits, limits.blocks + spare_blocks(spec, limits))
-    return NeuronExecutor(spec, limits, program, buckets, f"{degree} {runtime.device}")
-
-
-def _placeholders(artifact: Artifact, degree: int) -> dict[str, Tensor]:
-    """Rank 0's tensors without their values: weights are inputs of a graph."""
-    stored = {t.name: torch.zeros(t.local_shape(degree), dtype=t.dtype) for t in artifact.stored}
-    return stored | rank_data(artifact.spec, 0, degree)
+    device = f"{degree} {runtime.device}"
+    return NeuronExecutor(spec, limits, program, buckets_of(network, limits), device)

@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+from pydantic import BaseModel
 
 from lmi_multi.checkpoint.artifact import Artifact
+
+if TYPE_CHECKING:
+    from lmi_multi.fit import Network
 
 
 @dataclass
@@ -31,8 +36,44 @@ class Compilation:
     place: str
 
 
+class GraphCount(BaseModel):
+    """One graph: its name, and how many HLO instructions it has; None where none were counted."""
+
+    name: str
+    instructions: int | None
+
+
+class GraphPlan(BaseModel):
+    """The graphs of a model on an instance, and the estimated bytes of each core by what they are
+    for. `buckets` are the sizes that graphs are made for; `uncounted` says why instructions were
+    not counted, if they were not."""
+
+    instance: str
+    tensor_parallel: int
+    max_batch: int
+    max_tokens: int
+    core_bytes: dict[str, int]
+    device_bytes: int
+    buckets: dict[str, list[int]]
+    graphs: list[GraphCount]
+    uncounted: str | None
+
+
 class AheadOfTime(Protocol):
     """A `Backend` that runs compiled graphs."""
+
+    def plan(
+        self,
+        network: Network,
+        *,
+        instance: str,
+        tensor_parallel: int,
+        max_batch: int | None,
+        max_tokens: int | None,
+        progress: Progress | None = None,
+    ) -> GraphPlan:
+        """What `load` on `instance` would compile, without compiling it. Raises OptionError, and
+        CapacityError if the model does not fit."""
 
     def compile(
         self,

@@ -40,7 +40,9 @@ def compile(
     """
     from lmi_multi.backends import compiler
     from lmi_multi.checkpoint.cache import open_or_convert
+    from lmi_multi.instances import find
 
+    find(instance)  # before anything is converted
     start = time.perf_counter()
     with byte_progress(f"converting {source}") as converting:
         artifact = open_or_convert(
