@@ -81,10 +81,19 @@ def faults(text: str, ranks: int) -> Iterator[str]:
             yield f"{i.name}: {i.shapes[0]} has 64-bit floats"
         if any("<=" in shape or "?" in shape for shape in i.shapes):
             yield f"{i.name}: {i.shapes[0]} is a dynamic shape"
+        if i.opcode == "constant" and i.shapes[0].startswith(("s64", "u64")):
+            yield from _wide_constant(i)
         if i.opcode == "gather":
             yield from _gather(i, shapes)
         if i.opcode in COLLECTIVES:
             yield from _groups(i, ranks)
+
+
+def _wide_constant(i: Instruction) -> Iterator[str]:
+    """The hardware narrows 64-bit integers to 32, and its compiler refuses what does not fit."""
+    values = [int(value) for value in re.findall(r"-?\d+", i.rest.partition(")")[0])]
+    if any(not -(2**31) <= value < 2**31 for value in values):
+        yield f"{i.name}: a constant beyond 32 bits"
 
 
 def _sizes(shape: str) -> list[int]:

@@ -11,7 +11,7 @@ of a runtime than its `Toolchain`; `graphs.Graphs` joins the three.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -22,16 +22,21 @@ from torch import Tensor, nn
 @dataclass(frozen=True)
 class Trace:
     """One graph to be: its tag, and the shapes of the inputs by which it is traced. Inputs are
-    all int64, so a shape says everything. Those that index something have a bound: a device does
-    not check where it reads and writes, so `NeuronExecutor` checks inputs before it runs them."""
+    int64 but for the float32 ones among `floats`. Those that index something have a bound: a device
+    does not check where it reads and writes, so `NeuronExecutor` checks inputs before it runs them.
+    """
 
     tag: str
     inputs: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     bounds: Mapping[str, int] = field(default_factory=dict)
+    floats: Set[str] = frozenset()
 
     def examples(self) -> dict[str, Tensor]:
         """Zeros of these shapes."""
-        return {name: torch.zeros(shape, dtype=torch.int64) for name, shape in self.inputs.items()}
+        return {
+            name: torch.zeros(shape, dtype=torch.float32 if name in self.floats else torch.int64)
+            for name, shape in self.inputs.items()
+        }
 
 
 class Program(Protocol):
