@@ -24,8 +24,8 @@ test-neuron: $(NEURON)/.installed ## Run the Neuron backend's tests on the emula
 	LMI_MULTI_NEURON_RUNTIME=emulator $(NEURON)/bin/python -m pytest --backend neuron $(PYTEST_ARGS) \
 		tests/test_matrix.py
 	LMI_MULTI_NEURON_RUNTIME=emulator $(NEURON)/bin/python -m pytest $(PYTEST_ARGS) \
-		tests/test_neuron_emulator.py tests/test_neuron_compile.py tests/test_neuron_sampling.py tests/test_neuron_lint.py \
-		tests/test_neuron_devices.py
+		tests/test_neuron_emulator.py tests/test_neuron_compile.py tests/test_neuron_sampling.py \
+		tests/test_neuron_lint.py tests/test_neuron_devices.py
 
 lint: $(STAMP) ## Check style, format and types
 	$(BIN)/ruff check .
