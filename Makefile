@@ -9,7 +9,7 @@ NEURON := .venv-neuron
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-neuron lint format kernels constraints clean
+.PHONY: help demo test test-neuron test-nxd lint format kernels constraints clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -26,6 +26,13 @@ test-neuron: $(NEURON)/.installed ## Run the Neuron backend's tests on the emula
 	LMI_MULTI_NEURON_RUNTIME=emulator $(NEURON)/bin/python -m pytest $(PYTEST_ARGS) \
 		tests/test_neuron_emulator.py tests/test_neuron_compile.py tests/test_neuron_lint.py \
 		tests/test_neuron_devices.py
+
+test-nxd: $(NEURON)/.installed ## Run the nxd runtime on NXD=CHECKOUT of neuronx-distributed's sources
+	@test -d "$(NXD)/src/neuronx_distributed" || { \
+		echo "error: NXD is '$(NXD)', must be a checkout of neuronx-distributed" >&2; exit 1; }
+	$(NEURON)/bin/python -m pip install --quiet --disable-pip-version-check tenacity
+	LMI_MULTI_NXD_SOURCES="$(NXD)" $(NEURON)/bin/python -m pytest -rP $(PYTEST_ARGS) \
+		tests/test_neuron_nxd_sources.py
 
 lint: $(STAMP) ## Check style, format and types
 	$(BIN)/ruff check .

@@ -16,7 +16,7 @@ from lmi_multi.instances import INSTANCES, Instance
 from lmi_multi.models.schema import check_degree
 from lmi_multi.models.spec import ModelSpec
 
-from . import devices, instances, runtimes, sizing
+from . import devices, instances, runtimes, sdk, sizing
 from .loading import open_cache, open_executor, open_graphs
 from .planning import plan_graphs
 from .runtimes import VARIABLE as RUNTIME
@@ -41,9 +41,13 @@ class NeuronBackend:
                 f"{RUNTIME} is {runtime!r}", f"must be emulator, or unset {RUNTIME}"
             )
         host = devices.look()
-        fault = devices.fault(host, devices.sdk_version()) or (
-            f"{len(host.cores)} NeuronCores found, but this version runs on Neuron only emulated",
-            "use backend='cpu' or 'cuda'",
+        fault = (
+            devices.fault(host)
+            or sdk.installed().fault()
+            or (
+                f"{len(host.cores)} NeuronCores found, but this version runs on Neuron only emulated",
+                "use backend='cpu' or 'cuda'",
+            )
         )
         return _unavailable(*fault, host)
 

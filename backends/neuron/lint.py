@@ -29,6 +29,7 @@ _INSTRUCTION = re.compile(
     r"^\s*(?P<root>ROOT )?%?(?P<name>\S+) = (?P<shape>\(.*?\)|\S+) (?P<opcode>[a-z][a-z0-9-]*)\("
     r"(?P<rest>.*)$"
 )
+_OPERAND = re.compile(r"(?:^|[ ,])%?([A-Za-z_][\w.-]*)(?=,|$)")  # with or without its shape
 _SHAPE = re.compile(r"[a-z][a-z0-9]*\[[^\]]*\]")
 
 
@@ -46,8 +47,7 @@ class Instruction:
     @property
     def operands(self) -> list[str]:
         """Names of the operands."""
-        inside = self.rest.partition(")")[0]
-        return [part.split()[-1].lstrip("%") for part in inside.split(",") if part.strip()]
+        return _OPERAND.findall(self.rest.partition(")")[0])
 
 
 def instructions(text: str) -> list[Instruction]:

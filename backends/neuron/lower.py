@@ -128,7 +128,7 @@ class Lowering:
         return Graph(
             tag=tag,
             proto=proto,
-            text=_text(proto),
+            text=hlo_text(proto),
             parameters=[places.get(i, "") for i in range(len(given))],
             constants={i: given[i].cpu() for i in range(len(given)) if i not in places},
             outputs=len(outputs),
@@ -136,9 +136,10 @@ class Lowering:
         )
 
 
-def _text(proto: bytes) -> str:
-    """HLO in text form, which torch-xla itself does not write."""
-    from jax._src.lib import xla_client
+def hlo_text(proto: bytes) -> str:
+    """A module in HLO's text form."""
+    import torch_xla.core.xla_builder as xla_builder
 
-    text: str = xla_client.XlaComputation(proto).as_hlo_text()
+    computation = xla_builder.computation_from_module_proto("graph", proto)
+    text: str = xla_builder.get_computation_hlo(computation)
     return text
