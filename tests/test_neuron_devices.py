@@ -368,7 +368,7 @@ def test_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sdk, "installed", lambda: sdk.Sdk(NXD))
     state = BACKEND.probe()
     assert not state.ok
-    assert state.reason == "1 NeuronCores found, but this version runs on Neuron only emulated"
+    assert state.reason == "1 NeuronCores found, but only the emulator is opened so far"
     monkeypatch.setenv(backend.RUNTIME, "nxd")
     assert "must be emulator" in BACKEND.probe().remedy
     monkeypatch.setenv(backend.RUNTIME, "emulator")

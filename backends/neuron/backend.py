@@ -41,15 +41,9 @@ class NeuronBackend:
                 f"{RUNTIME} is {runtime!r}", f"must be emulator, or unset {RUNTIME}"
             )
         host = devices.look()
-        fault = (
-            devices.fault(host)
-            or sdk.installed().fault()
-            or (
-                f"{len(host.cores)} NeuronCores found, but this version runs on Neuron only emulated",
-                "use backend='cpu' or 'cuda'",
-            )
-        )
-        return _unavailable(*fault, host)
+        nothing = f"{len(host.cores)} NeuronCores found, but only the emulator is opened so far"
+        fault = devices.fault(host) or sdk.installed().fault()
+        return _unavailable(*(fault or (nothing, f"set {RUNTIME}=emulator")), host)
 
     def load(
         self,

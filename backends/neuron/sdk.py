@@ -54,7 +54,7 @@ SUPPORTED = (
         21,
         25,
         {"torch-neuronx": "", "transformers-neuronx": ""},
-        "neuronx-cc==2.20.* torch-neuronx==2.7.* transformers-neuronx==0.13.* (SDK 2.25)",
+        "neuronx-cc==2.20.* transformers-neuronx==0.13.* (SDK 2.25)",
     ),
 )
 
