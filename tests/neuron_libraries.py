@@ -7,6 +7,7 @@ all others.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 import sys
@@ -29,6 +30,33 @@ class Call:
     arguments: Mapping[str, Any]
 
 
+def parameters(function: Callable[..., Any]) -> list[tuple[str, Any, bool]]:
+    """Names, kinds, and whether there is a default; without `self` and `cls`, which methods that
+    are bound lack."""
+    found = inspect.signature(function).parameters.values()
+    return [
+        (p.name, p.kind, p.default is not p.empty) for p in found if p.name not in ("self", "cls")
+    ]
+
+
+def signatures(library: str) -> dict[str, Callable[..., Any]]:
+    """What data/neuron_signatures.json has of a library, by dotted name, as functions."""
+    known = json.loads(DATA.read_text())[library]["signatures"]
+    return {name: eval(f"lambda {text[1:-1]}: None") for name, text in known.items()}
+
+
+def real(library: str, dotted: str) -> Any:
+    """The same of the library that is installed."""
+    module = importlib.import_module(library)
+    parts = dotted.split(".")
+    for i, part in enumerate(parts):
+        if not hasattr(module, part):
+            module = importlib.import_module(f"{library}.{'.'.join(parts[: i + 1])}")
+        else:
+            module = getattr(module, part)
+    return module
+
+
 class Library:
     """One library's stand-in. `behaviours` say what some of its functions do, by dotted name."""
 
@@ -36,12 +64,13 @@ class Library:
         self.name, self.behaviours = name, behaviours
         self.calls: list[Call] = []
         self._data = json.loads(DATA.read_text())[name]
+        self._functions = signatures(name)
         self._classes: dict[str, type] = {}
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Let it be imported until the test ends."""
         top = self._module(monkeypatch, "")
-        for dotted in self._data["signatures"]:
+        for dotted in self._functions:
             path, _, last = dotted.rpartition(".")
             if path.rpartition(".")[2][0].isupper():
                 owner, _, cls = path.rpartition(".")
@@ -71,7 +100,7 @@ class Library:
             base = self._data["bases"].get(dotted)
             own = {
                 name.removeprefix(f"{dotted}."): self._function(name)
-                for name in self._data["signatures"]
+                for name in self._functions
                 if name.rpartition(".")[0] == dotted
             }
             for name, function in own.items():
@@ -84,8 +113,7 @@ class Library:
         return self._classes[dotted]
 
     def _function(self, dotted: str) -> Callable[..., Any]:
-        text = self._data["signatures"][dotted]
-        signature = inspect.signature(eval(f"lambda {text[1:-1]}: None"))
+        signature = inspect.signature(self._functions[dotted])
         keywords = self._data["keywords"].get(dotted)
 
         def call(*args: Any, **kwargs: Any) -> Any:

@@ -300,12 +300,17 @@ def _module(name: str, **content: Any) -> None:
         setattr(module, key, value)
 
 
+def install_finder(sources: Path) -> None:
+    """Let this process import a library from `sources`, and anything from closed packages."""
+    sys.meta_path.insert(0, _Finder())
+    sys.path.insert(0, str(sources))
+
+
 def install(sources: Path) -> None:
     """Let this process import neuronx-distributed from `sources`, the `src` of a checkout."""
     import torch_xla  # noqa: F401  # before what stands in for things that import it
 
-    sys.meta_path.insert(0, _Finder())
-    sys.path.insert(0, str(sources))
+    install_finder(sources)
 
     def platform(*given: Any) -> str:
         return "inf2"

@@ -1,7 +1,7 @@
 """The `nxd` runtime on neuronx-distributed's own sources, over stand-ins for the closed parts.
 
-`make test-nxd NXD=CHECKOUT` runs it, with a checkout of the public repository at a release of
-SDK 2.28 to 2.31. It has a process of its own, whose packages for Neuron are stand-ins.
+`make test-neuron-sources NXD=CHECKOUT` runs it, with a checkout of the public repository at a
+release of SDK 2.28 to 2.31, in a process of its own, whose packages for Neuron are stand-ins.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from lmi_multi.instances import find
 from lmi_multi.model import Model
 from tests import nxd_closed_parts as closed
 from tests import test_neuron_emulator as emulated
+from tests.neuron_libraries import parameters, real, signatures
 from tests.test_neuron_emulator import LARGEST_ERROR, LIMITS, OPTIONS, WIDE, artifact, ids, on_cpu
 
 SOURCES = os.environ.get("LMI_MULTI_NXD_SOURCES")
 if not SOURCES:
     pytest.skip(
-        "needs sources of neuronx-distributed: see `make test-nxd`", allow_module_level=True
+        "needs sources of neuronx-distributed: see `make test-neuron-sources`",
+        allow_module_level=True,
     )
 
 closed.install(Path(SOURCES) / "src")
@@ -42,6 +44,12 @@ def test_the_sources_are_the_checkout() -> None:
     import neuronx_distributed
 
     assert Path(neuronx_distributed.__file__).is_relative_to(Path(SOURCES).resolve())
+
+
+@pytest.mark.parametrize("name", signatures("neuronx_distributed"))
+def test_signatures_are_those_of_the_sources(name: str) -> None:
+    ours, theirs = signatures("neuronx_distributed")[name], real("neuronx_distributed", name)
+    assert parameters(theirs) == parameters(ours)
 
 
 @pytest.mark.parametrize("degree", [1, 2, 4])

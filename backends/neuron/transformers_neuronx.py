@@ -49,8 +49,8 @@ def open_executor(
     folder = exported(artifact, port)
     import transformers_neuronx as library  # after the environment: it starts the Neuron runtime
 
-    settings = _settings(library, port, limits) | {"tp_degree": degree, "amp": AMP[artifact.dtype]}
-    model = getattr(library, port.name).from_pretrained(str(folder), **settings)
+    given = settings(library, port, limits) | {"tp_degree": degree, "amp": AMP[artifact.dtype]}
+    model = getattr(library, port.name).from_pretrained(str(folder), **given)
     model.to_neuron()
     rows = ManyRows(model, limits.max_batch) if port.continuous else OneRow(model)
     return TransformersNeuronxExecutor(limits, rows, f"{degree} NeuronCores by {LIBRARY}")
@@ -97,17 +97,17 @@ def plan_rows(
     )
 
 
-def _settings(library: Any, port: Port, limits: Limits) -> dict[str, Any]:
+def settings(library: Any, port: Port, limits: Limits) -> dict[str, Any]:
     """What the class is told: sizes, buckets, and continuous batching where it has that."""
     buckets = ladder(min(LEAST_BUCKET, limits.max_tokens), limits.max_tokens)
-    settings: dict[str, Any] = {"batch_size": limits.max_batch, "n_positions": limits.max_tokens}
+    given: dict[str, Any] = {"batch_size": limits.max_batch, "n_positions": limits.max_tokens}
     if port.reads_prompts:
-        settings["context_length_estimate"] = buckets
+        given["context_length_estimate"] = buckets
     if port.continuous:
         rows = library.ContinuousBatchingConfig(batch_size_for_shared_caches=limits.max_batch)
-        settings["neuron_config"] = library.NeuronConfig(continuous_batching=rows)
-        settings["n_positions"] = buckets
-    return settings
+        given["neuron_config"] = library.NeuronConfig(continuous_batching=rows)
+        given["n_positions"] = buckets
+    return given
 
 
 class Rows(Protocol):
