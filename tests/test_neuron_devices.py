@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lmi_multi.backends.neuron import devices, instances, sdk, sizing
+from lmi_multi.backends.neuron import devices, instances, sizing
 from lmi_multi.backends.neuron.buckets import Buckets
 from lmi_multi.backends.neuron.devices import Core, Host
 
@@ -22,7 +22,6 @@ from lmi_multi.models.registry import FAMILIES
 from lmi_multi.models.spec import Alibi, ModelSpec
 
 GIB = 2**30
-NXD = {"neuronx-cc": "2.24.1", "torch-neuronx": "2.9.0", "neuronx-distributed": "0.18.1"}
 
 
 def listing(count: int, cores: int = 2, **more: object) -> str:
@@ -357,22 +356,3 @@ def test_commands_say_what_is_valid(
     shown = capsys.readouterr().err
     assert shown.startswith("error: ")
     assert fault in shown
-
-
-def test_probe(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lmi_multi.backends.neuron import BACKEND, backend, runtimes
-
-    monkeypatch.delenv(backend.RUNTIME, raising=False)
-    cores = [Core(0, 0, 16 * GIB)]
-    monkeypatch.setattr(devices, "look", lambda: Host(("/dev/neuron0",), "inf2.xlarge", cores))
-    monkeypatch.setattr(sdk, "installed", lambda: sdk.Sdk(NXD))
-    state = BACKEND.probe()
-    assert not state.ok
-    assert state.reason == "1 NeuronCores found, but only the emulator is opened so far"
-    monkeypatch.setenv(backend.RUNTIME, "nxd")
-    assert "must be emulator" in BACKEND.probe().remedy
-    monkeypatch.setenv(backend.RUNTIME, "emulator")
-    monkeypatch.setattr(runtimes, "find_spec", lambda name: None)
-    assert BACKEND.probe().reason == "the emulator needs torch_xla, jax, jaxlib"
-    monkeypatch.setattr(runtimes, "find_spec", lambda name: name)
-    assert BACKEND.probe().ok

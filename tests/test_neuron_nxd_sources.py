@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from lmi_multi import load
 from lmi_multi.engine.batch import Prompt
 from lmi_multi.instances import find
 from lmi_multi.model import Model
@@ -108,3 +109,34 @@ def test_the_state_starts_as_zeros_and_can_be_reset(checkpoints: Path) -> None:
     program.reset_state()
     assert not any(held.any() for held in state())
     assert torch.equal(ours.logits(batch), first)
+
+
+def test_loading_finds_what_was_compiled_ahead(
+    checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lmi_multi.backends.neuron import BACKEND, devices, sdk
+
+    cores = [devices.Core(i, 0, 16 * 2**30) for i in range(2)]
+    host = devices.Host(("/dev/neuron0",), "inf2.xlarge", cores)
+    packages = {"neuronx-cc": "2.24", "torch-neuronx": "2.9.0", "neuronx-distributed": "0.18"}
+    monkeypatch.setattr(devices, "look", lambda: host)
+    monkeypatch.setattr(sdk, "installed", lambda: sdk.Sdk(packages))
+    own = {"LMI_MULTI_NEURON_CACHE": str(tmp_path), "LMI_MULTI_NEURON_INSTANCE": "inf2.xlarge"}
+    monkeypatch.setattr(os, "environ", os.environ | own)
+    source = artifact("gpt2", checkpoints)
+    sizes: dict[str, Any] = {"tensor_parallel": 2, "max_batch": 2, "max_tokens": 32}
+    before = len(closed.FLAGS)
+    done = BACKEND.compile(source, instance="inf2.xlarge", **sizes)
+    assert done.count.done == len(closed.FLAGS) - before == len([*tmp_path.rglob("*.graph")])
+    with (
+        load(source.folder, backend="cpu", max_tokens=32) as cpu,
+        load(source.folder, backend="neuron", **sizes) as ours,
+    ):
+        assert len(closed.FLAGS) - before == done.count.done
+        assert ours.device == "2 NeuronCores"
+        prompts = [ids(11, 1), ids(3, 2), ids(20, 3)]
+        mine, theirs = (
+            [c.token_ids for c in m.generate(prompts, max_new_tokens=8)] for m in (ours, cpu)
+        )
+    assert mine == theirs
+    assert os.environ["NEURON_RT_VISIBLE_CORES"] == "0-1"
