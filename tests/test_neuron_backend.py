@@ -146,6 +146,9 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded(
     monkeypatch.setattr("lmi_multi.fit.RESERVED", 10**12)
     with pytest.raises(CapacityError, match=r"does not fit 2 cores of inf2.xlarge: .* are missing"):
         BACKEND.load(llama, tensor_parallel=2, **given)
+    machine(INF2, TNX, **{environment.INSTANCE: "trn2.48xlarge"})
+    with pytest.raises(BackendError, match=r"runs on inf2 and trn1, not on trn2.48xlarge"):
+        BACKEND.load(llama, tensor_parallel=2, **given)
     machine(Host(("/dev/neuron0",), None, INF2.cores), NXD)
     with pytest.raises(BackendError, match="does not tell its instance type; set LMI_MULTI_NEURON"):
         BACKEND.load(llama, tensor_parallel=2, **given)

@@ -134,7 +134,7 @@ def test_every_call_binds_from_lowering_to_closing(library: Library) -> None:
     assert (world["world_size"], world["tensor_model_parallel_size"]) == (2, 2)
     assert given["trace"]["kwargs"]["token_ids"].shape == (2,)
     assert given["compile"]["compiler_args"] == f"{environment.COMPILER_FLAGS} --target=inf2"
-    assert given["set_weights"]["sharded_checkpoint"] == shards
+    assert [{**shard} for shard in given["set_weights"]["sharded_checkpoint"]] == shards
     assert given["forward"]["model_name"] == "decode"
     written = [c.arguments for c in library.calls if c.name.endswith("write_to_neuron_buffer")]
     assert [(a["buffer_key"], a["rank"]) for a in written] == [("k0", 0), ("k0", 1)]

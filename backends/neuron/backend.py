@@ -143,6 +143,8 @@ def _open_library(
 ) -> Executor:
     from . import transformers_neuronx
 
+    if instance.name.startswith("trn2"):
+        raise BackendError(f"{runtimes.LIBRARY} runs on inf2 and trn1, not on {instance.name}")
     sizing.limits_on(network, instance, degree, 1, max_tokens)  # says what does not fit
     option = estimate(network, instance, network.dtype, network.quantize, degree, max_tokens)
     return transformers_neuronx.open_executor(

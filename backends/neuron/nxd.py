@@ -182,7 +182,7 @@ class NxdProgram:
 
     def load_weights(self, shards: Sequence[Mapping[str, Tensor]]) -> None:
         """See `Program.load_weights`. The state starts as zeros."""
-        self._model.set_weights([dict(shard) for shard in shards])
+        self._model.set_weights([{n: t.contiguous() for n, t in s.items()} for s in shards])
         self._model.to_neuron()
 
     def run(self, tag: str, **inputs: Tensor) -> list[Tensor]:
