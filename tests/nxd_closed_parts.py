@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import importlib.abc
 import importlib.machinery
-import io
 import pickle
 import sys
 from collections.abc import Mapping, Sequence
@@ -28,7 +27,6 @@ import torch
 from lmi_multi.backends.neuron import lint
 from lmi_multi.backends.neuron.emulator import EmulatorRuntime, _tensor
 from lmi_multi.backends.neuron.lower import Graph, hlo_text
-from lmi_multi.backends.neuron.nxd import NxdGraph
 from lmi_multi.backends.neuron.program import Compiled
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -215,8 +213,7 @@ class SPMDModel:
         self._meta = MetaNeff()
         self._meta.ParseFromString(metaneff)
         self._neff, self._metaneff = neff, metaneff
-        artifacts = SimpleNamespace(hlo=HloModuleProto(neff[len(b"NEFF") :]), metaneff=self._meta)
-        self._graph = _with_constants(NxdGraph("graph", artifacts).graph(), self._meta)
+        self._graph = _graph(neff[len(b"NEFF") :], self._meta)
         builder = EmulatorRuntime().builder(nn.Module(), [], world)
         compiled = Compiled(self._graph, builder.compile(self._graph))
         self._program = builder.assemble({"graph": compiled})
@@ -249,11 +246,21 @@ class SPMDModel:
         return True
 
 
-def _with_constants(graph: Graph, meta: MetaNeff) -> Graph:
-    constants = {
-        i: pickle.load(io.BytesIO(t.value)) for i, t in enumerate(meta.input_tensors) if t.value
-    }
-    return Graph(**{**graph.__dict__, "constants": constants})
+def _graph(proto: bytes, meta: MetaNeff) -> Graph:
+    """As the emulator wants to see it."""
+    names = [
+        (t.checkpoint_key or b"input." + t.user_input_key).decode() for t in meta.input_tensors
+    ]
+    aliases = meta.output_aliases_to
+    return Graph(
+        tag="graph",
+        proto=proto,
+        text="",
+        parameters=names,
+        constants={i: pickle.loads(t.value) for i, t in enumerate(meta.input_tensors) if t.value},
+        outputs=len(meta.output_tensors) - len(aliases),
+        state=[names[aliases[output]] for output in sorted(aliases)],
+    )
 
 
 class _HostMemory(TorchFunctionMode):

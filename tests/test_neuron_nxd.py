@@ -43,12 +43,16 @@ class Module(nn.Module):
 def traced(model: nn.Module, hlo: str = HLO, **options: Any) -> SimpleNamespace:
     """As the real one, it leaves the module with the state that the trace made."""
     model.k0 = model.k0 + 1
-    tensors = [("", "token_ids"), ("w", ""), ("k0", "")]
+    tensors = [("", "token_ids", [2], 0), ("w", "", [2], 1), ("k0", "", [3], 1)]
     inputs = [
-        SimpleNamespace(checkpoint_key=key.encode(), user_input_key=name.encode())
-        for key, name in tensors
+        SimpleNamespace(
+            checkpoint_key=key.encode(), user_input_key=name.encode(), shape=shape, data_type=dtype
+        )
+        for key, name, shape, dtype in tensors
     ]
-    meta = SimpleNamespace(input_tensors=inputs, output_tensors=[1, 2], output_aliases_to={1: 2})
+    outputs = [SimpleNamespace(shape=(3,), data_type=1), SimpleNamespace(shape=(2,), data_type=0)]
+    aliases = {0: 2}  # a state may come first
+    meta = SimpleNamespace(input_tensors=inputs, output_tensors=outputs, output_aliases_to=aliases)
     proto = SimpleNamespace(
         SerializeToString=lambda: hlo.encode(),
         computations=[SimpleNamespace(instructions=[1, 2, 3, 4])],
@@ -103,7 +107,6 @@ def test_every_call_binds_from_lowering_to_closing(library: Library) -> None:
     assert module.k0 is start
     assert graph.instructions == 4
     assert len(graph.digest) == 64
-    assert list(graph.graph().parameters) == ["input.token_ids", "w", "k0"]
     binary = made.compile(graph)
     assert binary == b"NEFF of decode"
     program = made.assemble({"decode": Compiled(graph, binary)})
@@ -196,14 +199,31 @@ def test_graphs_are_linted(library: Library, change: tuple[str, str], fault: str
         builder(Module()).lower(TRACE)
 
 
-def test_state_that_does_not_come_back_is_a_fault(library: Library) -> None:
-    def forgetful(model: nn.Module, **options: Any) -> SimpleNamespace:
+def forgotten(meta: Any) -> None:
+    meta.output_aliases_to = {}
+
+
+def another(meta: Any) -> None:
+    meta.output_aliases_to = {1: 2}
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (forgotten, "state k0 does not come back"),
+        (another, r"state k0 comes in as \[3\] and goes out as \[2\]"),
+    ],
+)
+def test_state_that_does_not_come_back_is_a_fault(
+    library: Library, change: Callable[[Any], None], fault: str
+) -> None:
+    def changed(model: nn.Module, **options: Any) -> SimpleNamespace:
         found = traced(model)
-        found.metaneff.output_aliases_to = {}
+        change(found.metaneff)
         return found
 
-    library.behaviours["trace.functions.trace"] = forgetful
-    with pytest.raises(BackendError, match="graph decode does not return the state k0"):
+    library.behaviours["trace.functions.trace"] = changed
+    with pytest.raises(BackendError, match=f"graph decode cannot run: {fault}"):
         builder(Module()).lower(TRACE)
 
 

@@ -21,7 +21,16 @@ from lmi_multi.model import Model
 from tests import nxd_closed_parts as closed
 from tests import test_neuron_emulator as emulated
 from tests.neuron_libraries import parameters, real, signatures
-from tests.test_neuron_emulator import LARGEST_ERROR, LIMITS, OPTIONS, WIDE, artifact, ids, on_cpu
+from tests.test_neuron_emulator import (
+    DEGREES,
+    LARGEST_ERROR,
+    LIMITS,
+    OPTIONS,
+    WIDE,
+    artifact,
+    ids,
+    on_cpu,
+)
 
 SOURCES = os.environ.get("LMI_MULTI_NXD_SOURCES")
 if not SOURCES:
@@ -53,7 +62,7 @@ def test_signatures_are_those_of_the_sources(name: str) -> None:
     assert parameters(theirs) == parameters(ours)
 
 
-@pytest.mark.parametrize("degree", [1, 2, 4])
+@pytest.mark.parametrize("degree", DEGREES)
 @pytest.mark.parametrize("family", WIDE)
 def test_logits_are_those_of_the_cpu(family: str, degree: int, checkpoints: Path) -> None:
     cpu, ours = on_cpu(artifact(family, checkpoints)), opened(family, degree, checkpoints)

@@ -130,10 +130,14 @@ def state_faults(graph: Graph) -> Iterator[str]:
 
 def check(graph: Graph, ranks: int) -> None:
     """Raise BackendError with the graph's tag and its first faults."""
-    found = [*faults(graph.text, ranks), *state_faults(graph)]
+    refuse(graph.tag, [*faults(graph.text, ranks), *state_faults(graph)])
+
+
+def refuse(tag: str, found: Sequence[str]) -> None:
+    """Raise BackendError with the graph's tag and the first of the faults that were found."""
     if found:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-        raise BackendError(f"graph {graph.tag} cannot run: {'; '.join(found[:3])}{more}")
+        raise BackendError(f"graph {tag} cannot run: {'; '.join(found[:3])}{more}")
 
 
 def check_same(first: Graph, second: Graph) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from lmi_multi.errors import BackendError
 from lmi_multi.instances import Instance
 
 from . import environment, lint, sdk
-from .lower import Graph, hlo_text
+from .lower import hlo_text
 from .program import Compiled, Toolchain, Trace
 
 LOG_LINES = 20  # of the compiler's log in an error
@@ -79,22 +79,21 @@ class NxdGraph:
         """See `Lowered.instructions`."""
         return sum(len(part.instructions) for part in self.artifacts.hlo.computations)
 
-    def graph(self) -> Graph:
-        """The same in the form that the lint reads."""
-        meta, proto = self.artifacts.metaneff, self.artifacts.hlo.SerializeToString()
-        aliases = dict(meta.output_aliases_to)  # from outputs to inputs
-        names = [
-            (t.checkpoint_key or b"input." + t.user_input_key).decode() for t in meta.input_tensors
-        ]
-        return Graph(
-            tag=self.tag,
-            proto=proto,
-            text=hlo_text(proto),
-            parameters=names,
-            constants={},
-            outputs=len(meta.output_tensors) - len(aliases),
-            state=[names[aliases[output]] for output in sorted(aliases)],
-        )
+    def faults(self, state: Iterable[str], ranks: int) -> Iterator[str]:
+        """What is wrong with it, one line a fault. Each of `state` must come back in its place."""
+        yield from lint.faults(hlo_text(self.artifacts.hlo.SerializeToString()), ranks)
+        meta = self.artifacts.metaneff
+        returned = {}
+        for output, given in dict(meta.output_aliases_to).items():
+            tensor = meta.input_tensors[given]
+            returned[tensor.checkpoint_key.decode()] = (tensor, meta.output_tensors[output])
+        for name in state:
+            if name not in returned:
+                yield f"state {name} does not come back"
+                continue
+            before, after = ((list(t.shape), t.data_type) for t in returned[name])
+            if before != after:
+                yield f"state {name} comes in as {before[0]} and goes out as {after[0]}"
 
 
 class NxdBuilder:
@@ -119,12 +118,7 @@ class NxdBuilder:
             for name, tensor in self._start.items():  # the next trace starts from the same buffers
                 setattr(self._module, name, tensor)
         lowered = NxdGraph(trace.tag, artifacts)
-        graph = lowered.graph()
-        if missing := set(self._start) - set(graph.state):
-            raise BackendError(
-                f"graph {trace.tag} does not return the state {', '.join(sorted(missing))}"
-            )
-        lint.check(graph, self._ranks)
+        lint.refuse(trace.tag, [*lowered.faults(self._start, self._ranks)])
         return lowered
 
     def compile(self, graph: NxdGraph) -> bytes:
