@@ -13,7 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from lmi_multi.backends.neuron import environment, transformers_neuronx
+from lmi_multi.backends.neuron import (
+    environment,
+    transformers_neuronx,
+    transformers_neuronx_export,
+)
 from lmi_multi.backends.neuron.transformers_neuronx_export import exported
 from lmi_multi.backends.neuron.transformers_neuronx_ports import PORTS, find_port
 from safetensors.torch import load_file
@@ -24,7 +28,7 @@ from lmi_multi import load
 from lmi_multi.checkpoint.artifact import Artifact
 from lmi_multi.checkpoint.convert import convert
 from lmi_multi.engine.batch import Batch, Row
-from lmi_multi.errors import BackendError, CapacityError, OptionError
+from lmi_multi.errors import BackendError, CapacityError, CheckpointError, OptionError
 from lmi_multi.model import Model
 from lmi_multi.ops.sampling import SampleRow
 from tests import tiny_models
@@ -242,7 +246,7 @@ def test_options_that_it_cannot_carry_are_refused_by_name(
     with pytest.raises(CapacityError, match=r"max_batch is 4, but .* memory holds 2 rows"):
         opened(llama, max_batch=4, memory=40_000)
     int8 = artifact("llama-int8", checkpoints, RUN["llama"], quantize="int8")
-    with pytest.raises(BackendError, match="quantize is 'int8', it runs None"):
+    with pytest.raises(BackendError, match="cannot run this model: quantize is 'int8', it runs No"):
         opened(int8)
     with Model(llama, "neuron", opened(llama)) as model:
         with pytest.raises(OptionError, match="prompt 0: num_beams is 2; allowed: 1"):
@@ -274,3 +278,25 @@ def test_a_changed_artifact_gets_a_checkpoint_of_its_own(checkpoints: Path) -> N
     assert exported(source, port) != exported(other, port)
     kept = load_file(exported(other, port) / "model-ends.safetensors")
     assert {tensor.dtype for tensor in kept.values()} == {torch.bfloat16}
+
+
+def test_faults_of_the_library_and_of_the_disk(
+    checkpoints: Path, library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(self: Any) -> None:
+        raise RuntimeError("neuronx-cc failed with 70")
+
+    source = artifact("gpt2", checkpoints)
+    library.behaviours["base.NeuronModelBase.to_neuron"] = fails
+    with pytest.raises(BackendError, match=r"cannot load .*gpt2-.*neuronx-cc failed with 70"):
+        opened(source)
+
+    def full(*given: Any, **more: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(transformers_neuronx_export, "save_file", full)
+    monkeypatch.setenv("LMI_MULTI_CACHE", str(checkpoints / "another"))
+    with pytest.raises(CheckpointError, match="No space left on device; LMI_MULTI_CACHE names"):
+        exported(source, find_port(source))
+    [lock] = (checkpoints / "another" / "transformers-neuronx").iterdir()
+    assert lock.suffix == ".lock"

@@ -41,8 +41,8 @@ def open_executor(
     max_tokens: int | None,
 ) -> TransformersNeuronxExecutor:
     """Load the artifact with the library, over `degree` cores that have `memory` bytes each for
-    their cache. Raises BackendError for a network that the library does not run, and whatever
-    `plan_limits` raises."""
+    their cache. Raises BackendError for a network that the library does not run or cannot load,
+    CheckpointError if its checkpoint cannot be written, and whatever `plan_limits` raises."""
     port = find_port(artifact)
     limits = plan_rows(artifact, port, degree, memory, max_batch, max_tokens)
     environment.take_cores(degree)
@@ -50,8 +50,11 @@ def open_executor(
     import transformers_neuronx as library  # after the environment: it starts the Neuron runtime
 
     given = settings(library, port, limits) | {"tp_degree": degree, "amp": AMP[artifact.dtype]}
-    model = getattr(library, port.name).from_pretrained(str(folder), **given)
-    model.to_neuron()
+    try:
+        model = getattr(library, port.name).from_pretrained(str(folder), **given)
+        model.to_neuron()  # compiles, too
+    except Exception as error:  # the library's, the compiler's or the Neuron runtime's
+        raise BackendError(f"{LIBRARY} cannot load {folder}: {error!r}") from error
     rows = ManyRows(model, limits.max_batch) if port.continuous else OneRow(model)
     return TransformersNeuronxExecutor(limits, rows, f"{degree} NeuronCores by {LIBRARY}")
 

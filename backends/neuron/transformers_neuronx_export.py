@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from lmi_multi.checkpoint.atomic import replacing
 from lmi_multi.checkpoint.files import MANIFEST, cache_dir
 from lmi_multi.checkpoint.lock import locked
 from lmi_multi.checkpoint.writer import sha256
+from lmi_multi.errors import CheckpointError
 from lmi_multi.models import layouts
 from lmi_multi.models.family import Fix
 from lmi_multi.models.schema import schema
@@ -31,8 +33,13 @@ def exported(artifact: Artifact, port: Port) -> Path:
     folder = cache_dir() / LIBRARY / f"{artifact.spec.family}-{digest}"
     with locked(folder, f"writes {folder}"):
         if not folder.exists():
-            with replacing(folder, lambda target: False) as partial:
-                export(artifact, port, partial)
+            try:
+                with replacing(folder, lambda target: False) as partial:
+                    export(artifact, port, partial)
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(
+                    f"{folder} cannot be written: {error}; LMI_MULTI_CACHE names another place"
+                ) from None
     return folder
 
 
@@ -48,7 +55,7 @@ def export(artifact: Artifact, port: Port, folder: Path) -> None:
     places: dict[str, str] = {}
     for part, names in parts.items():
         file = f"model-{part}.safetensors"
-        # Only one part's tensors are in memory: those of the artifact are mapped from its file.
+        # One part at a time: those of an artifact of one rank are mapped from its file till then.
         made = {k: v for name in names for k, v in _sources(artifact.spec, name, tensors[name])}
         save_file(made, folder / file, metadata={"format": "pt"})
         places |= dict.fromkeys(made, file)
@@ -57,7 +64,7 @@ def export(artifact: Artifact, port: Port, folder: Path) -> None:
 
 
 def _part(name: str) -> str:
-    """Of "decoder.3.qkv.weight" the layer, of anything else nothing in particular."""
+    """The file that a tensor goes to: a layer's own, or one for what is not of a layer."""
     stack, _, rest = name.partition(".")
     number = rest.partition(".")[0]
     return f"{stack}-{number}" if number.isdigit() else "ends"

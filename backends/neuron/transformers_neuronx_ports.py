@@ -194,12 +194,11 @@ def _differences(spec: ModelSpec, port: Port) -> Iterator[str]:
 
 def _tensors(artifact: Artifact, port: Port) -> Iterator[str]:
     """The library has the same tensors in every checkpoint of a family; a head may be tied."""
-    modules = [
-        m for m in family_of(artifact.spec).weights(artifact.spec) if _last(m) not in _ABSENT
-    ]
+    table = family_of(artifact.spec).weights(artifact.spec)
+    modules = [module for module in table if _last(module) not in _ABSENT]
     expected = {f"{m}.weight" for m in modules if m != "head"}
     expected |= {f"{m}.bias" for m in modules if _last(m) in port.biased}
-    names = {tensor.name for tensor in artifact.stored} - {"head.weight"}
+    names = {t.name for t in artifact.stored if not t.name.endswith(".scale")} - {"head.weight"}
     for wrong, fault in ((names - expected, "does not have"), (expected - names, "needs")):
         if wrong:
             yield f"it {fault} {listed(sorted(wrong))}"
