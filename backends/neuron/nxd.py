@@ -31,8 +31,9 @@ LOG_LINES = 20  # of the compiler's log in an error
 class NxdRuntime:
     """`program.Runtime` that compiles for `instance`, or for and on the cores of this machine.
 
-    Without an instance the cores are taken, by environment variables, when the first builder asks
-    for them, which must be before anything else in the process starts the Neuron runtime.
+    Without an instance the cores are taken, by environment variables, when the first builder is
+    made, which must be before anything else in the process starts the Neuron runtime. Whether the
+    installed SDK fits is for who chooses the runtime to ask: see `runtimes.choose`.
     """
 
     device = "NeuronCores"
@@ -52,8 +53,7 @@ class NxdRuntime:
         return environment.compiler_flags(name)
 
     def builder(self, module: nn.Module, state: Sequence[str], ranks: int) -> NxdBuilder:
-        """See `Runtime.builder`. Raises BackendError for an SDK that does not fit, and for cores
-        that are not there or not free."""
+        """See `Runtime.builder`. Raises BackendError for cores that are not there or not free."""
         if self._instance is None:
             environment.take_cores(ranks)
         else:
