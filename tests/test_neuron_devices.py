@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lmi_multi.backends.neuron import devices, environment, instances, sizing
+from lmi_multi.backends.neuron import devices, instances, sizing
 from lmi_multi.backends.neuron.buckets import Buckets
 from lmi_multi.backends.neuron.devices import Core, Host
 
@@ -60,7 +60,7 @@ def test_a_process_holds_its_device() -> None:
     held[1]["neuron_processes"] = [{"pid": 4711, "command": "python", "neuron_runtime_version": ""}]
     cores = devices.parse(json.dumps(held))
     assert [core.owner for core in cores] == [None, None, 4711, 4711]
-    found = devices.fault(Host(("/dev/neuron0", "/dev/neuron1"), None, cores), "2.9.0", 4)
+    found = devices.fault(Host(("/dev/neuron0", "/dev/neuron1"), None, cores), 4)
     assert found is not None
     assert found[0] == (
         "4 NeuronCores are wanted, 2 of 4 are free; the others are held by process 4711"
@@ -90,7 +90,7 @@ def host(tmp_path: Path, product: str, count: int = 0) -> Host:
 
 
 def test_no_driver_on_an_instance_that_has_cores(tmp_path: Path) -> None:
-    found = devices.fault(host(tmp_path, "trn1n.32xlarge"), None)
+    found = devices.fault(host(tmp_path, "trn1n.32xlarge"))
     assert found is not None
     assert "trn1n.32xlarge has NeuronCores, but there is no /dev/neuron0" in found[0]
     assert "modprobe neuron" in found[1]
@@ -99,7 +99,7 @@ def test_no_driver_on_an_instance_that_has_cores(tmp_path: Path) -> None:
 def test_a_machine_without_cores(tmp_path: Path) -> None:
     looked = host(tmp_path, "Standard PC (i440FX + PIIX, 1996)")
     assert looked == Host((), None)
-    found = devices.fault(looked, None)
+    found = devices.fault(looked)
     assert found is not None
     assert found[0] == "no Neuron device (/dev/neuron0) here"
 
@@ -109,7 +109,7 @@ def test_devices_without_the_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(devices, "TOOL", str(tmp_path / "absent"))
     looked = host(tmp_path, "inf2.48xlarge", 12)
     assert [Path(name).name for name in looked.devices] == [f"neuron{i}" for i in range(12)]
-    found = devices.fault(looked, "2.9.0")
+    found = devices.fault(looked)
     assert found is not None
     assert "12 Neuron devices, but their cores cannot be listed" in found[0]
     assert "aws-neuronx-tools" in found[1]
@@ -125,26 +125,6 @@ def test_the_tool_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert looked.instance == "inf2.xlarge"
     tool.write_text("#!/bin/sh\necho no driver >&2\nexit 3\n")
     assert host(tmp_path, "inf2.xlarge", 1).error == "neuron-ls failed: no driver"
-
-
-@pytest.mark.parametrize(
-    ("found", "fault"),
-    [
-        ("2.9.0.2.11.1", None),
-        (None, "torch-neuronx is not installed"),
-        ("2.8.0.2.10", "torch-neuronx 2.8.0.2.10 is too old"),
-        ("2.10.0", "torch-neuronx 2.10.0 is too new"),
-        ("nightly", "a version that cannot be read"),
-    ],
-)
-def test_sdk_versions(found: str | None, fault: str | None) -> None:
-    result = devices.sdk_fault(found)
-    if fault is None:
-        assert result is None
-    else:
-        assert result is not None
-        assert fault in result[0]
-        assert "torch-neuronx==2.9.*" in result[1]
 
 
 def some_cores(free: list[int], of: int) -> Host:
@@ -380,38 +360,3 @@ def test_commands_say_what_is_valid(
     shown = capsys.readouterr().err
     assert shown.startswith("error: ")
     assert fault in shown
-
-
-def test_environment() -> None:
-    wanted = environment.variables([8, 9, 10, 11], "s3://bucket/cache", "trn2")
-    assert wanted["NEURON_RT_VISIBLE_CORES"] == "8-11"
-    assert wanted["NEURON_RT_NUM_CORES"] == "4"
-    assert wanted["NEURON_COMPILE_CACHE_URL"] == "s3://bucket/cache"
-    assert wanted["NEURON_PLATFORM_TARGET_OVERRIDE"] == "trn2"
-    assert environment.variables([3])["NEURON_RT_VISIBLE_CORES"] == "3"
-    own = {"NEURON_CC_FLAGS": "-O2"}
-    environment.apply(wanted, own)
-    assert own["NEURON_CC_FLAGS"] == "-O2"
-    with pytest.raises(
-        BackendError, match="NEURON_RT_VISIBLE_CORES is '0-3', but this model runs on '8-11'"
-    ):
-        environment.apply(wanted, {"NEURON_RT_VISIBLE_CORES": "0-3"})
-
-
-def test_probe(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lmi_multi.backends.neuron import BACKEND, backend, runtimes
-
-    monkeypatch.delenv(backend.RUNTIME, raising=False)
-    cores = [Core(0, 0, 16 * GIB)]
-    monkeypatch.setattr(devices, "look", lambda: Host(("/dev/neuron0",), "inf2.xlarge", cores))
-    monkeypatch.setattr(devices, "sdk_version", lambda: "2.9.0")
-    state = BACKEND.probe()
-    assert not state.ok
-    assert state.reason == "1 NeuronCores found, but this version runs on Neuron only emulated"
-    monkeypatch.setenv(backend.RUNTIME, "nxd")
-    assert "must be emulator" in BACKEND.probe().remedy
-    monkeypatch.setenv(backend.RUNTIME, "emulator")
-    monkeypatch.setattr(runtimes, "find_spec", lambda name: None)
-    assert BACKEND.probe().reason == "the emulator needs torch_xla, jax, jaxlib"
-    monkeypatch.setattr(runtimes, "find_spec", lambda name: name)
-    assert BACKEND.probe().ok

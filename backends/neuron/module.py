@@ -71,7 +71,8 @@ class StaticModel(nn.Module):
         """Copy blocks (`sources`), encode (`lengths`), or decode; all inputs but `temperature` are
         int64.
 
-        - copy: `sources`, `targets` [n] are blocks. Returns nothing.
+        - copy: `sources`, `targets` [n] are blocks. Returns a number that means nothing, as a
+          graph without any output is more than a runtime need be ready for.
         - encode: `token_ids`, `positions` [rows * n], `lengths` [rows], BERT's `segments`, and
           for encoder-decoders `slots` for the cross-attention's keys and values. Returns hidden
           states float32 [rows * n, hidden] and what the pooler makes of them, if there is one.
@@ -83,7 +84,7 @@ class StaticModel(nn.Module):
         """
         if sources is not None and targets is not None:
             self._copy(sources, targets)
-            return []
+            return [targets.sum(0, keepdim=True)]
         if token_ids is None or positions is None:
             raise TypeError("token_ids and positions are needed")
         if lengths is not None:
