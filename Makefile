@@ -9,10 +9,10 @@ NEURON := .venv-neuron
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-neuron lint format kernels constraints clean
+.PHONY: help demo test test-neuron test-neuron-sources lint format kernels constraints clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: $(STAMP) ## Run the demo model on whatever hardware is here
 	@$(BIN)/lmi-multi demo
@@ -24,7 +24,16 @@ test-neuron: $(NEURON)/.installed ## Run the Neuron backend's tests on the emula
 	LMI_MULTI_NEURON_RUNTIME=emulator $(NEURON)/bin/python -m pytest --backend neuron $(PYTEST_ARGS) \
 		tests/test_matrix.py
 	LMI_MULTI_NEURON_RUNTIME=emulator $(NEURON)/bin/python -m pytest $(PYTEST_ARGS) \
-		tests/test_neuron_emulator.py tests/test_neuron_lint.py tests/test_neuron_devices.py
+		tests/test_neuron_emulator.py tests/test_neuron_compile.py tests/test_neuron_sampling.py \
+		tests/test_neuron_lint.py tests/test_neuron_devices.py
+
+test-neuron-sources: $(NEURON)/.installed ## Run Neuron's libraries from their sources: NXD= and TNX= checkouts
+	@test -n "$(NXD)$(TNX)" || { echo "error: set NXD, TNX or both to a checkout" >&2; exit 1; }
+	$(NEURON)/bin/python -m pip install --quiet --disable-pip-version-check tenacity
+	$(if $(NXD),LMI_MULTI_NXD_SOURCES="$(NXD)" $(NEURON)/bin/python -m pytest -rP $(PYTEST_ARGS) \
+		tests/test_neuron_nxd_sources.py)
+	$(if $(TNX),LMI_MULTI_TNX_SOURCES="$(TNX)" $(NEURON)/bin/python -m pytest $(PYTEST_ARGS) \
+		tests/test_neuron_transformers_neuronx_sources.py)
 
 lint: $(STAMP) ## Check style, format and types, and the containers' files
 	$(BIN)/ruff check .

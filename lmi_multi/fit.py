@@ -22,7 +22,7 @@ from lmi_multi.checkpoint.artifact import Artifact, is_artifact
 from lmi_multi.checkpoint.convert import chosen_dtype
 from lmi_multi.checkpoint.files import gib
 from lmi_multi.checkpoint.formats import open_reader
-from lmi_multi.checkpoint.layout import DtypeName, QuantizeName, parameters, stored_tensors
+from lmi_multi.checkpoint.layout import DtypeName, QuantizeName, Stored, parameters, stored_tensors
 from lmi_multi.checkpoint.outline import outlined
 from lmi_multi.checkpoint.plan import make_plan
 from lmi_multi.errors import CapacityError
@@ -53,12 +53,22 @@ class Network:
         default_factory=dict, init=False, repr=False, compare=False
     )
 
+    @classmethod
+    def of(cls, artifact: Artifact, name: str) -> Network:
+        """What `artifact` is, which people call `name`."""
+        names = tuple(artifact.manifest.tensors)
+        return cls(name, artifact.spec, names, artifact.dtype, artifact.quantize, True)
+
     def formats(self) -> list[tuple[DtypeName, QuantizeName | None]]:
         """The combinations of dtype and quantization that can be loaded."""
         if self.is_artifact:
             return [(self.dtype, self.quantize)]
         kinds: tuple[QuantizeName | None, ...] = (None, *get_args(QuantizeName))
         return [(dtype, kind) for kind in kinds for dtype in get_args(DtypeName)]
+
+    def stored(self) -> list[Stored]:
+        """The tensors in the source's own format."""
+        return stored_tensors(self.spec, self.tensors, self.dtype, self.quantize)
 
     def weight_bytes(self, dtype: DtypeName, quantize: QuantizeName | None, degree: int) -> int:
         """Bytes of weights on each of `degree` ranks."""
@@ -77,11 +87,7 @@ def read_network(source: str | Path, revision: str | None = None) -> Network:
     """
     with outlined(source, revision) as found:
         if is_artifact(found.folder):
-            artifact = Artifact.open(found.folder, ranks=())
-            names = tuple(artifact.manifest.tensors)
-            return Network(
-                found.name, artifact.spec, names, artifact.dtype, artifact.quantize, True
-            )
+            return Network.of(Artifact.open(found.folder, ranks=()), found.name)
         plan = make_plan(found.folder, open_reader(found.folder), compare=False)
         dtype = chosen_dtype(plan, "auto")
         return Network(found.name, plan.spec, tuple(plan.tensors), dtype, None, False)

@@ -199,6 +199,11 @@ class PromptReader:
             None if stops is None else Detokenizer(stops, options.stop),
         )
         limits = self.limits
+        if not limits.beams:
+            raise OptionError(
+                f"prompt {index}: num_beams is {options.num_beams}; allowed: 1, as what the model "
+                "was loaded with has no beam search"
+            )
         if options.num_beams > limits.max_batch:
             raise OptionError(
                 f"prompt {index}: {name} is {options.num_beams}; allowed: at most "

@@ -101,10 +101,12 @@ def _open_cuda(artifact: Artifact, degree: int) -> Executor:
 
 
 def _open_neuron(artifact: Artifact, degree: int) -> Executor:
-    from lmi_multi.backends.neuron.loading import open_emulated
+    from lmi_multi.backends.neuron.emulator import EmulatorRuntime
+    from lmi_multi.backends.neuron.loading import open_executor
 
     longest = min(LIMITS.max_tokens, artifact.spec.max_positions or LIMITS.max_tokens)
-    return open_emulated(artifact, degree, replace(LIMITS, max_tokens=longest))
+    limits = replace(LIMITS, max_tokens=longest)
+    return open_executor(artifact, degree, limits, EmulatorRuntime())
 
 
 OPENERS: dict[str, Callable[[Artifact, int], Executor]] = {

@@ -7,12 +7,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
-from lmi_multi.backends.neuron import devices, environment, instances
+from lmi_multi.backends.neuron import devices, instances, sizing
+from lmi_multi.backends.neuron.buckets import Buckets
 from lmi_multi.backends.neuron.devices import Core, Host
 
+from lmi_multi.backends.base import Limits
+from lmi_multi.cli.main import run
 from lmi_multi.errors import BackendError, CapacityError, OptionError
+from lmi_multi.fit import Network
+from lmi_multi.models.registry import FAMILIES
 from lmi_multi.models.spec import Alibi, ModelSpec
 
 GIB = 2**30
@@ -54,7 +60,7 @@ def test_a_process_holds_its_device() -> None:
     held[1]["neuron_processes"] = [{"pid": 4711, "command": "python", "neuron_runtime_version": ""}]
     cores = devices.parse(json.dumps(held))
     assert [core.owner for core in cores] == [None, None, 4711, 4711]
-    found = devices.fault(Host(("/dev/neuron0", "/dev/neuron1"), None, cores), "2.9.0", 4)
+    found = devices.fault(Host(("/dev/neuron0", "/dev/neuron1"), None, cores), 4)
     assert found is not None
     assert found[0] == (
         "4 NeuronCores are wanted, 2 of 4 are free; the others are held by process 4711"
@@ -84,7 +90,7 @@ def host(tmp_path: Path, product: str, count: int = 0) -> Host:
 
 
 def test_no_driver_on_an_instance_that_has_cores(tmp_path: Path) -> None:
-    found = devices.fault(host(tmp_path, "trn1n.32xlarge"), None)
+    found = devices.fault(host(tmp_path, "trn1n.32xlarge"))
     assert found is not None
     assert "trn1n.32xlarge has NeuronCores, but there is no /dev/neuron0" in found[0]
     assert "modprobe neuron" in found[1]
@@ -93,7 +99,7 @@ def test_no_driver_on_an_instance_that_has_cores(tmp_path: Path) -> None:
 def test_a_machine_without_cores(tmp_path: Path) -> None:
     looked = host(tmp_path, "Standard PC (i440FX + PIIX, 1996)")
     assert looked == Host((), None)
-    found = devices.fault(looked, None)
+    found = devices.fault(looked)
     assert found is not None
     assert found[0] == "no Neuron device (/dev/neuron0) here"
 
@@ -103,7 +109,7 @@ def test_devices_without_the_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(devices, "TOOL", str(tmp_path / "absent"))
     looked = host(tmp_path, "inf2.48xlarge", 12)
     assert [Path(name).name for name in looked.devices] == [f"neuron{i}" for i in range(12)]
-    found = devices.fault(looked, "2.9.0")
+    found = devices.fault(looked)
     assert found is not None
     assert "12 Neuron devices, but their cores cannot be listed" in found[0]
     assert "aws-neuronx-tools" in found[1]
@@ -119,26 +125,6 @@ def test_the_tool_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert looked.instance == "inf2.xlarge"
     tool.write_text("#!/bin/sh\necho no driver >&2\nexit 3\n")
     assert host(tmp_path, "inf2.xlarge", 1).error == "neuron-ls failed: no driver"
-
-
-@pytest.mark.parametrize(
-    ("found", "fault"),
-    [
-        ("2.9.0.2.11.1", None),
-        (None, "torch-neuronx is not installed"),
-        ("2.8.0.2.10", "torch-neuronx 2.8.0.2.10 is too old"),
-        ("2.10.0", "torch-neuronx 2.10.0 is too new"),
-        ("nightly", "a version that cannot be read"),
-    ],
-)
-def test_sdk_versions(found: str | None, fault: str | None) -> None:
-    result = devices.sdk_fault(found)
-    if fault is None:
-        assert result is None
-    else:
-        assert result is not None
-        assert fault in result[0]
-        assert "torch-neuronx==2.9.*" in result[1]
 
 
 def some_cores(free: list[int], of: int) -> Host:
@@ -189,45 +175,188 @@ def test_wrong_degrees_list_the_valid_ones() -> None:
         instances.find("p5.48xlarge")
 
 
-def test_memory_that_does_not_suffice() -> None:
-    inf2 = instances.find("inf2.xlarge")
-    instances.check_memory(inf2, 2, 16 * GIB, "")
-    with pytest.raises(
-        CapacityError, match=r"needs 20.00 GiB and has 16: 4.00 GiB too little; int8"
-    ):
-        instances.check_memory(inf2, 2, 20 * GIB, "int8 would fit")
+def network(layers: int, hidden: int = 4096) -> Network:
+    """As BLOOM; a layer of 4096 has 0.375 GiB."""
+    big = ModelSpec(
+        family="bloom",
+        vocab=256,
+        hidden=hidden,
+        heads=64,
+        ffn=4 * hidden,
+        position=Alibi(),
+        decoder_layers=layers,
+    )
+    family = next(family for family in FAMILIES if family.name == "bloom")
+    modules = (name for name, weight in family.weights(big).items() if not weight.optional)
+    return Network("big", big, tuple(f"{name}.weight" for name in modules), "bf16", None, True)
 
 
-def test_environment() -> None:
-    wanted = environment.variables([8, 9, 10, 11], "s3://bucket/cache", "trn2")
-    assert wanted["NEURON_RT_VISIBLE_CORES"] == "8-11"
-    assert wanted["NEURON_RT_NUM_CORES"] == "4"
-    assert wanted["NEURON_COMPILE_CACHE_URL"] == "s3://bucket/cache"
-    assert wanted["NEURON_PLATFORM_TARGET_OVERRIDE"] == "trn2"
-    assert environment.variables([3])["NEURON_RT_VISIBLE_CORES"] == "3"
-    own = {"NEURON_CC_FLAGS": "-O2"}
-    environment.apply(wanted, own)
-    assert own["NEURON_CC_FLAGS"] == "-O2"
-    with pytest.raises(
-        BackendError, match="NEURON_RT_VISIBLE_CORES is '0-3', but this model runs on '8-11'"
-    ):
-        environment.apply(wanted, {"NEURON_RT_VISIBLE_CORES": "0-3"})
+@pytest.mark.parametrize(
+    ("layers", "instance", "degree", "tokens", "refusal"),
+    [
+        (
+            45,
+            "inf2.8xlarge",
+            1,
+            512,
+            "big does not fit 1 cores of inf2.8xlarge: 1.9 GiB of device memory are missing for "
+            "the weights; what would fit: tensor_parallel 2, or int8 weights",
+        ),
+        (
+            100,
+            "inf2.8xlarge",
+            1,
+            512,
+            "big does not fit 1 cores of inf2.8xlarge: 22.5 GiB of device memory are missing for "
+            "the weights; what would fit: trn2.3xlarge at tensor_parallel 2",
+        ),
+        (
+            45,
+            "inf2.xlarge",
+            2,
+            512,
+            "big does not fit 2 cores of inf2.xlarge: 2.9 GiB of host memory are missing to load "
+            "it; what would fit: int8 weights",
+        ),
+        (
+            30,
+            "inf2.8xlarge",
+            1,
+            6000,
+            "big does not fit 1 cores of inf2.8xlarge: a row of 6000 tokens, and as much to score "
+            "one, need 2.50 GiB more of cache; what would fit: tensor_parallel 2, or int8 weights",
+        ),
+        (
+            500,
+            "inf2.48xlarge",
+            8,
+            512,
+            "big does not fit 8 cores of inf2.48xlarge: 360.0 GiB of device memory are missing for "
+            "the weights; no instance with NeuronCores would take it at this max_tokens",
+        ),
+    ],
+)
+def test_what_does_not_fit_says_by_how_much_and_what_would(
+    layers: int, instance: str, degree: int, tokens: int, refusal: str
+) -> None:
+    hidden = 16384 if layers == 500 else 4096
+    with pytest.raises(CapacityError) as caught:
+        sizing.limits_on(network(layers, hidden), instances.find(instance), degree, 1, tokens)
+    assert str(caught.value) == refusal
 
 
-def test_probe(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lmi_multi.backends.neuron import BACKEND, backend
+def test_limits_follow_from_the_instance_alone() -> None:
+    inf2 = instances.find("inf2.8xlarge")
+    small = sizing.limits_on(network(30), inf2, 2, 4, 512)
+    assert (small.max_batch, small.max_tokens, small.blocks) == (4, 512, 4 * 32)
+    full = sizing.limits_on(network(30), inf2, 1, 64, 512)
+    needed = sizing.core_bytes(network(30), 1, full)
+    block = 2 * 30 * 16 * 64 * 64 * 2
+    assert needed["cache"] == block * (full.blocks + 32 + 1)
+    room = inf2.device_bytes - needed["reserved"] - needed["weights"]
+    assert needed["cache"] <= 0.8 * room < needed["cache"] + block
 
-    monkeypatch.delenv(backend.RUNTIME, raising=False)
-    cores = [Core(0, 0, 16 * GIB)]
-    monkeypatch.setattr(devices, "look", lambda: Host(("/dev/neuron0",), "inf2.xlarge", cores))
-    monkeypatch.setattr(devices, "sdk_version", lambda: "2.9.0")
-    state = BACKEND.probe()
-    assert not state.ok
-    assert state.reason == "1 NeuronCores found, but this version runs on Neuron only emulated"
-    monkeypatch.setenv(backend.RUNTIME, "nxd")
-    assert "must be emulator" in BACKEND.probe().remedy
-    monkeypatch.setenv(backend.RUNTIME, "emulator")
-    monkeypatch.setattr(backend, "find_spec", lambda name: None)
-    assert BACKEND.probe().reason == "the emulator needs torch_xla, jax, jaxlib"
-    monkeypatch.setattr(backend, "find_spec", lambda name: name)
-    assert BACKEND.probe().ok
+
+def planned(capsys: pytest.CaptureFixture[str], max_batch: int) -> dict[str, Any]:
+    """What `lmi-multi plan` prints as JSON for the demo model."""
+    sizes = f"--tensor-parallel 2 --max-tokens 64 --max-batch {max_batch}".split()
+    assert run(["plan", "demo", "--json", "--instance", "inf2.xlarge", *sizes]) == 0
+    answer: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return answer
+
+
+def test_a_plan_lists_graphs_and_the_bytes_of_a_core(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    plan = planned(capsys, 2)
+    assert plan["buckets"] == {
+        "rows": [1, 2],
+        "queries": [16, 32, 64],
+        "context": [32, 64],
+        "encoded": [32, 64],
+    }
+    names = [graph["name"] for graph in plan["graphs"]]
+    # To copy; 2 encoders; for each of 2 encoded: contexts of 32 (2 rows, 2 queries) and 64 (2, 3),
+    # rows greedy and sampled, queries also with all logits.
+    assert len(names) == len(set(names)) == 1 + 2 + 2 * ((2 * 2 + 3 * 2) + (2 * 2 + 3 * 3))
+    assert plan["core_bytes"]["reserved"] == GIB
+    counts = [graph["instructions"] for graph in plan["graphs"]]
+    if plan["uncounted"]:
+        assert plan["uncounted"].startswith("tracing needs torch_xla")
+        assert set(counts) == {None}
+    else:
+        assert min(counts) > 10
+
+
+def test_buckets_can_be_pruned(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = "rows=1,4 queries=64 context=64 encoded=64"
+    monkeypatch.setenv("LMI_MULTI_NEURON_BUCKETS", kept)
+    plan = planned(capsys, 4)
+    assert plan["buckets"] == {"rows": [1, 4], "queries": [64], "context": [64], "encoded": [64]}
+    assert [graph["name"] for graph in plan["graphs"]] == [
+        "copy",
+        "encode_64",
+        "decode_1x1_of_64_with_64",
+        "decode_1x1_of_64_with_64_sampled",
+        "decode_4x1_of_64_with_64",
+        "decode_4x1_of_64_with_64_sampled",
+        "decode_1x64_of_64_with_64",
+        "decode_1x64_of_64_with_64_sampled",
+        "decode_1x64_of_64_with_64_all",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("pruned", "fault"),
+    [
+        ("layers=1", "names 'layers', must be of rows, queries, context$"),
+        ("rows=1,2", "has 'rows=1,2', must be 4 and any of 1, 2, 4$"),
+        ("rows=3,4", "has 'rows=3,4', must be 4 and any of 1, 2, 4$"),
+        ("context", "has 'context', must be 64 and any of 32, 64$"),
+    ],
+)
+def test_buckets_that_cannot_be_pruned_so(pruned: str, fault: str) -> None:
+    limits = Limits(max_batch=4, max_tokens=64, max_step_tokens=64, blocks=8, block_size=16)
+    with pytest.raises(OptionError, match=f"LMI_MULTI_NEURON_BUCKETS {fault}"):
+        Buckets.of(spec(), limits, 8).pruned(pruned)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fault"),
+    [
+        ("plan demo --tensor-parallel 2", "tensor_parallel needs an instance"),
+        ("plan demo --max-batch 2", "max_batch needs tensor_parallel"),
+        (
+            "plan demo --tensor-parallel 2 --instance g5.xlarge",
+            "must be one with NeuronCores: inf2",
+        ),
+        (
+            "plan demo --tensor-parallel 4 --instance trn1.32xlarge",
+            "tensor_parallel is 4, but trn1.32xlarge has 32 NeuronCores and runs 1, 2, 8, 16, 32",
+        ),
+        (
+            "plan demo --tensor-parallel 24 --instance inf2.48xlarge",
+            "can be split on inf2.48xlarge over 1, 2, 4, 8",
+        ),
+        ("compile demo --instance inf2.9xlarge", "did you mean 'inf2.xlarge'?"),
+        ("compile demo --instance inf2.xlarge --jobs 0", "jobs is 0, must be at least 1"),
+        ("compile demo --instance inf2.xlarge --max-batch 0", "max_batch is 0, must be an integer"),
+        (
+            "compile demo --instance inf2.xlarge --cache s3:///x",
+            "'s3:///x' is no address on S3, expected s3://BUCKET/PREFIX",
+        ),
+    ],
+)
+def test_commands_say_what_is_valid(
+    arguments: str,
+    fault: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("LMI_MULTI_NEURON_RUNTIME", "emulator")
+    assert run(arguments.split()) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: ")
+    assert fault in shown

@@ -68,9 +68,10 @@ def on_cpu(opened: Artifact) -> Executor:
 
 
 def emulated(opened: Artifact, degree: int) -> Any:
-    from lmi_multi.backends.neuron.loading import open_emulated
+    from lmi_multi.backends.neuron.emulator import EmulatorRuntime
+    from lmi_multi.backends.neuron.loading import open_executor
 
-    return open_emulated(opened, degree, LIMITS)
+    return open_executor(opened, degree, LIMITS, EmulatorRuntime())
 
 
 def ids(count: int, seed: int) -> list[int]:
@@ -141,7 +142,7 @@ def test_int8_weights(family: str, checkpoints: Path) -> None:
 @pytest.mark.parametrize("family", ["bloom", "t5"])
 def test_every_rank_traces_the_same_graph(family: str, checkpoints: Path) -> None:
     from lmi_multi.backends.neuron import lint
-    from lmi_multi.backends.neuron.buckets import Buckets
+    from lmi_multi.backends.neuron.buckets import Buckets, Kind
     from lmi_multi.backends.neuron.lower import Lowering, TraceCollectives
     from lmi_multi.backends.neuron.module import StaticModel
 
@@ -156,7 +157,7 @@ def test_every_rank_traces_the_same_graph(family: str, checkpoints: Path) -> Non
         lowerings.append(Lowering(module, module.state_names, 2))
     buckets = Buckets.of(spec, LIMITS, 40)
     encoded = buckets.encoded[0] if buckets.encoded else 0
-    traces = [buckets.decode(2, 1, 32, encoded, True), buckets.decode(1, 16, 32, encoded, False)]
+    traces = [buckets.decode(2, 1, 32, encoded, kind) for kind in Kind]
     for trace in [buckets.copies(), *traces]:
         graphs = [lowering.lower(trace) for lowering in lowerings]
         lint.check(graphs[0], 2)
@@ -180,7 +181,6 @@ def test_stale_cache_changes_nothing(checkpoints: Path) -> None:
 
 OPTIONS: list[dict[str, Any]] = [
     {},
-    {"do_sample": True, "temperature": 0.8, "top_k": 20, "top_p": 0.9, "seed": 3},
     {"do_sample": True, "min_p": 0.05, "typical_p": 0.9, "seed": 5, "num_return_sequences": 3},
     {"repetition_penalty": 1.3, "presence_penalty": 0.4, "logprobs": 2},
     {"num_beams": 4, "num_return_sequences": 2},
@@ -214,6 +214,41 @@ def test_answers_are_those_of_the_cpu(models: tuple[Model, Model]) -> None:
         assert [c.finish_reason for c in results[1]] == [c.finish_reason for c in results[0]]
 
 
+def test_graphs_draw_what_the_cpu_draws(checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that sample, each in its own way, beside greedy ones and ones that the host draws."""
+    from lmi_multi.backends.neuron.emulator import EmulatorProgram
+
+    monkeypatch.setenv("LMI_MULTI_NEURON_RUNTIME", "emulator")
+    # Fewer graphs: those that draw take the emulator seconds to compile.
+    monkeypatch.setenv("LMI_MULTI_NEURON_BUCKETS", "rows=4 queries=16,64 context=64")
+    run_tags: list[str] = []
+    real = EmulatorProgram.run
+
+    def noted(self: EmulatorProgram, tag: str, **inputs: torch.Tensor) -> list[torch.Tensor]:
+        run_tags.append(tag)
+        return real(self, tag, **inputs)
+
+    monkeypatch.setattr(EmulatorProgram, "run", noted)
+    folder = artifact("gpt2", checkpoints).folder
+    prompts = [ids(n, n) for n in (11, 3, 16, 7, 5)]
+    options: list[dict[str, Any]] = [
+        {"do_sample": True, "temperature": 0.8, "top_k": 20, "top_p": 0.9, "seed": 3},
+        {"do_sample": True, "temperature": 1.7, "top_k": 0, "top_p": 0.6, "seed": 4},
+        {"do_sample": True, "top_k": 3, "seed": 5},
+        {},
+        {"do_sample": True, "min_p": 0.05, "seed": 6},
+    ]
+    answers = []
+    for backend, degree in (("cpu", 1), ("neuron", 2)):
+        sizes = {"tensor_parallel": degree, "max_batch": 4, "max_tokens": 64}
+        with load(folder, backend=backend, **sizes) as model:
+            found = model.generate(prompts, options, max_new_tokens=16, ignore_eos=True)
+            answers.append([completion.token_ids for completion in found])
+    assert answers[1] == answers[0]
+    assert "decode_4x1_of_64_sampled" in run_tags
+    assert "decode_1x16_of_64_sampled" in run_tags
+
+
 def test_what_static_graphs_cannot_carry_is_refused_by_name(
     checkpoints: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,4 +273,4 @@ def test_what_static_graphs_cannot_carry_is_refused_by_name(
 def emulated_cores(count: int) -> None:
     from lmi_multi.backends.neuron.emulator import EmulatorRuntime
 
-    EmulatorRuntime().compile(torch.nn.Module(), [], [], count)
+    EmulatorRuntime().builder(torch.nn.Module(), [], count)

@@ -56,6 +56,8 @@ def test_a_good_module_has_no_faults() -> None:
         ("w.1 = (s32[], f32[4]{0}) while(t), condition=c, body=b", "w.1: loop"),
         ("i.1 = f32[4]{0} conditional(a, b, c)", "i.1: branch"),
         ("u.1 = f32[4]{0} rng(a, b), distribution=rng_uniform", "u.1: random numbers"),
+        ("k.1 = s64[] constant(2147483648)", "k.1: a constant beyond 32 bits"),
+        ("k.1 = s64[2]{0} constant({1, -5000000000})", "k.1: a constant beyond 32 bits"),
         ("g.1 = f32[4,3]{1,0} gather(p0.5, p1.6), slice_sizes={1,3}", "g.1: gathers [1, 3] out of"),
         ("a.1 = f32[4]{0} all-reduce(x), replica_groups={{0},{1}}", "replica groups are {{0},{1}}"),
         ("a.1 = f32[4]{0} all-reduce(x), replica_groups={{1,0}}", "must be {{0,1}}"),

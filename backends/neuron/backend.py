@@ -1,48 +1,52 @@
-"""Inferentia and Trainium: emulated so far, see docs/neuron.md."""
+"""Inferentia and Trainium, whose cores have only been emulated: see docs/neuron.md."""
 
 from __future__ import annotations
 
 import os
-from importlib.util import find_spec
+from pathlib import Path
 
 import psutil
 
+from lmi_multi.backends.ahead import Compilation, GraphPlan, Progress
 from lmi_multi.backends.base import Availability, Executor
-from lmi_multi.backends.limits import plan_limits
 from lmi_multi.checkpoint.artifact import Artifact
-from lmi_multi.errors import BackendError, CapacityError
+from lmi_multi.errors import BackendError, CapacityError, OptionError
+from lmi_multi.fit import Network, estimate
+from lmi_multi.instances import INSTANCES, Instance
 from lmi_multi.models.schema import check_degree
 from lmi_multi.models.spec import ModelSpec
 
-from . import devices, instances
+from . import devices, instances, runtimes, sdk, sizing
+from .environment import INSTANCE
+from .loading import open_cache, open_executor, open_graphs
+from .planning import plan_graphs
+from .runtimes import VARIABLE as RUNTIME
 
-RUNTIME = "LMI_MULTI_NEURON_RUNTIME"
-INSTANCE = "LMI_MULTI_NEURON_INSTANCE"
+EMULATED = "emulated NeuronCores"
 CACHE_SHARE = 0.25  # of the memory that the weights leave: a step holds the cache twice
-NEEDED = ("torch_xla", "jax", "jaxlib")
 
 
 class NeuronBackend:
-    """`lmi_multi.backends.base.Backend` for NeuronCores, which only the emulator runs so far."""
+    """`lmi_multi.backends.base.Backend` for NeuronCores, which no test has had yet, or emulated."""
 
     name = "neuron"
 
     def probe(self) -> Availability:
-        """Available as an emulator where that is asked for; tells a host with cores from one
-        without, and what is missing there."""
-        runtime = os.environ.get(RUNTIME, "")
-        if runtime == "emulator":
-            return _probe_emulator()
-        if runtime:
-            return _unavailable(
-                f"{RUNTIME} is {runtime!r}", f"must be emulator, or unset {RUNTIME}"
-            )
+        """What is here, or what stands in the way: of the emulator where that is asked for."""
+        try:
+            name = runtimes.asked()
+        except OptionError as error:
+            return _unavailable(str(error), f"unset {RUNTIME}")
+        if name == "emulator":
+            if missing := runtimes.emulator_fault():
+                return _unavailable(*missing)
+            return Availability("neuron", True, "emulated on the CPU", devices=(EMULATED,))
         host = devices.look()
-        fault = devices.fault(host, devices.sdk_version()) or (
-            f"{len(host.cores)} NeuronCores found, but this version runs on Neuron only emulated",
-            "use backend='cpu' or 'cuda'",
-        )
-        return _unavailable(*fault, host)
+        if fault := devices.fault(host) or runtimes.fault(name):
+            return _unavailable(*fault, host)
+        cores = f"{len(host.cores)} NeuronCores, {len(host.free)} free"
+        by = f"{runtimes.choose()} on SDK 2.{sdk.installed().release}"
+        return Availability("neuron", True, f"{cores}, by {by}", devices=host.devices)
 
     def load(
         self,
@@ -52,23 +56,104 @@ class NeuronBackend:
         max_batch: int | None,
         max_tokens: int | None,
     ) -> Executor:
-        """See `Backend.load`. Raises BackendError for what static graphs cannot carry."""
-        if os.environ.get(RUNTIME) != "emulator":
-            raise BackendError(f"this version runs on Neuron only emulated; set {RUNTIME}=emulator")
-        spec, degree = artifact.spec, tensor_parallel
-        _check(spec, degree)
-        limits = plan_limits(
-            spec,
-            item_bytes=4 if artifact.dtype == "fp32" else 2,
-            ranks=degree,
-            memory=_cache_memory(artifact, degree),
-            max_batch=max_batch,
-            max_tokens=max_tokens,
-            max_step_tokens=512,
+        """See `Backend.load`. Raises BackendError for what a runtime cannot carry."""
+        name, instance = runtimes.choose(), _instance()
+        network = Network.of(artifact, str(artifact.folder))
+        if name == "emulator" and instance is None:
+            memory = _free_memory(artifact, tensor_parallel)
+            limits = sizing.plan(
+                artifact.spec, artifact.dtype, tensor_parallel, memory, max_batch, max_tokens
+            )
+        elif instance is None:
+            raise BackendError(
+                f"this machine does not tell its instance type; set {INSTANCE}, as inf2.xlarge"
+            )
+        elif name == runtimes.LIBRARY:
+            return _open_library(
+                artifact, network, instance, tensor_parallel, max_batch, max_tokens
+            )
+        else:
+            limits = sizing.limits_on(network, instance, tensor_parallel, max_batch, max_tokens)
+        _check(artifact.spec, tensor_parallel)
+        return open_executor(
+            artifact,
+            tensor_parallel,
+            limits,
+            runtimes.open_runtime(name, None),
+            open_cache(network, tensor_parallel, limits),
         )
-        from .loading import open_emulated  # needs torch-xla
 
-        return open_emulated(artifact, degree, limits)
+    def plan(
+        self,
+        network: Network,
+        *,
+        instance: str,
+        tensor_parallel: int,
+        max_batch: int | None,
+        max_tokens: int | None,
+        progress: Progress | None = None,
+    ) -> GraphPlan:
+        """See `AheadOfTime.plan`."""
+        on = instances.find(instance)
+        limits = sizing.limits_on(network, on, tensor_parallel, max_batch, max_tokens)
+        _check(network.spec, tensor_parallel)
+        return plan_graphs(network, on, tensor_parallel, limits, progress)
+
+    def compile(
+        self,
+        artifact: Artifact,
+        *,
+        instance: str,
+        tensor_parallel: int,
+        max_batch: int | None,
+        max_tokens: int | None,
+        cache: str | Path | None = None,
+        jobs: int | None = None,
+        progress: Progress | None = None,
+    ) -> Compilation:
+        """See `AheadOfTime.compile`."""
+        on = instances.find(instance)
+        if jobs is not None and jobs < 1:
+            raise OptionError(f"jobs is {jobs}, must be at least 1")
+        network = Network.of(artifact, str(artifact.folder))
+        limits = sizing.limits_on(network, on, tensor_parallel, max_batch, max_tokens)
+        _check(artifact.spec, tensor_parallel)
+        place = open_cache(network, tensor_parallel, limits, cache)
+        runtime = runtimes.open_runtime(runtimes.choose(), on)
+        graphs = open_graphs(network, tensor_parallel, limits, runtime, place, must_keep=True)
+        graphs.make_all(jobs or os.cpu_count() or 1, progress)
+        return Compilation(graphs.count, str(place))
+
+
+def _instance() -> Instance | None:
+    """The instance that is asked for or that this machine is; None on any other machine."""
+    if name := os.environ.get(INSTANCE):
+        return instances.find(name)
+    here = devices.instance_type()
+    return next((i for i in INSTANCES if i.backend == "neuron" and i.name == here), None)
+
+
+def _open_library(
+    artifact: Artifact,
+    network: Network,
+    instance: Instance,
+    degree: int,
+    max_batch: int | None,
+    max_tokens: int | None,
+) -> Executor:
+    from . import transformers_neuronx
+
+    if instance.name.startswith("trn2"):
+        raise BackendError(f"{runtimes.LIBRARY} runs on inf2 and trn1, not on {instance.name}")
+    sizing.limits_on(network, instance, degree, 1, max_tokens)  # says what does not fit
+    option = estimate(network, instance, network.dtype, network.quantize, degree, max_tokens)
+    return transformers_neuronx.open_executor(
+        artifact,
+        degree,
+        memory=option.cache_bytes,
+        max_batch=max_batch,
+        max_tokens=max_tokens,
+    )
 
 
 def _check(spec: ModelSpec, degree: int) -> None:
@@ -77,13 +162,10 @@ def _check(spec: ModelSpec, degree: int) -> None:
             "rope scaling 'dynamic' depends on a text's length, which a static graph does not "
             "know; the neuron backend runs linear, llama3, yarn or none"
         )
-    name = os.environ.get(INSTANCE)
-    if name:
-        instances.check(spec, instances.find(name), degree)
     check_degree(spec, degree)
 
 
-def _cache_memory(artifact: Artifact, degree: int) -> int:
+def _free_memory(artifact: Artifact, degree: int) -> int:
     """Bytes that each emulated core may spend on its cache."""
     weights = sum(artifact.tensor_bytes(rank, degree) for rank in range(degree))
     free = psutil.virtual_memory().available
@@ -93,16 +175,6 @@ def _cache_memory(artifact: Artifact, degree: int) -> int:
             f"{free / 2**30:.2f} GiB are free"
         )
     return int((free - 2 * weights) * CACHE_SHARE / degree)
-
-
-def _probe_emulator() -> Availability:
-    missing = [name for name in NEEDED if find_spec(name) is None]
-    if missing:
-        return _unavailable(
-            f"the emulator needs {', '.join(missing)}",
-            f"run `make test-neuron`, which installs them, or unset {RUNTIME}",
-        )
-    return Availability("neuron", True, "emulated on the CPU", devices=("emulated NeuronCores",))
 
 
 def _unavailable(reason: str, remedy: str, host: devices.Host | None = None) -> Availability:

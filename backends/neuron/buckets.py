@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Any
 
 from lmi_multi.backends.base import Limits
+from lmi_multi.errors import OptionError
 from lmi_multi.models.spec import ModelSpec
 
 from .program import Trace
+from .sampling import COLUMNS, MOST_VOCAB
 
+VARIABLE = "LMI_MULTI_NEURON_BUCKETS"
 LEAST_QUERIES = 16
 LEAST_CONTEXT = 32
+
+
+class Kind(Enum):
+    """What a decoder's graph gives, and how its tag ends: each row's likeliest token, a token drawn
+    as the row's options say, or the logits of all tokens."""
+
+    GREEDY = ""
+    SAMPLED = "_sampled"
+    ALL = "_all"
 
 
 def ladder(least: int, most: int) -> list[int]:
@@ -61,6 +75,34 @@ class Buckets:
             blocks=blocks,
         )
 
+    @property
+    def ladders(self) -> dict[str, list[int]]:
+        """The sizes by what they are sizes of; those that the network has no use for are left
+        out."""
+        encoder = {"encoded": list(self.encoded)} if self.spec.encoder_layers else {}
+        if not self.spec.decoder_layers:
+            return encoder
+        decoder = {"rows": self.rows, "queries": self.queries, "context": self.context}
+        return {name: list(steps) for name, steps in decoder.items()} | encoder
+
+    def pruned(self, kept: str) -> Buckets:
+        """With only the steps that `kept` names, as "rows=1,4 context=512"; a ladder that it does
+        not name stays whole. The largest step of each must stay. Raises OptionError."""
+        ladders = self.ladders
+        chosen: dict[str, Any] = {}
+        for part in kept.split():
+            name, _, listed = part.partition("=")
+            if name not in ladders:
+                raise OptionError(f"{VARIABLE} names {name!r}, must be of {', '.join(ladders)}")
+            known, wanted = {str(step): step for step in ladders[name]}, set(listed.split(","))
+            last = list(known)[-1]
+            if last not in wanted or not wanted <= known.keys():
+                raise OptionError(
+                    f"{VARIABLE} has {part!r}, must be {last} and any of {', '.join(known)}"
+                )
+            chosen[name] = [step for text, step in known.items() if text in wanted]
+        return replace(self, **chosen)
+
     def traces(self) -> Iterator[Trace]:
         """Every graph that these ladders make."""
         if self.spec.decoder_layers:
@@ -69,16 +111,21 @@ class Buckets:
             yield self.encode(tokens)
         if not self.spec.decoder_layers:
             return
+        kinds = [kind for kind in Kind if self.carries(kind)]
         for context in self.context:
             for encoded in self.encoded or (0,):
                 for rows in self.rows:
-                    yield self.decode(rows, 1, context, encoded, True)
+                    for kind in kinds:
+                        if kind != Kind.ALL:
+                            yield self.decode(rows, 1, context, encoded, kind)
                 for queries in self.queries:
                     if queries <= context:
-                        yield from (
-                            self.decode(1, queries, context, encoded, draws)
-                            for draws in (True, False)
-                        )
+                        for kind in kinds:
+                            yield self.decode(1, queries, context, encoded, kind)
+
+    def carries(self, kind: Kind) -> bool:
+        """Whether there are graphs of this kind: too large a vocabulary is not drawn from."""
+        return kind != Kind.SAMPLED or self.spec.vocab <= MOST_VOCAB
 
     def copies(self) -> Trace:
         """As many copied blocks as there are rows: a beam has one that it writes to."""
@@ -94,9 +141,8 @@ class Buckets:
             inputs["slots"] = (tokens,)
         return self._trace(f"encode_{tokens}", inputs)
 
-    def decode(self, rows: int, queries: int, context: int, encoded: int, draws: bool) -> Trace:
-        """`rows` rows of `queries` tokens each over contexts of up to `context` tokens; with
-        `draws` the logits of one token a row are wanted, else those of all."""
+    def decode(self, rows: int, queries: int, context: int, encoded: int, kind: Kind) -> Trace:
+        """`rows` rows of `queries` tokens each over contexts of up to `context` tokens."""
         tokens = rows * queries
         inputs: dict[str, tuple[int, ...]] = {
             "token_ids": (tokens,),
@@ -104,13 +150,15 @@ class Buckets:
             "slots": (tokens,),
             "table": (rows, context // self.block_size),
         }
-        if draws:
+        if kind != Kind.ALL:
             inputs["last"] = (rows,)
+        if kind == Kind.SAMPLED:
+            inputs |= {"temperature": (rows,), "how": (rows, COLUMNS)}
         if encoded:
             inputs["cross_table"] = (rows, encoded // self.block_size)
             inputs["cross_lengths"] = (rows,)
         tag = f"decode_{rows}x{queries}_of_{context}" + (f"_with_{encoded}" if encoded else "")
-        return self._trace(tag if draws else f"{tag}_all", inputs)
+        return self._trace(tag + kind.value, inputs)
 
     def _trace(self, tag: str, inputs: Mapping[str, tuple[int, ...]]) -> Trace:
         blocks, spec = self.blocks, self.spec
@@ -120,4 +168,4 @@ class Buckets:
             bounds["segments"] = spec.segments
         if spec.max_positions:
             bounds["positions"] = spec.max_positions
-        return Trace(tag, inputs, bounds)
+        return Trace(tag, inputs, bounds, frozenset({"temperature"}) & inputs.keys())

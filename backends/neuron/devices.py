@@ -6,7 +6,6 @@ import json
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,6 @@ DEVICES = Path("/dev")
 PRODUCT = Path("/sys/devices/virtual/dmi/id/product_name")
 TOOL = "/opt/aws/neuron/bin/neuron-ls"
 TOOL_SECONDS = 20
-# The releases of torch-neuronx that carry ModelBuilder V2 on torch 2.9: SDK 2.28 to 2.31.
-TORCH_NEURONX = (2, 9)
-PIN = "torch-neuronx==2.9.* and neuronx-distributed of one Neuron SDK from 2.28 to 2.31"
 
 
 @dataclass(frozen=True)
@@ -117,29 +113,7 @@ def _owners(processes: Sequence[Mapping[str, Any]]) -> int | None:
     return next((int(process["pid"]) for process in processes if "pid" in process), None)
 
 
-def sdk_version(package: str = "torch-neuronx") -> str | None:
-    """The installed version of a package of the Neuron SDK; None where there is none."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def sdk_fault(found: str | None) -> tuple[str, str] | None:
-    """What is wrong with the installed torch-neuronx, and what to do; None if it fits."""
-    if found is None:
-        return "torch-neuronx is not installed", f"install {PIN}"
-    parts = found.split(".")
-    if not (len(parts) > 1 and parts[0].isdigit() and parts[1].isdigit()):
-        return f"torch-neuronx {found} has a version that cannot be read", f"install {PIN}"
-    age = (int(parts[0]), int(parts[1]))
-    if age == TORCH_NEURONX:
-        return None
-    word = "old" if age < TORCH_NEURONX else "new"
-    return f"torch-neuronx {found} is too {word}", f"pin {PIN}"
-
-
-def fault(host: Host, found_sdk: str | None, needed: int = 1) -> tuple[str, str] | None:
+def fault(host: Host, needed: int = 1) -> tuple[str, str] | None:
     """Why `needed` cores cannot be used here, and one line that helps; None if they can."""
     if not host.devices:
         if host.instance and host.instance.split(".")[0].rstrip("n") in ("inf2", "trn1", "trn2"):
@@ -154,9 +128,7 @@ def fault(host: Host, found_sdk: str | None, needed: int = 1) -> tuple[str, str]
             f"{len(host.devices)} Neuron devices, but their cores cannot be listed: {host.error}",
             "install aws-neuronx-tools and check `neuron-ls`",
         )
-    if len(host.free) < needed:
-        return _taken(host, needed)
-    return sdk_fault(found_sdk)
+    return _taken(host, needed) if len(host.free) < needed else None
 
 
 def _taken(host: Host, needed: int) -> tuple[str, str]:

@@ -8,21 +8,17 @@ import torch
 from torch import Tensor
 
 from lmi_multi.backends.base import Limits
-from lmi_multi.backends.drawing import draw
-from lmi_multi.backends.limits import row_blocks
-from lmi_multi.engine.batch import Batch, Draw, Passage, Prompt, Row, StepResult
+from lmi_multi.backends.drawing import draw_by_row
+from lmi_multi.engine.batch import Batch, Continuations, Draw, Passage, Prompt, Row, StepResult
 from lmi_multi.models.spec import ModelSpec
+from lmi_multi.ops.sampling import SampleRow
 
-from .buckets import Buckets, fit
+from .buckets import Buckets, Kind, fit
 from .inputs import block_table, padded, slots
+from .lint import check_inputs
 from .program import Program, Trace
-
-
-def spare_blocks(spec: ModelSpec, limits: Limits) -> int:
-    """Blocks beyond the engine's: room to score one text, and one block for padding."""
-    if not spec.decoder_layers:
-        return 1
-    return row_blocks(spec, limits.max_tokens, limits.max_tokens, limits.block_size) + 1
+from .sampling import can_draw, options
+from .sizing import spare_blocks
 
 
 class NeuronExecutor:
@@ -46,20 +42,25 @@ class NeuronExecutor:
         self._own, self._cross = spare[:own], spare[own:]
 
     def step(self, batch: Batch) -> StepResult:
-        """See `Executor.step`."""
+        """See `Executor.step`. What graphs cannot draw is drawn here, from the logits."""
         self._prepare(batch)
-        found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        found: dict[int, Draw | Continuations] = {}
+        undrawn: dict[int, Tensor] = {}
+        searched = _searched(batch.rows)
         for numbers, rows in self._groups(batch.rows):
-            tokens, best, logits = self._run_rows(rows, draws=True)
-            for i, number in enumerate(numbers):
-                found[number] = (tokens[i], best[i], logits[i])
-        drawing = [i for i, row in enumerate(batch.rows) if row.sample is not None]
-        if not drawing:
-            return StepResult()
-        rows = [batch.rows[i] for i in drawing]
-        if all(_plain(row) for row in rows):
-            return StepResult([_greedy(*found[i][:2]) for i in drawing])
-        return StepResult(draw(torch.stack([found[i][2] for i in drawing]), rows))
+            kind = self._kind(rows)
+            tokens, best, logits = self._run_rows(rows, kind)
+            for i, (number, row) in enumerate(zip(numbers, rows, strict=True)):
+                if number not in searched and _drawn(row, kind):
+                    found[number] = _draw(tokens[i], best[i])
+                elif row.sample is not None:
+                    undrawn[number] = logits[i]
+        if undrawn:
+            numbers = sorted(undrawn)
+            logits = torch.stack([undrawn[i] for i in numbers])
+            answers = draw_by_row(logits, [batch.rows[i] for i in numbers])
+            found |= {numbers[place]: answer for place, answer in answers.items()}
+        return StepResult([found[i] for i in sorted(found)])
 
     def logits(self, batch: Batch) -> Tensor:
         """See `Executor.logits`."""
@@ -100,6 +101,10 @@ class NeuronExecutor:
         """See `Executor.close`."""
         self._program.close()
 
+    def _run(self, trace: Trace, inputs: dict[str, Tensor]) -> list[Tensor]:
+        check_inputs(trace.tag, trace.bounds, inputs)
+        return self._program.run(trace.tag, **inputs)
+
     def _prepare(self, batch: Batch) -> None:
         """Copy blocks and encode prompts. Fresh blocks need no clearing: see `attention`."""
         copies = [pair for row in batch.rows for pair in row.copies]
@@ -107,11 +112,11 @@ class NeuronExecutor:
         count = trace.inputs["sources"][0]
         for start in range(0, len(copies), count):
             sources, targets = zip(*copies[start : start + count], strict=True)
-            self._program.run(
-                trace.tag,
-                sources=padded(sources, count, self._trash),
-                targets=padded(targets, count, self._trash),
-            )
+            inputs = {
+                "sources": padded(sources, count, self._trash),
+                "targets": padded(targets, count, self._trash),
+            }
+            self._run(trace, inputs)
         for prompt in batch.prompts:
             self._encode(prompt, prompt.cross_blocks)
 
@@ -127,21 +132,28 @@ class NeuronExecutor:
         if singles:
             yield singles, [rows[i] for i in singles]
 
-    def _run_rows(self, rows: Sequence[Row], draws: bool) -> list[Tensor]:
+    def _kind(self, rows: Sequence[Row]) -> Kind:
+        """Of the graph for rows of which each wants at most one token."""
+        samples = any(_drawn(r, Kind.SAMPLED) and not _drawn(r, Kind.GREEDY) for r in rows)
+        return Kind.SAMPLED if samples and self._buckets.carries(Kind.SAMPLED) else Kind.GREEDY
+
+    def _run_rows(self, rows: Sequence[Row], kind: Kind) -> list[Tensor]:
         """Run rows that have one token each, or one row that has several."""
-        queries = max(len(row.token_ids) for row in rows)
-        if queries > 1 or not draws:
+        queries, count = max(len(row.token_ids) for row in rows), 1
+        if queries > 1 or kind == Kind.ALL:
             queries = fit(self._buckets.queries, queries)
+        else:
+            count = fit(self._buckets.rows, len(rows))
         context = fit(self._buckets.context, max(max(row.length for row in rows), queries))
         encoded = max(row.cross_length for row in rows)
         trace = self._buckets.decode(
-            fit(self._buckets.rows, len(rows)),
+            count,
             queries,
             context,
             fit(self._buckets.encoded, encoded) if encoded else 0,
-            draws,
+            kind,
         )
-        return self._program.run(trace.tag, **self._inputs(trace, rows))
+        return self._run(trace, self._inputs(trace, rows))
 
     def _inputs(self, trace: Trace, rows: Sequence[Row]) -> dict[str, Tensor]:
         """What `trace` wants of `rows`."""
@@ -163,6 +175,10 @@ class NeuronExecutor:
             several = len(rows) == 1
             last = [len(rows[0].token_ids) - 1] if several else range(len(rows))
             inputs["last"] = padded(last, count, 0)
+        if "how" in shapes:
+            given = [row.sample if _drawn(row, Kind.SAMPLED) else None for row in rows]
+            samples = [sample or SampleRow() for sample in given]
+            inputs["temperature"], inputs["how"] = options(samples, count)
         if "cross_table" in shapes:
             width = shapes["cross_table"][1]
             cross = [row.cross_blocks for row in rows]
@@ -185,7 +201,7 @@ class NeuronExecutor:
         if "slots" in trace.inputs:
             own = slots(blocks, 0, count, self._size)
             inputs["slots"] = padded(own, bucket, self._trash * self._size)
-        return self._program.run(trace.tag, **inputs)
+        return self._run(trace, inputs)
 
     def _whole(self, row: Row) -> tuple[Tensor, Tensor]:
         """Hidden states and logits of all tokens of a row, in slices that the buckets hold."""
@@ -193,7 +209,7 @@ class NeuronExecutor:
         for start in range(0, len(row.token_ids), longest):
             own = row.token_ids[start : start + longest]
             part = Row(own, row.start + start, row.blocks, 0, row.cross_blocks, row.cross_length)
-            states, scores = self._run_rows([part], draws=False)
+            states, scores = self._run_rows([part], Kind.ALL)
             hidden.append(states[: len(own)])
             logits.append(scores[: len(own)])
         return torch.cat(hidden), torch.cat(logits)
@@ -203,18 +219,24 @@ class NeuronExecutor:
         return Row(token_ids, 0, self._own, len(token_ids), cross, encoded)
 
 
-def _plain(row: Row) -> bool:
-    """Whether the row takes the likeliest token as it is: then the device's own choice will do."""
-    s = row.sample
-    return (
-        s is not None
-        and row.beams is None
-        and not (s.temperature or s.banned)
-        and s.edit is None
-        and s.logprobs is None
-    )
+def _searched(rows: Sequence[Row]) -> set[int]:
+    """The numbers of the rows that are beams of a search; its first row tells how many."""
+    return {
+        number
+        for first, row in enumerate(rows)
+        if row.beams is not None
+        for number in range(first, first + len(row.beams.scores))
+    }
 
 
-def _greedy(token: Tensor, best: Tensor) -> Draw:
+def _drawn(row: Row, kind: Kind) -> bool:
+    """Whether a graph of this kind draws the row's token, if it is no beam's."""
+    sample = row.sample
+    if sample is None or not can_draw(sample):
+        return False
+    return kind == Kind.SAMPLED or not sample.temperature
+
+
+def _draw(token: Tensor, best: Tensor) -> Draw:
     finite = bool(torch.isfinite(best))
     return Draw(int(token) if finite else 0, finite)

@@ -1,9 +1,9 @@
-"""What the instance types with NeuronCores allow: which degrees, and how much a core."""
+"""What the instance types with NeuronCores allow: which degrees."""
 
 from __future__ import annotations
 
 from lmi_multi import instances
-from lmi_multi.errors import CapacityError, OptionError
+from lmi_multi.errors import OptionError
 from lmi_multi.instances import Instance
 from lmi_multi.models.schema import valid_degrees
 from lmi_multi.models.spec import ModelSpec
@@ -33,15 +33,4 @@ def check(spec: ModelSpec, instance: Instance, degree: int) -> None:
         raise OptionError(
             f"tensor_parallel is {degree}, but heads {spec.heads}, kv_heads {spec.kv_heads} and "
             f"ffn {spec.ffn} can be split on {instance.name} over {both}"
-        )
-
-
-def check_memory(instance: Instance, degree: int, needed: int, fitting: str) -> None:
-    """Raise CapacityError with the shortfall if a core needs more than its bytes; `fitting` says
-    what would fit."""
-    have = instance.device_bytes
-    if needed > have:
-        raise CapacityError(
-            f"each of {degree} cores of {instance.name} needs {needed / 2**30:.2f} GiB and has "
-            f"{have / 2**30:.0f}: {(needed - have) / 2**30:.2f} GiB too little; {fitting}"
         )

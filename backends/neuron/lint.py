@@ -29,6 +29,7 @@ _INSTRUCTION = re.compile(
     r"^\s*(?P<root>ROOT )?%?(?P<name>\S+) = (?P<shape>\(.*?\)|\S+) (?P<opcode>[a-z][a-z0-9-]*)\("
     r"(?P<rest>.*)$"
 )
+_OPERAND = re.compile(r"(?:^|[ ,])%?([A-Za-z_][\w.-]*)(?=,|$)")  # with or without its shape
 _SHAPE = re.compile(r"[a-z][a-z0-9]*\[[^\]]*\]")
 
 
@@ -46,8 +47,7 @@ class Instruction:
     @property
     def operands(self) -> list[str]:
         """Names of the operands."""
-        inside = self.rest.partition(")")[0]
-        return [part.split()[-1].lstrip("%") for part in inside.split(",") if part.strip()]
+        return _OPERAND.findall(self.rest.partition(")")[0])
 
 
 def instructions(text: str) -> list[Instruction]:
@@ -81,10 +81,19 @@ def faults(text: str, ranks: int) -> Iterator[str]:
             yield f"{i.name}: {i.shapes[0]} has 64-bit floats"
         if any("<=" in shape or "?" in shape for shape in i.shapes):
             yield f"{i.name}: {i.shapes[0]} is a dynamic shape"
+        if i.opcode == "constant" and i.shapes[0].startswith(("s64", "u64")):
+            yield from _wide_constant(i)
         if i.opcode == "gather":
             yield from _gather(i, shapes)
         if i.opcode in COLLECTIVES:
             yield from _groups(i, ranks)
+
+
+def _wide_constant(i: Instruction) -> Iterator[str]:
+    """The hardware narrows 64-bit integers to 32, and its compiler refuses what does not fit."""
+    values = [int(value) for value in re.findall(r"-?\d+", i.rest.partition(")")[0])]
+    if any(not -(2**31) <= value < 2**31 for value in values):
+        yield f"{i.name}: a constant beyond 32 bits"
 
 
 def _sizes(shape: str) -> list[int]:
@@ -130,10 +139,14 @@ def state_faults(graph: Graph) -> Iterator[str]:
 
 def check(graph: Graph, ranks: int) -> None:
     """Raise BackendError with the graph's tag and its first faults."""
-    found = [*faults(graph.text, ranks), *state_faults(graph)]
+    refuse(graph.tag, [*faults(graph.text, ranks), *state_faults(graph)])
+
+
+def refuse(tag: str, found: Sequence[str]) -> None:
+    """Raise BackendError with the graph's tag and the first of the faults that were found."""
     if found:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-        raise BackendError(f"graph {graph.tag} cannot run: {'; '.join(found[:3])}{more}")
+        raise BackendError(f"graph {tag} cannot run: {'; '.join(found[:3])}{more}")
 
 
 def check_same(first: Graph, second: Graph) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,9 +21,12 @@ from .program import Trace
 
 @dataclass(frozen=True)
 class Graph:
-    """One lowered graph. `parameters[i]` is the name of input i: a buffer's, or `input.` and the
-    trace's name of it; those in `constants` have a value instead. The outputs are the module's,
-    `outputs` of them, and then the state in the order of `state`."""
+    """`program.Lowered`, and what its inputs and outputs mean.
+
+    `parameters[i]` is the name of input i: a buffer's, or `input.` and the trace's name of it;
+    those in `constants` have a value instead. The outputs are the module's, `outputs` of them, and
+    then the state in the order of `state`.
+    """
 
     tag: str
     proto: bytes
@@ -31,6 +35,16 @@ class Graph:
     constants: dict[int, Tensor]
     outputs: int
     state: Sequence[str]
+
+    @property
+    def digest(self) -> str:
+        """See `Lowered.digest`. Where inputs come from is found anew whenever it is lowered."""
+        return hashlib.sha256(self.proto).hexdigest()
+
+    @property
+    def instructions(self) -> int:
+        """See `Lowered.instructions`."""
+        return sum(" = " in line for line in self.text.splitlines())
 
 
 class TraceCollectives:
@@ -114,7 +128,7 @@ class Lowering:
         return Graph(
             tag=tag,
             proto=proto,
-            text=_text(proto),
+            text=hlo_text(proto),
             parameters=[places.get(i, "") for i in range(len(given))],
             constants={i: given[i].cpu() for i in range(len(given)) if i not in places},
             outputs=len(outputs),
@@ -122,9 +136,10 @@ class Lowering:
         )
 
 
-def _text(proto: bytes) -> str:
-    """HLO in text form, which torch-xla itself does not write."""
-    from jax._src.lib import xla_client
+def hlo_text(proto: bytes) -> str:
+    """A module in HLO's text form."""
+    import torch_xla.core.xla_builder as xla_builder
 
-    text: str = xla_client.XlaComputation(proto).as_hlo_text()
+    computation = xla_builder.computation_from_module_proto("graph", proto)
+    text: str = xla_builder.get_computation_hlo(computation)
     return text

@@ -15,6 +15,7 @@ from lmi_multi.parallel.collectives import Collectives
 
 from .attention import PromptAttention, TableAttention
 from .ops import NeuronOps, greedy
+from .sampling import draw
 
 _PREFIX = "w."
 
@@ -58,6 +59,8 @@ class StaticModel(nn.Module):
         slots: Tensor | None = None,
         table: Tensor | None = None,
         last: Tensor | None = None,
+        temperature: Tensor | None = None,
+        how: Tensor | None = None,
         lengths: Tensor | None = None,
         segments: Tensor | None = None,
         cross_table: Tensor | None = None,
@@ -65,19 +68,23 @@ class StaticModel(nn.Module):
         sources: Tensor | None = None,
         targets: Tensor | None = None,
     ) -> list[Tensor]:
-        """Copy blocks (`sources`), encode (`lengths`), or decode, over int64 inputs.
+        """Copy blocks (`sources`), encode (`lengths`), or decode; all inputs but `temperature` are
+        int64.
 
-        - copy: `sources`, `targets` [n] are blocks. Returns nothing.
+        - copy: `sources`, `targets` [n] are blocks. Returns a number that means nothing, as a
+          graph without any output is more than a runtime need be ready for.
         - encode: `token_ids`, `positions` [rows * n], `lengths` [rows], BERT's `segments`, and
           for encoder-decoders `slots` for the cross-attention's keys and values. Returns hidden
           states float32 [rows * n, hidden] and what the pooler makes of them, if there is one.
         - decode: `token_ids`, `positions`, `slots` [rows * n], `table` [rows, blocks]. With
           `last` [rows] returns greedy tokens int64 [rows], their logits float32 [rows], and the
-          logits [rows, vocab] of those tokens; without it hidden states and logits of all.
+          logits [rows, vocab] of those tokens; with `temperature` and `how`, see
+          `sampling.draw`, a drawn token in place of the greedy one; without `last` hidden states
+          and logits of all.
         """
         if sources is not None and targets is not None:
             self._copy(sources, targets)
-            return []
+            return [targets.sum(0, keepdim=True)]
         if token_ids is None or positions is None:
             raise TypeError("token_ids and positions are needed")
         if lengths is not None:
@@ -92,7 +99,9 @@ class StaticModel(nn.Module):
         if last is None:
             return [network.project_out(hidden).float(), network.logits(hidden)]
         logits = network.logits(hidden.index_select(0, last))
-        return [*greedy(logits), logits]
+        if temperature is None or how is None:
+            return [*greedy(logits), logits]
+        return [*draw(logits, temperature, how), logits]
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """See `attention.State`."""

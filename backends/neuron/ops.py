@@ -30,7 +30,8 @@ def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
 
     torch's argmax lowers to a reduce over pairs, which the hardware's compiler refuses.
     """
-    ids = torch.arange(logits.shape[-1], device=logits.device)
+    # Of 32 bits: the least of int64 is looked for from its maximum, which the hardware has not.
+    ids = torch.arange(logits.shape[-1], device=logits.device).int()
     best = logits.amax(-1, keepdim=True)
     # Where a logit is NaN nothing equals the largest, which is NaN too.
-    return torch.where(logits == best, ids, logits.shape[-1] - 1).amin(-1), best[:, 0]
+    return torch.where(logits == best, ids, ids[-1]).amin(-1).long(), best[:, 0]

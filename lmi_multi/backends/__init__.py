@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
+from lmi_multi.backends.ahead import AheadOfTime
 from lmi_multi.backends.base import Availability, Backend
 from lmi_multi.errors import BackendError, OptionError
 
@@ -21,6 +22,12 @@ def get(name: str) -> Backend:
         raise OptionError(f"backend is {name!r}, must be auto, {', '.join(MODULES)}")
     backend: Backend = import_module(MODULES[name]).BACKEND
     return backend
+
+
+def compiler() -> AheadOfTime:
+    """The backend whose graphs can be compiled ahead of time."""
+    found: AheadOfTime = import_module(MODULES["neuron"]).BACKEND
+    return found
 
 
 def probe(name: str) -> Availability:

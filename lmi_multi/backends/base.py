@@ -30,7 +30,7 @@ class Limits:
     `max_batch` rows run at once; `max_tokens` bounds prompt plus generated tokens of a sequence
     (encoder-decoders: each of prompt and generated tokens); `max_step_tokens` bounds the tokens
     of one step, so that prefill never stalls running rows for long; the cache holds `blocks`
-    blocks of `block_size` tokens.
+    blocks of `block_size` tokens. Without `beams` it cannot copy blocks, which beam search needs.
     """
 
     max_batch: int
@@ -38,6 +38,7 @@ class Limits:
     max_step_tokens: int
     blocks: int
     block_size: int
+    beams: bool = True
 
 
 class Executor(Protocol):

@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from rich import box
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     Progress,
     SpinnerColumn,
     TextColumn,
@@ -24,13 +25,25 @@ from rich.progress import (
 )
 from rich.table import Column, Table
 
+if TYPE_CHECKING:
+    from lmi_multi.backends.ahead import Count
+
 PIPED_WIDTH = 160
+
+
+_ESTIMATE_SECONDS = 3600.0  # of the past, for the time left: one graph can take minutes
 
 
 class ProgressCallback(Protocol):
     """Called as bytes are written: how many of how many, and what is being written."""
 
     def __call__(self, done_bytes: int, total_bytes: int, name: str) -> None: ...
+
+
+class GraphProgress(Protocol):
+    """Called as graphs become ready: the counts, and the name of the latest."""
+
+    def __call__(self, count: Count, name: str) -> None: ...
 
 
 def out() -> Console:
@@ -156,5 +169,35 @@ def waiting(what: str) -> Iterator[Callable[[str], None]]:
             elif state != last:
                 note(f"{what}: {state}")
             last = state
+
+        yield update
+
+
+@contextmanager
+def graph_progress(title: str) -> Iterator[GraphProgress]:
+    """Graphs ready of all, time left and cache hits, on standard error: a bar on a terminal, and
+    elsewhere a line a graph, as a log wants it."""
+    console = err()
+    bar = Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=16),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[state]}", style="dim", markup=False),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+        speed_estimate_period=_ESTIMATE_SECONDS,
+    )
+    with bar:
+        task = bar.add_task(title, total=None, state="")
+
+        def update(count: Count, name: str) -> None:
+            state = f"{count.hits} cached, {name}"
+            bar.update(task, completed=count.done, total=count.total, state=state)
+            if not console.is_terminal:
+                seconds = bar.tasks[0].time_remaining
+                left = "" if seconds is None else f", {seconds:.0f} s left"
+                note(f"{count.done} of {count.total} graphs{left}: {state}")
 
         yield update

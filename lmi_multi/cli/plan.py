@@ -1,4 +1,4 @@
-"""`lmi-multi plan`: which instance a model fits, from its headers."""
+"""`lmi-multi plan`: which instance a model fits, and which graphs it has there."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import typer
 from rich.table import Table
 
 from lmi_multi.cli import options
-from lmi_multi.cli.console import json_page, note, out, size, table
+from lmi_multi.cli.console import graph_progress, json_page, note, out, size, table
 
 if TYPE_CHECKING:
-    from lmi_multi.fit import InstanceFit, Option, Report
+    from lmi_multi.backends.ahead import GraphPlan
+    from lmi_multi.fit import InstanceFit, Network, Option, Report
 
 
 def plan(
@@ -23,17 +24,36 @@ def plan(
     max_tokens: Annotated[
         int | None, typer.Option(help="Tokens a sequence, as for generate.")
     ] = None,
+    tensor_parallel: Annotated[
+        int | None,
+        typer.Option(help="With an instance that has NeuronCores: list the graphs for so many."),
+    ] = None,
+    max_batch: Annotated[
+        int | None, typer.Option(help="Prompts computed at once, for the graphs.")
+    ] = None,
     json: options.Json = False,
     revision: options.Revision = None,
 ) -> None:
     """Estimate which AWS instances a model fits, at which dtype and degree; reads no tensors.
 
+    With --tensor-parallel: the graphs that `compile` would make in the model's own dtype, and the
+    bytes of each core. Instructions are counted where torch-xla is installed.
+
     Figures come from shapes. They assume 1 GiB of each device and 2 GiB of the host for everything
     else, and give 80% of what the weights leave to the cache.
     """
+    from lmi_multi.errors import OptionError
     from lmi_multi.fit import read_network, report
     from lmi_multi.instances import INSTANCES, find
 
+    if tensor_parallel is not None:
+        if instance is None:
+            raise OptionError("tensor_parallel needs an instance: the one to list graphs for")
+        network = read_network(source, revision)
+        _graphs(network, instance, tensor_parallel, max_batch, max_tokens, json)
+        return
+    if max_batch is not None:
+        raise OptionError("max_batch needs tensor_parallel: it is for the list of graphs")
     chosen = INSTANCES if instance is None else (find(instance),)
     found = report(read_network(source, revision), chosen, max_tokens)
     if json:
@@ -41,6 +61,50 @@ def plan(
         return
     out().print(_overview(found) if instance is None else _detail(found, found.instances[0]))
     _closing(found)
+
+
+def _graphs(
+    network: Network,
+    instance: str,
+    degree: int,
+    max_batch: int | None,
+    max_tokens: int | None,
+    json: bool,
+) -> None:
+    from lmi_multi.backends import compiler
+
+    with graph_progress(f"tracing {network.source}") as progress:
+        found = compiler().plan(
+            network,
+            instance=instance,
+            tensor_parallel=degree,
+            max_batch=max_batch,
+            max_tokens=max_tokens,
+            progress=progress,
+        )
+    if json:
+        json_page(found.model_dump(mode="json"))
+        return
+    out().print(_graph_table(network.source, found))
+    for name, steps in found.buckets.items():
+        note(f"{name}: {', '.join(map(str, steps))}")
+    needed = ", ".join(f"{name} {size(count)}" for name, count in found.core_bytes.items())
+    total = size(sum(found.core_bytes.values()))
+    note(f"a core needs {total} of {size(found.device_bytes)}: {needed}")
+    if found.uncounted:
+        note(f"instructions are not counted: {found.uncounted}")
+
+
+def _graph_table(source: str, found: GraphPlan) -> Table:
+    title = (
+        f"{source} on {found.tensor_parallel} cores of {found.instance}, {found.max_batch:,} "
+        f"sequences of {found.max_tokens:,} tokens: {len(found.graphs):,} graphs"
+    )
+    shown = table("graph", "instructions", title=title)
+    for graph in found.graphs:
+        count = graph.instructions
+        shown.add_row(graph.name, "-" if count is None else f"{count:,}")
+    return shown
 
 
 def _overview(found: Report) -> Table:

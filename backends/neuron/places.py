@@ -1,0 +1,125 @@
+"""Where a cache keeps its files: a folder, or a prefix on S3. Files appear there whole."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Protocol
+
+from lmi_multi.checkpoint.s3.address import Address
+from lmi_multi.errors import CheckpointError
+
+_PARTIAL = ".partial"
+ABANDONED_SECONDS = 3600.0
+
+
+class Place(Protocol):
+    """A flat set of files. Methods raise CheckpointError that names the file and the fault."""
+
+    def names(self) -> set[str]:
+        """All files; none where there is no such place yet."""
+
+    def read(self, name: str, most: int | None = None) -> bytes:
+        """A whole file, or what of it is in its first `most` bytes."""
+
+    def write(self, name: str, content: bytes) -> None:
+        """Put a file there, or in the place of another, at one stroke."""
+
+
+class Folder:
+    """A `Place` on a disk."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __str__(self) -> str:
+        return str(self._folder)
+
+    def names(self) -> set[str]:
+        """See `Place.names`."""
+        try:
+            return {path.name for path in self._folder.iterdir() if not path.name.startswith(".")}
+        except FileNotFoundError:
+            return set()
+        except OSError as error:
+            raise CheckpointError(f"{self._folder} cannot be read: {error.strerror}") from None
+
+    def read(self, name: str, most: int | None = None) -> bytes:
+        """See `Place.read`."""
+        try:
+            with (self._folder / name).open("rb") as file:
+                return file.read(-1 if most is None else most)
+        except OSError as error:
+            raise CheckpointError(f"{self._folder / name} cannot be read: {error}") from None
+
+    def write(self, name: str, content: bytes) -> None:
+        """See `Place.write`."""
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._sweep()
+            handle, partial = tempfile.mkstemp(_PARTIAL, f".{name}.", self._folder)
+            try:
+                with os.fdopen(handle, "wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+                Path(partial).chmod(0o644)
+                Path(partial).replace(self._folder / name)
+            finally:
+                Path(partial).unlink(missing_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"{self._folder / name} cannot be written: {error}") from None
+
+    def _sweep(self) -> None:
+        """Remove what processes left that were killed while they wrote."""
+        for path in self._folder.glob(f".*{_PARTIAL}"):
+            with suppress(OSError):  # another process sweeps too
+                if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
+                    path.unlink()
+
+
+class Prefix:
+    """A `Place` on S3: objects appear whole there by themselves."""
+
+    def __init__(self, address: Address) -> None:
+        from lmi_multi.checkpoint.s3.client import make_client
+
+        self._address, self._client = address, make_client()
+
+    def __str__(self) -> str:
+        return str(self._address)
+
+    def names(self) -> set[str]:
+        """See `Place.names`."""
+        from lmi_multi.checkpoint.s3.listing import list_folder
+
+        return set(list_folder(self._client, self._address))
+
+    def read(self, name: str, most: int | None = None) -> bytes:
+        """See `Place.read`."""
+        with self._failures(name):
+            content: bytes = self._client.get_object(**self._where(name))["Body"].read(most)
+            return content
+
+    def write(self, name: str, content: bytes) -> None:
+        """See `Place.write`."""
+        with self._failures(name):
+            self._client.put_object(**self._where(name), Body=content)
+
+    def _where(self, name: str) -> dict[str, str]:
+        return {"Bucket": self._address.bucket, "Key": self._address.key(name)}
+
+    @contextmanager
+    def _failures(self, name: str) -> Iterator[None]:
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        from lmi_multi.checkpoint.s3.client import failure
+
+        try:
+            yield
+        except (BotoCoreError, ClientError) as error:
+            raise failure(error, self._address.url(name)) from None

@@ -1,0 +1,72 @@
+"""`lmi-multi compile`: graphs for NeuronCores, ahead of time."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated
+
+import typer
+
+from lmi_multi.cli import options
+from lmi_multi.cli.console import byte_progress, graph_progress, line, note
+
+
+def compile(
+    source: options.Source,
+    instance: Annotated[
+        str, typer.Option(help="The instance type to compile for, such as inf2.48xlarge.")
+    ],
+    tensor_parallel: options.TensorParallel = 1,
+    max_batch: options.MaxBatch = None,
+    max_tokens: options.MaxTokens = None,
+    cache: Annotated[
+        str | None,
+        typer.Option(
+            help="A folder or s3://BUCKET/PREFIX for compiled graphs; else the folder that "
+            "LMI_MULTI_NEURON_CACHE names, or the artifact's own."
+        ),
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(help="Graphs to compile at once; else one for each CPU core.")
+    ] = None,
+    dtype: options.Dtype = "auto",
+    quantize: options.Quantize = None,
+    revision: options.Revision = None,
+) -> None:
+    """Compile a model's graphs for NeuronCores, so that loading it compiles nothing.
+
+    Loading finds them if it is given the same sizes on the same type of instance. What is compiled
+    already is not compiled again: an interrupted run goes on where it was.
+    """
+    from lmi_multi.backends import compiler
+    from lmi_multi.checkpoint.cache import open_or_convert
+    from lmi_multi.instances import find
+
+    find(instance)  # before anything is converted
+    start = time.perf_counter()
+    with byte_progress(f"converting {source}") as converting:
+        artifact = open_or_convert(
+            source,
+            revision=revision,
+            dtype=dtype,
+            quantize=quantize,
+            tensor_parallel=tensor_parallel,
+            progress=converting,
+        )
+    with graph_progress(f"compiling {source}") as progress:
+        done = compiler().compile(
+            artifact,
+            instance=instance,
+            tensor_parallel=tensor_parallel,
+            max_batch=max_batch,
+            max_tokens=max_tokens,
+            cache=cache,
+            jobs=jobs,
+            progress=progress,
+        )
+    count, seconds = done.count, time.perf_counter() - start
+    line(done.place)
+    note(
+        f"{count.total} graphs: {count.total - count.hits} compiled, {count.hits} cached, "
+        f"{seconds:.1f} s"
+    )

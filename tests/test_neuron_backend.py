@@ -1,0 +1,155 @@
+"""Which runtime a host gets, what `doctor` says of it, and a model loaded through one.
+
+Hosts and installed packages are written down here; the library is its stand-in.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lmi_multi.backends.neuron import BACKEND, backend, devices, environment, runtimes, sdk
+from lmi_multi.backends.neuron.devices import Core, Host
+
+from lmi_multi import load
+from lmi_multi.cli.main import run
+from lmi_multi.errors import BackendError, CapacityError, OptionError
+from tests.test_neuron_transformers_neuronx import artifact, stand_in
+
+GIB = 2**30
+NXD = {"neuronx-cc": "2.24.1", "torch-neuronx": "2.9.0", "neuronx-distributed": "0.18.1"}
+TNX = {"neuronx-cc": "2.20.1", "torch-neuronx": "2.7.0", "transformers-neuronx": "0.13.1"}
+INF2 = Host(("/dev/neuron0",), "inf2.xlarge", [Core(i, 0, 16 * GIB) for i in range(2)])
+TAKEN = Host(("/dev/neuron0",), "inf2.xlarge", [Core(i, 0, 16 * GIB, 4711) for i in range(2)])
+BARE = Host((), "inf2.xlarge")
+UNLISTED = Host(("/dev/neuron0",), "inf2.xlarge", (), "no such file: neuron-ls")
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Make this machine another one, with no variables of Neuron but those that are given."""
+
+    def become(host: Host, packages: dict[str, str], **given: str) -> None:
+        kept = {name: value for name, value in os.environ.items() if "NEURON" not in name}
+        monkeypatch.setattr(os, "environ", kept | given)
+        monkeypatch.setattr(devices, "look", lambda: host)
+        monkeypatch.setattr(devices, "instance_type", lambda: host.instance)
+        monkeypatch.setattr(sdk, "installed", lambda: sdk.Sdk(packages))
+
+    return become
+
+
+@pytest.mark.parametrize(
+    ("host", "packages", "asked", "reason", "remedy"),
+    [
+        (BARE, NXD, "", "inf2.xlarge has NeuronCores, but there is no /dev/neuron0", "modprobe"),
+        (UNLISTED, NXD, "", "1 Neuron devices, but their cores cannot be listed", "-tools"),
+        (TAKEN, NXD, "", "0 of 2 are free; the others are held by process 4711", "end that proc"),
+        (INF2, {}, "", "the Neuron SDK is not installed", "install neuronx-cc==2.26.*"),
+        (INF2, NXD, "transformers_neuronx", "SDK 2.29 is too new for transformers_n", "SDK 2.25"),
+        (INF2, TNX, "nxd", "SDK 2.25 is too old for nxd (SDK 2.28 to 2.31)", "torch-neuronx==2.9"),
+        (INF2, NXD, "jax", "must be one of nxd, emulator, transformers_neuronx", "unset LMI_M"),
+        (Host(), NXD, "nxd", "no Neuron device (/dev/neuron0) here", "backend='cpu'"),
+    ],
+)
+def test_what_stands_in_the_way_and_what_helps(
+    host: Host,
+    packages: dict[str, str],
+    asked: str,
+    reason: str,
+    remedy: str,
+    machine: Any,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    machine(host, packages, **({runtimes.VARIABLE: asked} if asked else {}))
+    state = BACKEND.probe()
+    assert not state.ok
+    assert reason in state.reason
+    assert remedy in state.remedy
+    run(["doctor", "--json"])
+    assert remedy in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("packages", "asked", "runtime"),
+    [
+        (NXD, "", "nxd on SDK 2.29"),
+        (TNX, "", "transformers_neuronx on SDK 2.25"),
+        (NXD, "nxd", "nxd"),
+    ],
+)
+def test_the_runtime_follows_the_sdk(
+    packages: dict[str, str], asked: str, runtime: str, machine: Any
+) -> None:
+    machine(INF2, packages, **({runtimes.VARIABLE: asked} if asked else {}))
+    state = BACKEND.probe()
+    assert state.ok
+    assert state.reason.startswith(f"2 NeuronCores, 2 free, by {runtime}")
+    assert state.devices == ("/dev/neuron0",)
+    assert runtime.startswith(runtimes.choose())
+
+
+def test_the_emulator_where_it_is_asked_for(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(Host(), {}, **{runtimes.VARIABLE: "emulator"})
+    monkeypatch.setattr(runtimes, "find_spec", lambda name: None)
+    assert BACKEND.probe().reason == "the emulator needs torch_xla, jax, jaxlib"
+    with pytest.raises(BackendError, match=r"the emulator needs .*; run `make test-neuron`"):
+        runtimes.choose()
+    monkeypatch.setattr(runtimes, "find_spec", lambda name: name)
+    assert BACKEND.probe().ok
+    assert runtimes.choose() == "emulator"
+
+
+def test_a_library_compiles_nothing_ahead_of_time(machine: Any, checkpoints: Path) -> None:
+    machine(INF2, TNX)
+    with pytest.raises(BackendError, match="compiles when it loads a model; allowed here: nxd, em"):
+        BACKEND.compile(
+            artifact("llama", checkpoints),
+            instance="inf2.xlarge",
+            tensor_parallel=2,
+            max_batch=None,
+            max_tokens=64,
+        )
+
+
+def test_a_model_through_the_library(
+    machine: Any, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = stand_in()
+    library.install(monkeypatch)
+    machine(INF2, TNX)
+    folder = artifact("llama", checkpoints).folder
+    prompts = [[5, 6, 7, 8, 9], [11], list(range(3, 40))]
+    with (
+        load(folder, backend="cpu", max_tokens=64) as cpu,
+        load(folder, backend="neuron", tensor_parallel=2, max_tokens=64) as ours,
+    ):
+        assert ours.device == "2 NeuronCores by transformers-neuronx"
+        mine, theirs = (
+            [c.token_ids for c in m.generate(prompts, max_new_tokens=8)] for m in (ours, cpu)
+        )
+    assert mine == theirs
+    assert os.environ["NEURON_RT_VISIBLE_CORES"] == "0-1"
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_loaded(
+    machine: Any, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(INF2, TNX)
+    given: dict[str, Any] = {"max_batch": None, "max_tokens": 64}
+    llama = artifact("llama", checkpoints)
+    with pytest.raises(OptionError, match=r"tensor_parallel is 4, but inf2.xlarge .* runs 1, 2"):
+        BACKEND.load(llama, tensor_parallel=4, **given)
+    monkeypatch.setattr(backend.sizing, "RESERVED", 10**12)
+    monkeypatch.setattr("lmi_multi.fit.RESERVED", 10**12)
+    with pytest.raises(CapacityError, match=r"does not fit 2 cores of inf2.xlarge: .* are missing"):
+        BACKEND.load(llama, tensor_parallel=2, **given)
+    machine(INF2, TNX, **{environment.INSTANCE: "trn2.48xlarge"})
+    with pytest.raises(BackendError, match=r"runs on inf2 and trn1, not on trn2.48xlarge"):
+        BACKEND.load(llama, tensor_parallel=2, **given)
+    machine(Host(("/dev/neuron0",), None, INF2.cores), NXD)
+    with pytest.raises(BackendError, match="does not tell its instance type; set LMI_MULTI_NEURON"):
+        BACKEND.load(llama, tensor_parallel=2, **given)
+    assert environment.CORES not in os.environ
