@@ -6,6 +6,7 @@ import inspect
 import io
 import json
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -392,12 +393,23 @@ def test_interrupt_while_waiting_for_input() -> None:
         stderr=subprocess.PIPE,
     )
     try:
-        time.sleep(2)
+        wait_for_read(process)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
     finally:
         process.kill()
     assert (process.returncode, out, err) == (130, b"", b"interrupted\n")
+
+
+def wait_for_read(process: subprocess.Popen[bytes]) -> None:
+    """Wait until the process sits in a read of its standard input, as the kernel tells it."""
+    read = {"x86_64": "0", "aarch64": "63"}[platform.machine()]
+    for _ in range(600):
+        assert process.poll() is None
+        if Path(f"/proc/{process.pid}/syscall").read_text().startswith(f"{read} 0x0 "):
+            return
+        time.sleep(0.1)
+    pytest.fail("it did not read its input within a minute")
 
 
 @pytest.mark.parametrize("args", [["doctor", "--json"], ["inspect", "demo"], ["--help"]])
