@@ -46,6 +46,7 @@ class Metrics:
             ("lmi_batch_rows", "Rows that the running prompts may have", lambda e: e.state["rows"]),
             ("lmi_queue", "Prompts that wait for a row", lambda e: e.state["waiting"]),
             ("lmi_cache_blocks", "Cache blocks in use", lambda e: e.state["blocks"]),
+            ("lmi_engine_steps", "Steps of the engine that runs", lambda e: e.state["steps"]),
             ("lmi_engine_restarts", "Engines started after the first", lambda e: e.restarts),
             ("lmi_engine_ready", "Engines that can answer", lambda e: e.ready.is_set()),
         ):

@@ -164,7 +164,7 @@ async def chat_completion(
         )
     if asked.logprobs:
         options["logprobs"] = asked.top_logprobs or 0
-    wanted = await service.wanted([service.render(asked.messages)], options)
+    wanted = await service.conversation(asked.messages, options)
     shape = _Chat(service, name or asked.model, wanted)
     return await _respond(service, asked, wanted, shape, request)
 
@@ -269,7 +269,7 @@ async def _respond(
     request: Request,
 ) -> Response:
     if asked.stream:
-        chunks = await first(service.stream(wanted))
+        chunks = await first(service.stream(wanted), request)
         usage = asked.stream_options is not None and asked.stream_options.include_usage
         return StreamingResponse(_events(chunks, shape, usage), media_type="text/event-stream")
     found = [a for answers in await service.answers(wanted, request) for a in answers]

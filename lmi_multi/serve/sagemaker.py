@@ -105,7 +105,7 @@ async def _invoke(
             )
         options.setdefault("logprobs", 0)
         wanted = await service.wanted(prompts, options, lmi.NEW_TOKENS)
-        chunks = await first(service.stream(wanted))
+        chunks = await first(service.stream(wanted), request)
         kind = _SSE if form == _EVENT else _JSON_LINES
         return StreamingResponse(_events(chunks, wanted[0], form), media_type=kind)
     if details:

@@ -11,12 +11,13 @@ import signal
 import sys
 import traceback
 from dataclasses import asdict, dataclass
-from multiprocessing.connection import Connection
+from multiprocessing import active_children
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import lmi_multi
 from lmi_multi.engine.request import Job
-from lmi_multi.errors import LmiError, OptionError
+from lmi_multi.errors import LmiError, OptionError, RankError
 from lmi_multi.model import Model
 from lmi_multi.models.traits import Traits
 from lmi_multi.options import GenerateOptions
@@ -39,16 +40,25 @@ class Worker:
         self._engine = model._engine
         self._pipe = pipe
         self._answering: dict[int, _Answering] = {}
+        self._steps = 0
 
     def run(self) -> None:
         """Serve until the server closes the pipe. Raises what a step raises."""
         while True:
             try:
                 while not self._answering or self._pipe.poll():
+                    self._wait()
                     self._handle(wire.receive(self._pipe))
                 self._step()
             except (EOFError, BrokenPipeError, ConnectionResetError):
                 return
+
+    def _wait(self) -> None:
+        """Until the server says something. Raises RankError if a rank ends meanwhile."""
+        ranks = {rank.sentinel: rank.name for rank in active_children()}
+        ready = wait([self._pipe, *ranks])
+        for rank in ranks.keys() & ready:
+            raise RankError(f"{ranks[rank]} died")
 
     def _handle(self, message: wire.Message) -> None:
         number = message["id"]
@@ -83,6 +93,7 @@ class Worker:
 
     def _step(self) -> None:
         self._engine.step()
+        self._steps += 1
         chunks: list[tuple[int, list[Any]]] = []
         for number, answering in [*self._answering.items()]:
             for view in answering.views:
@@ -98,6 +109,7 @@ class Worker:
             "rows": scheduler.rows,
             "waiting": len(scheduler.waiting),
             "blocks": scheduler.limits.blocks - scheduler.cache.free,
+            "steps": self._steps,
         }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -16,6 +17,12 @@ from typing import Any
 
 import httpx
 import psutil
+
+# Some seconds' worth of tokens, if nobody ends it.
+LONG: dict[str, Any] = {
+    "inputs": "ten",
+    "parameters": {"max_new_tokens": 1900, "ignore_eos": True, "min_new_tokens": 1900},
+}
 
 
 @dataclass
@@ -50,6 +57,16 @@ class Running:
             assert self.process.poll() is None, self.log.read_text()
             assert time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.02)
+
+    @contextlib.contextmanager
+    def asking(self, path: str, body: Any) -> Iterator[socket.socket]:
+        """A request on a socket of its own, which is closed in the end, answered or not."""
+        data = json.dumps(body).encode()
+        head = f"POST {path} HTTP/1.1\r\nHost: here\r\nContent-Length: {len(data)}\r\n\r\n"
+        address = self.client.base_url.host, self.client.base_url.port or 0
+        with socket.create_connection(address, timeout=60) as connection:
+            connection.sendall(head.encode() + data)
+            yield connection
 
     def engine(self) -> psutil.Process:
         """The engine process."""

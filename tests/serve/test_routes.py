@@ -256,7 +256,7 @@ def test_embeddings_of_an_encoder(tmp_path: Path, checkpoints: Path) -> None:
         ("/invocations", {"inputs": 5}, "inputs.str is 5: Input should be a valid string"),
         ("/invocations", {"inputs": "a", "parameters": {"top_k": -1}}, "top_k is -1; allowed: an"),
         ("/invocations", {"inputs": "a", "parameters": {"topk": 1}}, "did you mean 'top_k'?"),
-        ("/invocations", {"inputs": []}, "there is no prompt"),
+        ("/invocations", {"inputs": []}, "0 prompts are given; allowed: 1 to 1000"),
         ("/invocations", {"inputs": [5, 10**9]}, "holds token id 1000000000, must be 0 to"),
         ("/invocations", {"inputs": "a" * 5000}, "must be at most"),
         ("/invocations", {"inputs": ["a", "b"], "stream": True}, "allowed: with one prompt"),
