@@ -23,6 +23,7 @@ from lmi_multi.serve.answer import Answer
 from lmi_multi.serve.errors import HttpError
 from lmi_multi.serve.service import Service, Wanted, first
 from lmi_multi.streaming import Chunk
+from lmi_multi.tokenizer import text_of
 
 _SAME = (  # options that go by the same name on both sides
     *("temperature", "top_p", "seed", "stop", "presence_penalty", "frequency_penalty"),
@@ -224,7 +225,9 @@ class _Text:
     def token(self, token_id: int) -> str:
         """A token as text; its id where there is no tokenizer."""
         tokenizer = self.service.tokenizer
-        return f"token_id:{token_id}" if tokenizer is None else tokenizer.decode([token_id])
+        if tokenizer is None:
+            return f"token_id:{token_id}"
+        return text_of(tokenizer, [token_id], False)
 
 
 class _Chat(_Text):
