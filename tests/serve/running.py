@@ -79,14 +79,22 @@ class Running:
         return self.process.wait(seconds)
 
 
+def free_port() -> int:
+    """A port of loopback that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 @contextlib.contextmanager
 def serving(folder: Path, model: str, *options: str, **environ: str) -> Iterator[Running]:
     """`lmi-multi serve MODEL`; not ready yet. Whatever is left of it is ended in the end."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = environ.get("SAGEMAKER_BIND_TO_PORT")
+    command = [sys.executable, "-m", "lmi_multi", "serve", model, *options]
+    if port is None:
+        port = str(free_port())
+        command += ["--port", port]
     log = folder / "server.log"
-    command = [sys.executable, "-m", "lmi_multi", "serve", model, "--port", str(port), *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environ}
     with (
         log.open("w") as output,

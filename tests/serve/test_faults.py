@@ -92,14 +92,6 @@ def test_a_full_queue_is_refused(tmp_path: Path) -> None:
         assert server.post("/invocations", {"inputs": "a" * 100}).status_code == 200
 
 
-def test_a_request_has_its_time(tmp_path: Path) -> None:
-    with serving(tmp_path, "demo", "--request-timeout", "0.4") as server:
-        server.wait_ready()
-        answer = server.post("/invocations", LONG)
-        assert answer.status_code == 504 and "within 0.4 s" in answer.text
-        server.until(lambda: server.gauge("lmi_in_flight") == 0)
-
-
 def test_sigterm_under_load(tmp_path: Path) -> None:
     fixed = {"max_new_tokens": 100, "min_new_tokens": 100, "ignore_eos": True}
     body = {"inputs": "ten", "parameters": fixed}
