@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Iterator
 from fastapi import APIRouter, FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lmi_multi.errors import LmiError
@@ -39,7 +39,12 @@ class Application:
         self.app = FastAPI(title="lmi_multi", lifespan=self._lifespan)
         for router in self._routers(settings, name):
             self.app.include_router(router)
-        self.app.add_api_route("/metrics", self._show_metrics, tags=["Operation"])
+        self.app.add_api_route(
+            "/metrics",
+            self._show_metrics,
+            tags=["Operation"],
+            response_class=PlainTextResponse,
+        )
         self.app.add_exception_handler(HttpError, self._failed)
         self.app.add_exception_handler(LmiError, self._failed)
         self.app.add_exception_handler(HTTPException, self._refused)
@@ -97,7 +102,8 @@ class Application:
 
     async def _refused(self, request: Request, error: Exception) -> Response:
         found = error if isinstance(error, HTTPException) else HTTPException(500)
-        return _answer(request, HttpError(found.status_code, found.detail))
+        headers = dict(found.headers or {})
+        return _answer(request, HttpError(found.status_code, found.detail, headers=headers))
 
     async def _broken(self, request: Request, error: Exception) -> Response:
         log.error("%s failed", request.url.path, exc_info=error)

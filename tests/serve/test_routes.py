@@ -310,4 +310,4 @@ def test_the_routes_are_described(server: Running) -> None:
     assert {"/ping", "/invocations", "/execution-parameters", "/metrics"} <= set(paths)
     assert {"/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/v1/models"} <= set(paths)
     body = paths["/invocations"]["post"]["requestBody"]["content"]["application/json"]["schema"]
-    assert set(body["properties"]) == {"inputs", "parameters", "stream"}
+    assert set(body["anyOf"][0]["properties"]) == {"inputs", "parameters", "stream"}
