@@ -78,7 +78,7 @@ class Result(BaseModel):
 def main(
     clients: Annotated[int, typer.Option(help="that ask at once", min=1)] = 64,
     seconds: Annotated[float, typer.Option(min=1)] = 60.0,
-    max_batch: Annotated[int, typer.Option(help="rows, of both", min=1)] = 64,
+    max_batch: Annotated[int, typer.Option(help="rows, of both", min=1)] = 32,
     threads: Annotated[int, typer.Option(help="of torch, for both", min=1)] = 1,
     results: Annotated[Path, typer.Option(help="folder of the result's files")] = RESULTS,
     name: Annotated[str, typer.Option(help="of the result's files")] = "cpu-serve",

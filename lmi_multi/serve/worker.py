@@ -15,6 +15,8 @@ from multiprocessing import active_children
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+import torch
+
 import lmi_multi
 from lmi_multi.engine.request import Job
 from lmi_multi.errors import LmiError, OptionError, RankError
@@ -46,10 +48,12 @@ class Worker:
         """Serve until the server closes the pipe. Raises what a step raises."""
         while True:
             try:
-                while not self._answering or self._pipe.poll():
+                if not self._answering:
                     self._wait()
+                while self._pipe.poll():
                     self._handle(wire.receive(self._pipe))
-                self._step()
+                if self._answering:
+                    self._step()
             except (EOFError, BrokenPipeError, ConnectionResetError):
                 return
 
@@ -125,6 +129,13 @@ def ready(model: Model) -> wire.Message:
     }
 
 
+def _leave_a_core() -> None:
+    """Torch's threads wait for each other in busy loops: one that has to share its core with the
+    server's process makes all of them wait at every product."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, torch.get_num_threads() - 1))
+
+
 def main() -> None:
     """Load what the first message says, then serve."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C and SIGTERM are the server's to handle
@@ -132,6 +143,7 @@ def main() -> None:
     pipe = Connection(int(sys.argv[1]))
     os.set_inheritable(pipe.fileno(), False)
     os.dup2(2, 1)  # whatever is printed here is no answer
+    _leave_a_core()
     try:
         wanted = wire.receive(pipe)
         if "script" in wanted:
