@@ -21,6 +21,7 @@ from lmi_multi.serve.errors import HttpError
 from lmi_multi.serve.metrics import Metrics
 from lmi_multi.serve.served import Served
 from lmi_multi.serve.settings import ServeSettings
+from lmi_multi.serve.tracing import Tracing
 
 log = logging.getLogger(__name__)
 
@@ -30,13 +31,14 @@ class Application:
     around none, and models that requests load: `read` gives the settings of each."""
 
     def __init__(self, settings: ServeSettings, name: str, read: models.Read) -> None:
-        self.metrics = Metrics(self._engines)
+        self.app = FastAPI(title="lmi_multi", lifespan=self._lifespan)
+        self.tracing = Tracing(self.app)
+        self.metrics = Metrics(self._engines, self.tracing)
         self.draining = False
         self._served: Served | None = None
         self._models = models.Models(
             settings.models_root, read, self.metrics, settings.drain_timeout
         )
-        self.app = FastAPI(title="lmi_multi", lifespan=self._lifespan)
         for router in self._routers(settings, name):
             self.app.include_router(router)
         self.app.add_api_route(
@@ -89,6 +91,7 @@ class Application:
             yield
         finally:
             await asyncio.gather(*(engine.close() for engine in self._engines()))
+            await asyncio.to_thread(self.tracing.close)
 
     async def _show_metrics(self) -> Response:
         """Prometheus's text format."""

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -92,6 +92,7 @@ class EngineClient:
         self._numbers = itertools.count()
         self._answers: dict[int, asyncio.Queue[_Answer]] = {}
         self._tokens: dict[int, int] = {}
+        self._started: dict[int, Callable[[int], None]] = {}
         self._held_requests = self._held_tokens = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._outbox: queue.SimpleQueue[wire.Message | None] = queue.SimpleQueue()
@@ -169,15 +170,21 @@ class EngineClient:
             self._held_tokens -= tokens
 
     async def generate(
-        self, ids: list[int], options: GenerateOptions, answers: int = 1
+        self,
+        ids: list[int],
+        options: GenerateOptions,
+        answers: int = 1,
+        started: Callable[[int], None] = lambda began: None,
     ) -> AsyncGenerator[Chunk]:
-        """Chunks of the `answers` to one prompt, until each has its last one.
+        """Chunks of the `answers` to one prompt, until each has its last one. `started` is called
+        with the time (nanoseconds since 1970) at which the prompt left the queue.
 
         Raises EngineGoneError, or RefusedError. Closing the iterator frees the prompt's places at
         the next step.
         """
         message = {"type": "submit", "ids": ids, "options": options.given()}
         number, inbox = self._ask(message, len(ids))
+        self._started[number] = started
         try:
             while answers:
                 chunk: Chunk = await self._next(inbox)
@@ -244,6 +251,7 @@ class EngineClient:
         return answer
 
     def _forget(self, number: int) -> None:
+        self._started.pop(number, None)
         self._tokens.pop(number, None)
         if self._answers.pop(number, None) is not None:
             self._outbox.put({"type": "cancel", "id": number})
@@ -351,9 +359,14 @@ class EngineClient:
             self._prepare(message)
         elif kind == "step":
             self._answered = True
-            self.state = {name: message[name] for name in self.state}
+            self._note_state(message)
+            for number in message["started"]:
+                if number in self._started:  # else its caller has gone
+                    self._started.pop(number)(message["began"])
             for number, chunk in message["chunks"]:
                 self._pass_on(number, wire.unpack(chunk))
+        elif kind == "state":
+            self._note_state(message)
         elif kind == "embedded":
             self._answered = True
             self._pass_on(message["id"], message["vectors"])
@@ -362,6 +375,9 @@ class EngineClient:
             self._pass_on(message["id"], message)
         elif kind == "refused":
             self._pass_on(message["id"], RefusedError(message["error"]))
+
+    def _note_state(self, message: wire.Message) -> None:
+        self.state = {name: message[name] for name in self.state}
 
     def _pass_on(self, number: int, answer: _Answer) -> None:
         if number in self._answers:  # else its caller has gone

@@ -143,7 +143,9 @@ class Service:
         self, index: int, wanted: Wanted, inbox: asyncio.Queue[Chunk | BaseException | None]
     ) -> None:
         watch = self.metrics.request(len(wanted.ids))
-        chunks = self.engine.generate(wanted.ids, wanted.options, wanted.answers)
+        chunks = self.engine.generate(
+            wanted.ids, wanted.options, wanted.answers, started=watch.started
+        )
         try:
             async with contextlib.aclosing(chunks):
                 async for chunk in chunks:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 import traceback
 from dataclasses import asdict, dataclass
 from multiprocessing import active_children
@@ -32,6 +33,7 @@ from lmi_multi.streaming import View
 class _Answering:
     job: Job
     views: list[View]
+    started: bool = False
 
 
 class Worker:
@@ -69,7 +71,7 @@ class Worker:
         try:
             if message["type"] == "cancel":
                 self._drop(number)
-                wire.send(self._pipe, {"type": "step", "chunks": [], **self._state()})
+                wire.send(self._pipe, {"type": "state", **self._state()})
             elif message["type"] == "embed":
                 self._embed(message)
             else:
@@ -96,16 +98,22 @@ class Worker:
         )
 
     def _step(self) -> None:
+        began = time.time_ns()
         self._engine.step()
         self._steps += 1
         chunks: list[tuple[int, list[Any]]] = []
+        started: list[int] = []
         for number, answering in [*self._answering.items()]:
+            if not answering.started and answering.job.requests[0].computed:
+                answering.started = True
+                started.append(number)
             for view in answering.views:
                 if chunk := view.fresh():
                     chunks.append((number, wire.pack(chunk)))
             if all(view.ended for view in answering.views):
                 self._drop(number)
-        wire.send(self._pipe, {"type": "step", "chunks": chunks, **self._state()})
+        message = {"type": "step", "chunks": chunks, "started": started, "began": began}
+        wire.send(self._pipe, message | self._state())
 
     def _state(self) -> dict[str, int]:
         scheduler = self._engine.scheduler
