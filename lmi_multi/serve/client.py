@@ -358,7 +358,6 @@ class EngineClient:
         if kind == "ready":
             self._prepare(message)
         elif kind == "step":
-            self._answered = True
             self._note_state(message)
             for number in message["started"]:
                 if number in self._started:  # else its caller has gone
@@ -377,6 +376,7 @@ class EngineClient:
             self._pass_on(message["id"], RefusedError(message["error"]))
 
     def _note_state(self, message: wire.Message) -> None:
+        self._answered = True
         self.state = {name: message[name] for name in self.state}
 
     def _pass_on(self, number: int, answer: _Answer) -> None:
