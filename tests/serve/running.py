@@ -37,10 +37,10 @@ class Running:
         return self.client.post(path, json=body, **keywords)
 
     def gauge(self, name: str) -> float:
-        """One value of `/metrics`; 0 while it is not there."""
+        """One value of `/metrics`, labels included in its name; 0 while it is not there."""
         lines = self.client.get("/metrics").text.splitlines()
-        found = (float(line.split()[-1]) for line in lines if line.startswith(name))
-        return next(found, 0.0)
+        values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+        return float(values.get(name, 0.0))
 
     def wait_ready(self, seconds: float = 120) -> None:
         self.until(lambda: self.ping() == 200, seconds)
