@@ -19,9 +19,7 @@ _FINE = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.25, 0.5, 1.
 class Metrics:
     """The counters of one server, in a registry of their own."""
 
-    def __init__(
-        self, engines: Callable[[], Iterable[EngineClient]], tracing: Tracing
-    ) -> None:
+    def __init__(self, engines: Callable[[], Iterable[EngineClient]], tracing: Tracing) -> None:
         """`engines` gives those that run now; what they have is added up."""
         self._tracing = tracing
         self._registry = registry = CollectorRegistry()

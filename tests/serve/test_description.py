@@ -15,7 +15,7 @@ from lmi_multi.serve.settings import ServeSettings
 from tests.serve.running import Running, serving
 
 described = schemathesis.openapi.from_dict(
-    Application(ServeSettings(model="demo"), "demo").app.openapi()
+    Application(ServeSettings(model="demo"), "demo", read=lambda _: ServeSettings()).app.openapi()
 )
 
 
