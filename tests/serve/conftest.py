@@ -1,5 +1,5 @@
 """S3 on loopback, for servers that read from it."""
 
-from tests.checkpoint.conftest import moto, s3
+from tests.checkpoint.conftest import s3
 
-__all__ = ["moto", "s3"]
+__all__ = ["s3"]
