@@ -100,10 +100,10 @@ class Watch:
         self._before = os.getloadavg()[0]
         self._start, self._busy, self._own = time.monotonic(), _busy(), time.process_time()
 
-    def stop(self) -> Load:
-        """What went on since."""
+    def stop(self, children: float = 0.0) -> Load:
+        """What went on since; `children` are the seconds of processors that ours have used."""
         elapsed = time.monotonic() - self._start
-        others = (_busy() - self._busy) - (time.process_time() - self._own)
+        others = (_busy() - self._busy) - (time.process_time() - self._own) - children
         return Load(
             before=round(self._before, 2),
             after=round(os.getloadavg()[0], 2),

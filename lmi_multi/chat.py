@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lmi_multi.errors import OptionError
+from lmi_multi.prompts import check_text
 from lmi_multi.tokenizer import Tokenizer
 
 
@@ -30,6 +31,7 @@ def render(tokenizer: Tokenizer | None, messages: Sequence[Mapping[str, Any]]) -
     except Exception as error:  # a template may raise anything
         cause = " ".join(str(error).split()) or type(error).__name__
         raise OptionError(f"the chat template refuses the messages: {cause}") from None
+    check_text(text, "the conversation")
     # The template writes the special tokens itself.
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
     return ids

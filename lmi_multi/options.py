@@ -154,8 +154,8 @@ class GenerateOptions(BaseModel):
     temperature: Annotated[Float, Field(gt=0, allow_inf_nan=False)] | None = Field(
         default=None, description="a finite number above 0 (for greedy decoding: do_sample=False)"
     )
-    top_k: Annotated[Int, Field(ge=0)] | None = Field(
-        default=None, description="an integer, at least 0 (0: off)"
+    top_k: Annotated[Int, Field(ge=0, lt=2**63)] | None = Field(
+        default=None, description="an integer from 0 (off) to 2**63 - 1"
     )
     top_p: Annotated[Float, Field(gt=0, le=1, allow_inf_nan=False)] | None = Field(
         default=None, description="a number above 0 and at most 1"

@@ -67,7 +67,7 @@ def _is_id(value: Any) -> bool:
     return hasattr(value, "__index__") and not isinstance(value, bool)
 
 
-def _check_text(text: str, what: str) -> None:
+def check_text(text: str, what: str) -> None:
     """Raise OptionError for half a surrogate pair, of which no tokenizer can make anything."""
     try:
         text.encode()
@@ -110,7 +110,7 @@ class PromptReader:
             raise OptionError(
                 f"prompt {index} is text, but the model has no tokenizer: pass token ids"
             )
-        _check_text(text, f"prompt {index}")
+        check_text(text, f"prompt {index}")
         return self.tokenizer.encode(text)
 
     def check(self, ids: Sequence[int], what: str) -> None:
@@ -227,7 +227,7 @@ class PromptReader:
             if isinstance(entry, str):
                 if self.tokenizer is None:
                     raise OptionError(f"{what} is text, but the model has no tokenizer")
-                _check_text(entry, what)
+                check_text(entry, what)
                 entry = self.tokenizer.encode(entry, add_special_tokens=False)
             if not entry:
                 raise OptionError(f"{what} is empty")

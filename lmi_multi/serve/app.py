@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Iterator
 from fastapi import APIRouter, FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lmi_multi.errors import LmiError
@@ -21,6 +21,7 @@ from lmi_multi.serve.errors import HttpError
 from lmi_multi.serve.metrics import Metrics
 from lmi_multi.serve.served import Served
 from lmi_multi.serve.settings import ServeSettings
+from lmi_multi.serve.tracing import Tracing
 
 log = logging.getLogger(__name__)
 
@@ -30,16 +31,22 @@ class Application:
     around none, and models that requests load: `read` gives the settings of each."""
 
     def __init__(self, settings: ServeSettings, name: str, read: models.Read) -> None:
-        self.metrics = Metrics(self._engines)
+        self.app = FastAPI(title="lmi_multi", lifespan=self._lifespan)
+        self.tracing = Tracing(self.app)
+        self.metrics = Metrics(self._engines, self.tracing)
         self.draining = False
         self._served: Served | None = None
         self._models = models.Models(
             settings.models_root, read, self.metrics, settings.drain_timeout
         )
-        self.app = FastAPI(title="lmi_multi", lifespan=self._lifespan)
         for router in self._routers(settings, name):
             self.app.include_router(router)
-        self.app.add_api_route("/metrics", self._show_metrics, tags=["Operation"])
+        self.app.add_api_route(
+            "/metrics",
+            self._show_metrics,
+            tags=["Operation"],
+            response_class=PlainTextResponse,
+        )
         self.app.add_exception_handler(HttpError, self._failed)
         self.app.add_exception_handler(LmiError, self._failed)
         self.app.add_exception_handler(HTTPException, self._refused)
@@ -84,6 +91,7 @@ class Application:
             yield
         finally:
             await asyncio.gather(*(engine.close() for engine in self._engines()))
+            await asyncio.to_thread(self.tracing.close)
 
     async def _show_metrics(self) -> Response:
         """Prometheus's text format."""
@@ -97,7 +105,8 @@ class Application:
 
     async def _refused(self, request: Request, error: Exception) -> Response:
         found = error if isinstance(error, HTTPException) else HTTPException(500)
-        return _answer(request, HttpError(found.status_code, found.detail))
+        headers = dict(found.headers or {})
+        return _answer(request, HttpError(found.status_code, found.detail, headers=headers))
 
     async def _broken(self, request: Request, error: Exception) -> Response:
         log.error("%s failed", request.url.path, exc_info=error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -11,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from lmi_multi.serve.errors import HttpError
 
 PATIENCE = 30.0  # seconds without a byte after which a client counts as gone
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # the only way in for strings that are no Unicode
 
 if TYPE_CHECKING:  # the handler for DJL Serving does without starlette
     from starlette.requests import Request
@@ -39,9 +41,15 @@ async def read(request: Request, limit: int) -> bytes:
 
 
 def parse(data: bytes) -> Any:
-    """JSON as Python values. Raises HttpError 400 for anything else, NaN and Infinity included."""
+    """JSON as Python values. Raises HttpError 400 for anything else, NaN, Infinity and strings that
+    are no Unicode included."""
     try:
-        return json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
+        value = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
+        if _SURROGATE.search(data):
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        return value
+    except UnicodeEncodeError:
+        raise HttpError(400, "the body has half a surrogate pair in a string") from None
     except UnicodeDecodeError as error:
         raise HttpError(400, f"the body is no UTF-8 at byte {error.start}") from None
     except RecursionError:
@@ -59,7 +67,7 @@ def check(kind: type[_Model], value: Any) -> _Model:
     except ValidationError as error:
         # An unknown name first: a missing one is often the same, misspelt.
         first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-        path = ".".join(str(part) for part in first["loc"])
+        path = f"{'.'.join(str(part) for part in first['loc']):.80}"
         if first["type"] == "extra_forbidden":
             known = ", ".join(kind.model_fields)
             raise HttpError(400, f"unknown field {path!r}; known: {known}", path) from None

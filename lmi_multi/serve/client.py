@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import os
 import queue
 import signal
 import socket
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -86,11 +87,13 @@ class EngineClient:
         step_timeout: float = 30.0,
     ) -> None:
         self._load = dict(load)
-        self._max_requests, self._max_tokens = max_requests, max_tokens
+        self.max_requests, self._max_tokens = max_requests, max_tokens
         self._startup_timeout, self._step_timeout = startup_timeout, step_timeout
         self._numbers = itertools.count()
         self._answers: dict[int, asyncio.Queue[_Answer]] = {}
         self._tokens: dict[int, int] = {}
+        self._started: dict[int, Callable[[int], None]] = {}
+        self._held_requests = self._held_tokens = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._outbox: queue.SimpleQueue[wire.Message | None] = queue.SimpleQueue()
         self._heard = 0.0
@@ -102,7 +105,7 @@ class EngineClient:
         self.lacked_memory = False
         self.reader: PromptReader | None = None
         self.info: wire.Message = {}
-        self.state: dict[str, int] = {"rows": 0, "waiting": 0, "blocks": 0}
+        self.state: dict[str, int] = {"rows": 0, "waiting": 0, "blocks": 0, "steps": 0}
         self.restarts = 0
 
     async def start(self) -> None:
@@ -140,30 +143,48 @@ class EngineClient:
         """How many requests are being answered, or wait to be."""
         return len(self._answers)
 
-    def check_room(self, tokens: int) -> None:
-        """Raise OverloadedError unless a request of about so many tokens may come in, and
-        EngineGoneError where there is no engine and will be none."""
+    def check_room(self, requests: int = 1, tokens: int = 0) -> None:
+        """Raise OverloadedError unless so many requests of about so many tokens in all may come
+        in, and EngineGoneError where there is no engine and will be none."""
         if self.error is not None:
             raise EngineGoneError(self.error)
         if not self.ready.is_set():
             raise OverloadedError("the engine is being started", 5)
-        if len(self._answers) >= self._max_requests:
-            raise OverloadedError(
-                f"{len(self._answers)} requests are being answered; try again later"
-            )
-        if self._answers and sum(self._tokens.values()) + tokens > self._max_tokens:
+        present = len(self._answers) + self._held_requests
+        if present + requests > self.max_requests:
+            raise OverloadedError(f"{present} requests are being answered; try again later")
+        waiting = sum(self._tokens.values()) + self._held_tokens
+        if present and waiting + tokens > self._max_tokens:
             raise OverloadedError("too many tokens are waiting; try again later")
 
+    @contextlib.contextmanager
+    def hold(self, requests: int, tokens: int) -> Iterator[None]:
+        """Keep room for requests that are being tokenized. Raises what `check_room` raises."""
+        self.check_room(requests, tokens)
+        self._held_requests += requests
+        self._held_tokens += tokens
+        try:
+            yield
+        finally:
+            self._held_requests -= requests
+            self._held_tokens -= tokens
+
     async def generate(
-        self, ids: list[int], options: GenerateOptions, answers: int = 1
+        self,
+        ids: list[int],
+        options: GenerateOptions,
+        answers: int = 1,
+        started: Callable[[int], None] = lambda began: None,
     ) -> AsyncGenerator[Chunk]:
-        """Chunks of the `answers` to one prompt, until each has its last one.
+        """Chunks of the `answers` to one prompt, until each has its last one. `started` is called
+        with the time (nanoseconds since 1970) at which the prompt left the queue.
 
         Raises EngineGoneError, or RefusedError. Closing the iterator frees the prompt's places at
         the next step.
         """
         message = {"type": "submit", "ids": ids, "options": options.given()}
         number, inbox = self._ask(message, len(ids))
+        self._started[number] = started
         try:
             while answers:
                 chunk: Chunk = await self._next(inbox)
@@ -214,7 +235,7 @@ class EngineClient:
         self._fail_all(EngineGoneError(reason))
 
     def _ask(self, message: wire.Message, tokens: int) -> tuple[int, asyncio.Queue[_Answer]]:
-        self.check_room(tokens)
+        self.check_room(1, tokens)
         number = next(self._numbers)
         answers: asyncio.Queue[_Answer] = asyncio.Queue()
         if not self._busy:
@@ -230,6 +251,7 @@ class EngineClient:
         return answer
 
     def _forget(self, number: int) -> None:
+        self._started.pop(number, None)
         self._tokens.pop(number, None)
         if self._answers.pop(number, None) is not None:
             self._outbox.put({"type": "cancel", "id": number})
@@ -280,11 +302,15 @@ class EngineClient:
         command = [sys.executable, "-m", "lmi_multi.serve.worker", str(theirs.fileno())]
         with theirs:
             self._process = subprocess.Popen(
-                command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
+                command,
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,  # so that it can be ended together with its ranks
             )
         pipe = Connection(ours.detach())
         outbox: queue.SimpleQueue[wire.Message | None] = queue.SimpleQueue()
         self._outbox = outbox
+        self.state = dict.fromkeys(self.state, 0)
         outbox.put(self._load)
         loop = asyncio.get_running_loop()
         for target, arguments in (
@@ -295,8 +321,9 @@ class EngineClient:
 
     def _end_process(self) -> None:
         self._outbox.put(None)
-        if self._process is not None and self._process.poll() is None:
-            self._process.kill()
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)  # ranks hang as well as they die
             self._process.wait()
         self._process = None
 
@@ -331,10 +358,14 @@ class EngineClient:
         if kind == "ready":
             self._prepare(message)
         elif kind == "step":
-            self._answered = True
-            self.state = {name: message[name] for name in self.state}
+            self._note_state(message)
+            for number in message["started"]:
+                if number in self._started:  # else its caller has gone
+                    self._started.pop(number)(message["began"])
             for number, chunk in message["chunks"]:
                 self._pass_on(number, wire.unpack(chunk))
+        elif kind == "state":
+            self._note_state(message)
         elif kind == "embedded":
             self._answered = True
             self._pass_on(message["id"], message["vectors"])
@@ -343,6 +374,10 @@ class EngineClient:
             self._pass_on(message["id"], message)
         elif kind == "refused":
             self._pass_on(message["id"], RefusedError(message["error"]))
+
+    def _note_state(self, message: wire.Message) -> None:
+        self._answered = True
+        self.state = {name: message[name] for name in self.state}
 
     def _pass_on(self, number: int, answer: _Answer) -> None:
         if number in self._answers:  # else its caller has gone

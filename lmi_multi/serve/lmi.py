@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, StrictBool
 from lmi_multi.options import GenerateOptions, TokenLogprob
 from lmi_multi.serve.errors import HttpError
 from lmi_multi.streaming import Chunk
-from lmi_multi.tokenizer import Tokenizer
+from lmi_multi.tokenizer import Tokenizer, text_of
 
 NEW_TOKENS = 30  # LMI's default
 _REASONS = {"eos": "eos_token", "length": "length", "stop": "stop_sequence"}
@@ -96,7 +96,7 @@ def details(answer: Answered, prompt_tokens: int) -> dict[str, Any]:
 
 
 def _token(tokenizer: Tokenizer | None, entry: TokenLogprob) -> dict[str, Any]:
-    text = None if tokenizer is None else tokenizer.decode([entry.token_id])
+    text = None if tokenizer is None else text_of(tokenizer, [entry.token_id], False)
     return {"id": entry.token_id, "text": text, "log_prob": entry.logprob}
 
 

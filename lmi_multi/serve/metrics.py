@@ -9,6 +9,7 @@ from functools import partial
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from lmi_multi.serve.client import EngineClient
+from lmi_multi.serve.tracing import Phases, Tracing
 from lmi_multi.streaming import Chunk
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -18,8 +19,9 @@ _FINE = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.25, 0.5, 1.
 class Metrics:
     """The counters of one server, in a registry of their own."""
 
-    def __init__(self, engines: Callable[[], Iterable[EngineClient]]) -> None:
+    def __init__(self, engines: Callable[[], Iterable[EngineClient]], tracing: Tracing) -> None:
         """`engines` gives those that run now; what they have is added up."""
+        self._tracing = tracing
         self._registry = registry = CollectorRegistry()
         self._requests = Counter(
             "lmi_requests", "Prompts by how they ended", ["outcome"], registry=registry
@@ -31,6 +33,9 @@ class Metrics:
         )
         self.shed = Counter(
             "lmi_shed_requests", "Requests refused for lack of room", registry=registry
+        )
+        self._queue = Histogram(
+            "lmi_queue_seconds", "Time in the queue", buckets=_SECONDS, registry=registry
         )
         self._first = Histogram(
             "lmi_time_to_first_token_seconds", "", buckets=_SECONDS, registry=registry
@@ -46,6 +51,7 @@ class Metrics:
             ("lmi_batch_rows", "Rows that the running prompts may have", lambda e: e.state["rows"]),
             ("lmi_queue", "Prompts that wait for a row", lambda e: e.state["waiting"]),
             ("lmi_cache_blocks", "Cache blocks in use", lambda e: e.state["blocks"]),
+            ("lmi_engine_steps", "Steps of the engine that runs", lambda e: e.state["steps"]),
             ("lmi_engine_restarts", "Engines started after the first", lambda e: e.restarts),
             ("lmi_engine_ready", "Engines that can answer", lambda e: e.ready.is_set()),
         ):
@@ -59,7 +65,7 @@ class Metrics:
     def request(self, prompt_tokens: int) -> Watch:
         """Begin to watch a prompt."""
         self._prompt_tokens.inc(prompt_tokens)
-        return Watch(self)
+        return Watch(self, self._tracing.prompt(prompt_tokens))
 
 
 def _total(
@@ -71,13 +77,20 @@ def _total(
 class Watch:
     """One prompt's times and how it ended."""
 
-    def __init__(self, metrics: Metrics) -> None:
-        self._metrics = metrics
+    def __init__(self, metrics: Metrics, phases: Phases) -> None:
+        self._metrics, self._phases = metrics, phases
+        self._came = time.time_ns()
         self._start = self._last = time.perf_counter()
         self._tokens = 0
 
+    def started(self, at: int) -> None:
+        """The engine took it from the queue; `at` in nanoseconds since 1970."""
+        self._metrics._queue.observe(max(0, at - self._came) / 1e9)
+        self._phases.enter("prefill", at)
+
     def chunk(self, chunk: Chunk) -> None:
         """A chunk came."""
+        self._phases.enter("decode")
         now, metrics = time.perf_counter(), self._metrics
         (metrics._between if self._tokens else metrics._first).observe(now - self._last)
         self._last = now
@@ -100,4 +113,5 @@ class Watch:
         self._end("aborted")
 
     def _end(self, outcome: str) -> None:
+        self._phases.done(outcome, self._tokens)
         self._metrics._requests.labels(outcome).inc()

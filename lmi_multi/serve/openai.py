@@ -18,11 +18,12 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from lmi_multi.errors import LmiError
 from lmi_multi.options import TokenLogprob
 from lmi_multi.prompts import as_list
-from lmi_multi.serve import body
+from lmi_multi.serve import body, described
 from lmi_multi.serve.answer import Answer
 from lmi_multi.serve.errors import HttpError
 from lmi_multi.serve.service import Service, Wanted, first
 from lmi_multi.streaming import Chunk
+from lmi_multi.tokenizer import text_of
 
 _SAME = (  # options that go by the same name on both sides
     *("temperature", "top_p", "seed", "stop", "presence_penalty", "frequency_penalty"),
@@ -114,22 +115,36 @@ def router(service: Service, max_body: int, name: str) -> APIRouter:
             raise HttpError(404, f"model is {given!r:.80}; allowed: {name!r}", "model")
         return value
 
-    @routes.post("/completions", openapi_extra=_schema(CompletionRequest))
+    streams = (described.EVENTS,)
+
+    @routes.post(
+        "/completions",
+        openapi_extra=described.request(CompletionRequest),
+        responses=described.answers(described.COMPLETION, described.OPENAI_ERROR, streams),
+    )
     async def completions(request: Request) -> Response:
         """Continue prompts."""
         return await completion(service, await asked(request), request, name)
 
-    @routes.post("/chat/completions", openapi_extra=_schema(ChatRequest))
+    @routes.post(
+        "/chat/completions",
+        openapi_extra=described.request(ChatRequest),
+        responses=described.answers(described.CHAT, described.OPENAI_ERROR, streams),
+    )
     async def chat_completions(request: Request) -> Response:
         """Continue a conversation."""
         return await chat_completion(service, await asked(request), request, name)
 
-    @routes.post("/embeddings", openapi_extra=_schema(EmbeddingRequest))
+    @routes.post(
+        "/embeddings",
+        openapi_extra=described.request(EmbeddingRequest),
+        responses=described.answers(described.EMBEDDINGS, described.OPENAI_ERROR),
+    )
     async def embeddings(request: Request) -> Response:
         """One vector a text."""
         return await _embed(service, await asked(request), request, name)
 
-    @routes.get("/models")
+    @routes.get("/models", responses=described.answers(described.MODELS, described.OPENAI_ERROR))
     async def models() -> dict[str, Any]:
         """The one model that is served."""
         entry = {"id": name, "object": "model", "created": started, "owned_by": "lmi_multi"}
@@ -164,7 +179,7 @@ async def chat_completion(
         )
     if asked.logprobs:
         options["logprobs"] = asked.top_logprobs or 0
-    wanted = await service.wanted([service.render(asked.messages)], options)
+    wanted = await service.conversation(asked.messages, options)
     shape = _Chat(service, name or asked.model, wanted)
     return await _respond(service, asked, wanted, shape, request)
 
@@ -224,7 +239,9 @@ class _Text:
     def token(self, token_id: int) -> str:
         """A token as text; its id where there is no tokenizer."""
         tokenizer = self.service.tokenizer
-        return f"token_id:{token_id}" if tokenizer is None else tokenizer.decode([token_id])
+        if tokenizer is None:
+            return f"token_id:{token_id}"
+        return text_of(tokenizer, [token_id], False)
 
 
 class _Chat(_Text):
@@ -269,7 +286,7 @@ async def _respond(
     request: Request,
 ) -> Response:
     if asked.stream:
-        chunks = await first(service.stream(wanted))
+        chunks = await first(service.stream(wanted), request)
         usage = asked.stream_options is not None and asked.stream_options.include_usage
         return StreamingResponse(_events(chunks, shape, usage), media_type="text/event-stream")
     found = [a for answers in await service.answers(wanted, request) for a in answers]
@@ -339,11 +356,6 @@ def _usage(wanted: Sequence[Wanted], generated: int) -> dict[str, int]:
         "completion_tokens": generated,
         "total_tokens": prompt + generated,
     }
-
-
-def _schema(kind: type[BaseModel]) -> dict[str, Any]:
-    content = {"application/json": {"schema": kind.model_json_schema()}}
-    return {"requestBody": {"content": content, "required": True}}
 
 
 _Generation.model_rebuild()

@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from lmi_multi.errors import LmiError
 from lmi_multi.prompts import as_list
-from lmi_multi.serve import body, lmi, openai
+from lmi_multi.serve import body, described, lmi, openai
 from lmi_multi.serve.answer import Answer
 from lmi_multi.serve.client import EngineClient
 from lmi_multi.serve.errors import HttpError
@@ -21,7 +21,7 @@ from lmi_multi.serve.service import Service, Wanted, first
 from lmi_multi.serve.settings import ServeSettings
 from lmi_multi.streaming import Chunk
 
-_JSON_LINES, _SSE = "application/jsonlines", "text/event-stream"
+_JSON_LINES, _SSE = described.JSON_LINES, described.EVENTS
 _LINE, _EVENT = "%s\n", "data: %s\n\n"
 _FORMS = {_SSE: _EVENT, _JSON_LINES: _LINE}
 
@@ -35,7 +35,12 @@ def router(
     """The routes. `draining` says whether the server is about to end."""
     routes = APIRouter()
 
-    @routes.get("/ping", tags=["SageMaker"])
+    @routes.get(
+        "/ping",
+        tags=["SageMaker"],
+        response_class=Response,
+        responses={503: {"description": "not ready"}},
+    )
     async def ping() -> Response:
         """200 once the model can answer, 503 before that and while there is no engine."""
         ok = engine.ready.is_set() and not draining()
@@ -51,7 +56,7 @@ def router(
             "MaxPayloadInMB": max(1, settings.max_body_bytes >> 20),
         }
 
-    @routes.post("/invocations", tags=["SageMaker"], openapi_extra=described(settings))
+    @routes.post("/invocations", tags=["SageMaker"], **_description(settings))
     async def invocations(request: Request) -> Response:
         """Continue prompts, or embed them with an encoder. A body with `messages` or `prompt` is
         taken for a request in OpenAI's form. A script decides by itself what it takes."""
@@ -60,12 +65,21 @@ def router(
     return routes
 
 
-def described(settings: ServeSettings) -> dict[str, Any]:
-    """The body of an invocation for the OpenAPI page."""
-    content = {"application/json": {"schema": Invocation.model_json_schema()}}
+def _description(settings: ServeSettings) -> dict[str, Any]:
+    """What the OpenAPI page says of invocations; a script decides by itself what it takes."""
     if settings.entry_point is not None:
-        content = {"*/*": {"schema": {}}}
-    return {"requestBody": {"content": content}}
+        return {"openapi_extra": {"requestBody": {"content": {"*/*": {"schema": {}}}}}}
+    return {
+        "openapi_extra": described.request(
+            Invocation,
+            openai.CompletionRequest,
+            openai.ChatRequest,
+            texts=("text/plain", _JSON_LINES),
+        ),
+        "responses": described.answers(
+            described.INVOKED, described.PLAIN_ERROR, (_JSON_LINES, _SSE)
+        ),
+    }
 
 
 def invoker(service: Service, settings: ServeSettings) -> Invoke:
@@ -105,7 +119,7 @@ async def _invoke(
             )
         options.setdefault("logprobs", 0)
         wanted = await service.wanted(prompts, options, lmi.NEW_TOKENS)
-        chunks = await first(service.stream(wanted))
+        chunks = await first(service.stream(wanted), request)
         kind = _SSE if form == _EVENT else _JSON_LINES
         return StreamingResponse(_events(chunks, wanted[0], form), media_type=kind)
     if details:

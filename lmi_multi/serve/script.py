@@ -162,8 +162,8 @@ class _Worker:
         return {"code": code, "error": f"{self._name} failed with {said}"}
 
     def _say_busy(self, busy: bool) -> None:
-        state = {"rows": int(busy), "waiting": len(self._waiting), "blocks": 0}
-        wire.send(self._pipe, {"type": "step", "chunks": [], **state})
+        state = {"rows": int(busy), "waiting": len(self._waiting), "blocks": 0, "steps": 0}
+        wire.send(self._pipe, {"type": "state", **state})
 
 
 def _status(code: object) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -68,13 +69,16 @@ class Service:
         `length` is the number of new tokens where neither the options nor the model's own file
         set one. Raises OptionError, and OverloadedError before anything is tokenized.
         """
-        self._check(prompts)
-        return await asyncio.to_thread(self._wanted, prompts, options, length)
+        with self._room(prompts):
+            return await asyncio.to_thread(self._wanted, prompts, options, length)
 
-    def _check(self, prompts: Sequence[Prompt]) -> None:
-        if not prompts:
-            raise OptionError("there is no prompt; allowed: at least one")
-        self.engine.check_room(sum(len(prompt) for prompt in prompts) // BYTES_A_TOKEN)
+    def _room(self, prompts: Sequence[Prompt]) -> contextlib.AbstractContextManager[None]:
+        """Room for these prompts while they are tokenized."""
+        most = self.engine.max_requests
+        if not 1 <= len(prompts) <= most:
+            raise OptionError(f"{len(prompts)} prompts are given; allowed: 1 to {most}")
+        size = sum(map(len, prompts)) // BYTES_A_TOKEN
+        return self.engine.hold(len(prompts), size)
 
     def _wanted(
         self, prompts: Sequence[Prompt], options: Mapping[str, Any], length: int | None
@@ -99,9 +103,13 @@ class Service:
     def _text(self, ids: list[int]) -> str:
         return "" if self.tokenizer is None else text_of(self.tokenizer, ids)
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """A conversation as token ids."""
-        return chat.render(self.tokenizer, messages)
+    async def conversation(
+        self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
+    ) -> list[Wanted]:
+        """The same as `wanted` for one conversation."""
+        with self._room([json.dumps(messages)]):
+            ids = await asyncio.to_thread(chat.render, self.tokenizer, messages)
+            return await asyncio.to_thread(self._wanted, [ids], options, None)
 
     async def stream(self, wanted: Sequence[Wanted]) -> AsyncGenerator[Chunk]:
         """Chunks of all prompts' answers as they come; a prompt's place is in `Chunk.index`.
@@ -135,7 +143,9 @@ class Service:
         self, index: int, wanted: Wanted, inbox: asyncio.Queue[Chunk | BaseException | None]
     ) -> None:
         watch = self.metrics.request(len(wanted.ids))
-        chunks = self.engine.generate(wanted.ids, wanted.options, wanted.answers)
+        chunks = self.engine.generate(
+            wanted.ids, wanted.options, wanted.answers, started=watch.started
+        )
         try:
             async with contextlib.aclosing(chunks):
                 async for chunk in chunks:
@@ -172,11 +182,11 @@ class Service:
         normalize: bool = True,
     ) -> tuple[list[list[float]], int]:
         """One vector a text, and how many tokens there were."""
-        self._check(prompts)
         reader = self.reader
-        ids = await asyncio.to_thread(
-            lambda: [reader.ids(prompt, index) for index, prompt in enumerate(prompts)]
-        )
+        with self._room(prompts):
+            ids = await asyncio.to_thread(
+                lambda: [reader.ids(prompt, index) for index, prompt in enumerate(prompts)]
+            )
         vectors = await while_connected(request, self.engine.embed(ids, pooling, normalize))
         return vectors, sum(map(len, ids))
 
@@ -203,9 +213,12 @@ async def _disconnected(request: Request) -> None:
             return
 
 
-async def first(chunks: AsyncGenerator[Chunk]) -> AsyncGenerator[Chunk]:
-    """The same chunks, with the first one already there: what is wrong at once is raised now."""
-    head = await anext(chunks, None)
+async def first(chunks: AsyncGenerator[Chunk], request: Request) -> AsyncGenerator[Chunk]:
+    """The same chunks, with the first one already there: what is wrong at once is raised now.
+
+    A client that goes away before that frees its prompts' places, and HttpError 499 is raised.
+    """
+    head = await while_connected(request, anext(chunks, None))
 
     async def rest() -> AsyncIterator[Chunk]:
         async with contextlib.aclosing(chunks):

@@ -2,7 +2,9 @@
 
 JSON, not pickle: whatever one side says, the other only gets data. From the server come `submit`,
 `embed` and `cancel`, to a script `invoke`; from the engine `ready` once, then a message for each
-step, answers to `embed` and `invoke`, refusals, and `broken` before it ends as it cannot go on.
+step with its chunks and when (nanoseconds since 1970) whose prompts left the queue, its `state`
+after a `cancel`, answers to `embed` and `invoke`, refusals, and `broken` before it ends as it
+cannot go on.
 """
 
 from __future__ import annotations

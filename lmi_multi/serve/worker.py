@@ -9,14 +9,18 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 import traceback
 from dataclasses import asdict, dataclass
-from multiprocessing.connection import Connection
+from multiprocessing import active_children
+from multiprocessing.connection import Connection, wait
 from typing import Any
+
+import torch
 
 import lmi_multi
 from lmi_multi.engine.request import Job
-from lmi_multi.errors import LmiError, OptionError
+from lmi_multi.errors import LmiError, OptionError, RankError
 from lmi_multi.model import Model
 from lmi_multi.models.traits import Traits
 from lmi_multi.options import GenerateOptions
@@ -29,6 +33,7 @@ from lmi_multi.streaming import View
 class _Answering:
     job: Job
     views: list[View]
+    started: bool = False
 
 
 class Worker:
@@ -39,23 +44,34 @@ class Worker:
         self._engine = model._engine
         self._pipe = pipe
         self._answering: dict[int, _Answering] = {}
+        self._steps = 0
 
     def run(self) -> None:
         """Serve until the server closes the pipe. Raises what a step raises."""
         while True:
             try:
-                while not self._answering or self._pipe.poll():
+                if not self._answering:
+                    self._wait()
+                while self._pipe.poll():
                     self._handle(wire.receive(self._pipe))
-                self._step()
+                if self._answering:
+                    self._step()
             except (EOFError, BrokenPipeError, ConnectionResetError):
                 return
+
+    def _wait(self) -> None:
+        """Until the server says something. Raises RankError if a rank ends meanwhile."""
+        ranks = {rank.sentinel: rank.name for rank in active_children()}
+        ready = wait([self._pipe, *ranks])
+        for rank in ranks.keys() & ready:
+            raise RankError(f"{ranks[rank]} died")
 
     def _handle(self, message: wire.Message) -> None:
         number = message["id"]
         try:
             if message["type"] == "cancel":
                 self._drop(number)
-                wire.send(self._pipe, {"type": "step", "chunks": [], **self._state()})
+                wire.send(self._pipe, {"type": "state", **self._state()})
             elif message["type"] == "embed":
                 self._embed(message)
             else:
@@ -82,15 +98,22 @@ class Worker:
         )
 
     def _step(self) -> None:
+        began = time.time_ns()
         self._engine.step()
+        self._steps += 1
         chunks: list[tuple[int, list[Any]]] = []
+        started: list[int] = []
         for number, answering in [*self._answering.items()]:
+            if not answering.started and answering.job.requests[0].computed:
+                answering.started = True
+                started.append(number)
             for view in answering.views:
                 if chunk := view.fresh():
                     chunks.append((number, wire.pack(chunk)))
             if all(view.ended for view in answering.views):
                 self._drop(number)
-        wire.send(self._pipe, {"type": "step", "chunks": chunks, **self._state()})
+        message = {"type": "step", "chunks": chunks, "started": started, "began": began}
+        wire.send(self._pipe, message | self._state())
 
     def _state(self) -> dict[str, int]:
         scheduler = self._engine.scheduler
@@ -98,6 +121,7 @@ class Worker:
             "rows": scheduler.rows,
             "waiting": len(scheduler.waiting),
             "blocks": scheduler.limits.blocks - scheduler.cache.free,
+            "steps": self._steps,
         }
 
 
@@ -113,6 +137,13 @@ def ready(model: Model) -> wire.Message:
     }
 
 
+def _leave_a_core() -> None:
+    """Torch's threads wait for each other in busy loops: one that has to share its core with the
+    server's process makes all of them wait at every product."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, torch.get_num_threads() - 1))
+
+
 def main() -> None:
     """Load what the first message says, then serve."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C and SIGTERM are the server's to handle
@@ -120,6 +151,7 @@ def main() -> None:
     pipe = Connection(int(sys.argv[1]))
     os.set_inheritable(pipe.fileno(), False)
     os.dup2(2, 1)  # whatever is printed here is no answer
+    _leave_a_core()
     try:
         wanted = wire.receive(pipe)
         if "script" in wanted:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -17,6 +18,12 @@ from typing import Any
 import httpx
 import psutil
 
+# Some seconds' worth of tokens, if nobody ends it.
+LONG: dict[str, Any] = {
+    "inputs": "ten",
+    "parameters": {"max_new_tokens": 1900, "ignore_eos": True, "min_new_tokens": 1900},
+}
+
 
 @dataclass
 class Running:
@@ -30,10 +37,10 @@ class Running:
         return self.client.post(path, json=body, **keywords)
 
     def gauge(self, name: str) -> float:
-        """One value of `/metrics`; 0 while it is not there."""
+        """One value of `/metrics`, labels included in its name; 0 while it is not there."""
         lines = self.client.get("/metrics").text.splitlines()
-        found = (float(line.split()[-1]) for line in lines if line.startswith(name))
-        return next(found, 0.0)
+        values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+        return float(values.get(name, 0.0))
 
     def wait_ready(self, seconds: float = 120) -> None:
         self.until(lambda: self.ping() == 200, seconds)
@@ -51,6 +58,16 @@ class Running:
             assert time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.02)
 
+    @contextlib.contextmanager
+    def asking(self, path: str, body: Any) -> Iterator[socket.socket]:
+        """A request on a socket of its own, which is closed in the end, answered or not."""
+        data = json.dumps(body).encode()
+        head = f"POST {path} HTTP/1.1\r\nHost: here\r\nContent-Length: {len(data)}\r\n\r\n"
+        address = self.client.base_url.host, self.client.base_url.port or 0
+        with socket.create_connection(address, timeout=60) as connection:
+            connection.sendall(head.encode() + data)
+            yield connection
+
     def engine(self) -> psutil.Process:
         """The engine process."""
         children = psutil.Process(self.process.pid).children()
@@ -62,14 +79,22 @@ class Running:
         return self.process.wait(seconds)
 
 
+def free_port() -> int:
+    """A port of loopback that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 @contextlib.contextmanager
 def serving(folder: Path, model: str, *options: str, **environ: str) -> Iterator[Running]:
     """`lmi-multi serve MODEL`; not ready yet. Whatever is left of it is ended in the end."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = environ.get("SAGEMAKER_BIND_TO_PORT")
+    command = [sys.executable, "-m", "lmi_multi", "serve", model, *options]
+    if port is None:
+        port = str(free_port())
+        command += ["--port", port]
     log = folder / "server.log"
-    command = [sys.executable, "-m", "lmi_multi", "serve", model, "--port", str(port), *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environ}
     with (
         log.open("w") as output,

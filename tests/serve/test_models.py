@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from fastapi import FastAPI
 
 import lmi_multi
 from lmi_multi import demo
@@ -19,6 +20,7 @@ from lmi_multi.serve import models
 from lmi_multi.serve.errors import HttpError
 from lmi_multi.serve.metrics import Metrics
 from lmi_multi.serve.settings import ServeSettings
+from lmi_multi.serve.tracing import Tracing
 from tests.serve.running import Running, serving
 from tests.tiny_models import checkpoint
 
@@ -145,7 +147,8 @@ def test_what_does_not_fit_is_507_and_leaves_nothing(server: Running, root: Path
 def test_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without engines: only the names count."""
     monkeypatch.setattr(models, "PAGE", 2)
-    several = models.Models(tmp_path, lambda folder: ServeSettings(), Metrics(list), 1.0)
+    metrics = Metrics(list, Tracing(FastAPI()))
+    several = models.Models(tmp_path, lambda folder: ServeSettings(), metrics, 1.0)
     engine = SimpleNamespace(error=None)
     gone = SimpleNamespace(error="it ended three times")
     for name in "dbeac":

@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import numpy as np
@@ -256,7 +255,7 @@ def test_embeddings_of_an_encoder(tmp_path: Path, checkpoints: Path) -> None:
         ("/invocations", {"inputs": 5}, "inputs.str is 5: Input should be a valid string"),
         ("/invocations", {"inputs": "a", "parameters": {"top_k": -1}}, "top_k is -1; allowed: an"),
         ("/invocations", {"inputs": "a", "parameters": {"topk": 1}}, "did you mean 'top_k'?"),
-        ("/invocations", {"inputs": []}, "there is no prompt"),
+        ("/invocations", {"inputs": []}, "0 prompts are given; allowed: 1 to 1000"),
         ("/invocations", {"inputs": [5, 10**9]}, "holds token id 1000000000, must be 0 to"),
         ("/invocations", {"inputs": "a" * 5000}, "must be at most"),
         ("/invocations", {"inputs": ["a", "b"], "stream": True}, "allowed: with one prompt"),
@@ -294,26 +293,6 @@ def test_bodies_that_are_no_json(server: Running) -> None:
     assert server.client.get("/invocations").status_code == 405
 
 
-def test_random_bodies_are_never_the_servers_fault(server: Running) -> None:
-    random = Random(0)
-    seeds = [
-        b'{"inputs": "one", "parameters": {"max_new_tokens": 2, "top_k": 3, "stop": ["a"]}}',
-        b'{"prompt": ["one"], "max_tokens": 2, "temperature": 0, "logprobs": 1}',
-        b'{"inputs": [5, 6, 7], "stream": true}',
-    ]
-    statuses = set()
-    for _ in range(400):
-        body = bytearray(random.choice(seeds))
-        for _ in range(random.randint(1, 4)):
-            at = random.randrange(len(body))
-            body[at : at + random.randint(0, 3)] = random.randbytes(random.randint(0, 3))
-        answer = server.client.post("/invocations", content=bytes(body))
-        statuses.add(answer.status_code)
-        assert answer.status_code in (200, 400), (bytes(body), answer.text)
-    assert statuses == {200, 400}
-    assert server.gauge("lmi_in_flight") == 0
-
-
 def test_a_key_guards_every_route_but_ping(tmp_path: Path) -> None:
     with serving(tmp_path, "demo", LMI_MULTI_API_KEY="secret") as server:
         server.wait_ready()
@@ -331,4 +310,4 @@ def test_the_routes_are_described(server: Running) -> None:
     assert {"/ping", "/invocations", "/execution-parameters", "/metrics"} <= set(paths)
     assert {"/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/v1/models"} <= set(paths)
     body = paths["/invocations"]["post"]["requestBody"]["content"]["application/json"]["schema"]
-    assert set(body["properties"]) == {"inputs", "parameters", "stream"}
+    assert set(body["anyOf"][0]["properties"]) == {"inputs", "parameters", "stream"}

@@ -1,0 +1,101 @@
+"""What SageMaker asks of a container, as a black box: environment in, HTTP out."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from tests.serve.running import LONG, Running, free_port, serving
+
+ENVIRONMENT = {
+    "SAGEMAKER_BATCH": "true",
+    "SAGEMAKER_BATCH_STRATEGY": "SINGLE_RECORD",
+    "SAGEMAKER_MAX_CONCURRENT_TRANSFORMS": "7",
+    "SAGEMAKER_MAX_PAYLOAD_IN_MB": "1",
+    "SAGEMAKER_DEFAULT_INVOCATIONS_ACCEPT": "application/jsonlines",
+    "SAGEMAKER_MODEL_SERVER_TIMEOUT_SECONDS": "1",
+    "SAGEMAKER_STARTUP_TIMEOUT": "300",
+    "SAGEMAKER_NUM_MODEL_WORKERS": "1",
+}
+WHOLE = {"accept": "application/json"}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    place = tmp_path_factory.mktemp("contract")
+    port = str(free_port())
+    with serving(place, "demo", SAGEMAKER_BIND_TO_PORT=port, **ENVIRONMENT) as running:
+        yield running
+
+
+def test_ping_says_when_the_model_is_ready(server: Running) -> None:
+    """The first test: the server listens long before its engine has read the model."""
+    server.until(lambda: server.ping() != 0)
+    assert server.ping() == 503
+    refused = server.post("/invocations", {"inputs": "ten"})
+    assert refused.status_code == 503 and int(refused.headers["retry-after"]) >= 1
+    server.wait_ready()
+    answer = server.post("/invocations", {"inputs": "ten"}, headers=WHOLE)
+    assert answer.json() == {"generated_text": "10"}
+
+
+def test_batch_transform_is_told_what_to_send(server: Running) -> None:
+    server.wait_ready()
+    assert server.client.get("/execution-parameters").json() == {
+        "MaxConcurrentTransforms": 7,
+        "BatchStrategy": "SINGLE_RECORD",
+        "MaxPayloadInMB": 1,
+    }
+
+
+def test_payloads_have_their_limit(server: Running) -> None:
+    server.wait_ready()
+    most = 2**20
+    assert server.client.post("/invocations", content=b" " * most).status_code == 400
+    assert server.client.post("/invocations", content=b" " * (most + 1)).status_code == 413
+
+
+def test_answers_are_streamed_in_the_default_form(server: Running) -> None:
+    server.wait_ready()
+    with server.client.stream("POST", "/invocations", json={"inputs": "ten"}) as answer:
+        assert answer.headers["content-type"].startswith("application/jsonlines")
+        assert answer.headers["transfer-encoding"] == "chunked"
+        lines = [json.loads(line) for line in answer.iter_lines() if line]
+    assert lines[-1]["generated_text"] == "10"
+
+
+def test_a_request_has_its_time(server: Running) -> None:
+    server.wait_ready()
+    answer = server.post("/invocations", LONG, headers=WHOLE)
+    assert answer.status_code == 504 and "within 1 s" in answer.text
+    last = server.post("/invocations", LONG | {"stream": True}).text.splitlines()[-1]
+    assert json.loads(last) == {"error": "no whole answer within 1 s", "code": 504}
+    server.until(lambda: server.gauge("lmi_in_flight") == 0)
+
+
+def test_pings_are_answered_under_load(server: Running) -> None:
+    server.wait_ready()
+    address: Any = (server.client.base_url.host, server.client.base_url.port)
+    with ThreadPoolExecutor(16) as pool:
+        bodies = [LONG] * 16
+        load = [pool.submit(server.post, "/invocations", body, headers=WHOLE) for body in bodies]
+        server.until(lambda: server.gauge("lmi_in_flight") == 16)
+        connecting, answering = [], []
+        while not all(task.done() for task in load):
+            start = time.monotonic()
+            connection = http.client.HTTPConnection(*address, timeout=10)
+            connection.connect()
+            connecting.append(time.monotonic() - start)
+            connection.request("GET", "/ping")
+            assert connection.getresponse().status == 200
+            answering.append(time.monotonic() - start)
+            connection.close()
+            time.sleep(0.01)
+        assert {task.result().status_code for task in load} == {504}
+    assert max(connecting) < 0.25 and max(answering) < 2
