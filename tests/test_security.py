@@ -235,7 +235,7 @@ def test_neither_prompts_nor_keys_are_logged(server: Running) -> None:
 
 
 def test_errors_of_ours_say_nothing_of_the_inside(tmp_path: Path) -> None:
-    application = app.Application(ServeSettings(model="demo"), "demo")
+    application = app.Application(ServeSettings(model="demo"), "demo", lambda _: ServeSettings())
 
     def fail() -> bytes:
         raise RuntimeError(f"the secret is in {tmp_path}")

@@ -13,6 +13,7 @@ JSON_LINES, EVENTS = "application/jsonlines", "text/event-stream"
 _REASONS = {
     400: "what is wrong with the request, by field",
     404: "there is no such model",
+    408: "the body did not come",
     413: "the body is too large",
     499: "the client went away",
     500: "this request failed, as with a numerical error",
