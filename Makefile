@@ -18,7 +18,7 @@ demo: $(STAMP) ## Run the demo model on whatever hardware is here
 	@$(BIN)/lmi-multi demo
 
 test: $(STAMP) ## Run every test (PYTEST_ARGS="-k name" for some)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 test-neuron: $(NEURON)/.installed ## Run the Neuron backend's tests on the emulator (Python 3.11 or later)
 	LMI_MULTI_NEURON_RUNTIME=emulator $(NEURON)/bin/python -m pytest --backend neuron $(PYTEST_ARGS) \

@@ -6,6 +6,7 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import astuple
 from pathlib import Path
 
 import pytest
@@ -101,7 +102,16 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     if cell is None or not (report.when == "call" or report.outcome != "passed"):
         return
     reason = report.longrepr[2] if report.skipped and isinstance(report.longrepr, tuple) else ""
-    CELLS.append(Outcome(cell, report.outcome, reason.removeprefix("Skipped: ")))
+    entry = [*astuple(cell), report.outcome, reason.removeprefix("Skipped: ")]
+    report.user_properties.append(("cell", entry))  # plain data: it may come from another process
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Collect them where the table is printed."""
+    for name, value in report.user_properties:
+        if name == "cell" and isinstance(value, list) and report.when in ("setup", "call"):
+            *cell, outcome, reason = value
+            CELLS.append(Outcome(Cell(*cell), outcome, reason))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
