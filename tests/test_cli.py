@@ -31,7 +31,7 @@ COMMAND = [sys.executable, "-m", "lmi_multi"]
 PROMPT = "the third of march nineteen ninety nine at half past six in the evening"
 WRITTEN = "1999-03-03 18:30"
 SUMMARY = re.compile(r"^\S.*: \d+ tokens in \d+\.\d\d s, \d+\.\d tokens/s$", re.MULTILINE)
-COMMANDS = ("generate", "perplexity", "convert", "inspect", "plan", "doctor", "demo")
+COMMANDS = ("generate", "perplexity", "convert", "inspect", "plan", "bench", "doctor", "demo")
 
 
 def call(args: Sequence[str], stdin: str | bytes | None = None) -> subprocess.CompletedProcess[str]:
@@ -185,6 +185,20 @@ def test_perplexity(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good.write_bytes(b"\xff\xfe")
     assert run(["perplexity", "demo", "--file", str(good)]) == 2
     assert "no UTF-8" in capsys.readouterr().err
+
+
+def test_bench(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--prompt-tokens", "40", "--new-tokens", "5", "--rounds", "1"]
+    assert run(["bench", "demo", "--batch", "1", "--batch", "3", *sizes, "--json"]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [record["rows"] for record in found] == [1, 3]
+    for record in found:
+        assert record["whole"] == pytest.approx(record["first"] + 4 * record["step"])
+        assert record["tokens_per_second"] == pytest.approx(1000 * record["rows"] / record["step"])
+    assert run(["bench", "demo", "--batch", "2", *sizes]) == 0
+    shown = capsys.readouterr().out
+    assert "40 + 5 tokens" in shown and "2 rows" in shown
+    assert run(["bench", "demo", "--batch", "0"]) == 2
 
 
 def test_generate_int8(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,8 +3,8 @@
 The tokens that a captured step draws stay on the GPU as the next step's inputs, so the next step
 can start at once, for all rows that will probably be in it; the host meanwhile reads the tokens,
 looks for ends and plans. What it then plans for these rows has mostly been computed already. Rows
-that have ended computed once too often: into their own blocks, or into one that is nobody's, and
-before anything that their successors write.
+that have ended computed once too often: into their own blocks, before anything that their
+successors write there.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lmi_multi.ops.sampling import SampleRow
 
 from .draws import DrawKind, can_capture, unchanged
 from .graphs import StepGraphs
-from .inputs import upload
+from .inputs import download, upload
 
 
 @dataclass
@@ -37,14 +37,14 @@ class Flight:
     drawn: Tensor  # pinned int64 [rows]; there when `done` is
     done: torch.cuda.Event
     fed: Sequence[int] = ()
-    places: dict[tuple[int, ...], int] = field(init=False)
+    places: dict[int, int] = field(init=False)  # by a row's last block, which is its own
 
     def __post_init__(self) -> None:
-        self.places = {tuple(row.blocks): place for place, row in enumerate(self.rows)}
+        self.places = {row.blocks[-1]: place for place, row in enumerate(self.rows)}
 
     def place(self, row: Row) -> int | None:
         """Where in this flight `row` has been computed; None if it has not."""
-        place = self.places.get(tuple(row.blocks))
+        place = self.places.get(row.blocks[-1])
         if place is None or row.fresh or row.copies or row.beams is not None:
             return None
         before = self.rows[place]
@@ -52,7 +52,7 @@ class Flight:
             row.start == before.length
             and row.sample == self.draws[place]
             and tuple(row.token_ids) == (self.fed[place],)
-            and tuple(row.cross_blocks) == tuple(before.cross_blocks)
+            and len(row.blocks) == len(before.blocks)
         )
         return place if same else None
 
@@ -84,6 +84,8 @@ class Ahead:
         draws = [row.ahead for row in own if row.ahead]
         kind = self._graphs.draws.kind(draws)
         graph = self._graphs.drawing(len(own), kind)
+        if graph is None:
+            return None
         if last and last.kind == kind and self._continues(last, [places[i] for i in going], draws):
             if kind.any_sampled:
                 self._graphs.draws.advance(draws)
@@ -91,10 +93,7 @@ class Ahead:
             self._graphs.inputs.fill(own, ahead=1)
             self._graphs.draws.fill(draws)
             self._feed([tokens[i] for i in going], [places[i] for i in going])
-        drawn = torch.empty(len(own), dtype=torch.int64, pin_memory=True)
-        drawn.copy_(graph.replay()[: len(own)], non_blocking=True)
-        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        done.record()
+        drawn, done = download(graph.replay()[: len(own)])
         return Flight(own, draws, kind, drawn, done)
 
     def _continues(

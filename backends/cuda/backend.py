@@ -104,4 +104,5 @@ def _build_rank(folder: Path, limits: Limits, rank: int, size: int) -> Executor:
     collectives = SingleRank() if size == 1 else TorchCollectives()
     if kernels.missing():
         return TorchExecutor(artifact.spec, tensors, limits, Reference(), collectives)
-    return CudaExecutor(artifact.spec, tensors, limits, Scratch(device), collectives)
+    scratch = Scratch(device, limits.max_batch * artifact.spec.heads)
+    return CudaExecutor(artifact.spec, tensors, limits, scratch, collectives)

@@ -33,6 +33,9 @@ class DrawKind(NamedTuple):
         return not self.any_sampled and not self.banned
 
 
+GREEDY = DrawKind(False, False, False, False, window=0, banned=0)
+
+
 class DrawInputs:
     """The options of up to `most` rows on the device."""
 
@@ -46,6 +49,8 @@ class DrawInputs:
 
     def kind(self, rows: Sequence[SampleRow]) -> DrawKind:
         """What these rows need."""
+        if not any(row.temperature or row.banned for row in rows):
+            return GREEDY
         return _kind(_sampling(rows, len(rows)))
 
     def fill(self, rows: Sequence[SampleRow]) -> None:

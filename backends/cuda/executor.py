@@ -12,7 +12,7 @@ from torch import Tensor
 from lmi_multi.backends.base import Limits
 from lmi_multi.backends.drawing import draw_by_row
 from lmi_multi.backends.torch_executor import TorchExecutor
-from lmi_multi.engine.batch import Batch, Continuations, Draw, Row, StepResult
+from lmi_multi.engine.batch import Batch, Continuations, Draw, Passage, Prompt, Row, StepResult
 from lmi_multi.models.spec import ModelSpec
 from lmi_multi.ops.paged import PagedAttention
 from lmi_multi.parallel.collectives import Collectives
@@ -67,6 +67,7 @@ class CudaExecutor(TorchExecutor):
     @torch.inference_mode()
     def step(self, batch: Batch) -> StepResult:
         """See `Executor.step`."""
+        self._join()
         self._prepare(batch)
         last, self._flight = self._flight, None
         rows = batch.rows
@@ -89,10 +90,31 @@ class CudaExecutor(TorchExecutor):
             drawn = last.results()
             found |= {i: drawn[place] for i, place in enumerate(places) if place is not None}
         if begun is not None:
-            by_blocks = {tuple(rows[i].blocks): _token(found[i]) or 0 for i in going}
-            begun.fed = [by_blocks[tuple(row.blocks)] for row in begun.rows]
+            fed = {rows[i].blocks[-1]: _token(found[i]) or 0 for i in going}
+            begun.fed = [fed[row.blocks[-1]] for row in begun.rows]
         self._flight = begun
         return StepResult([found[i] for i in sorted(found)])
+
+    def logits(self, batch: Batch) -> Tensor:
+        """See `Executor.logits`."""
+        self._join()
+        return super().logits(batch)
+
+    def encode(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor | None]:
+        """See `Executor.encode`."""
+        self._join()
+        return super().encode(prompts)
+
+    def score(self, passages: Sequence[Passage]) -> Tensor:
+        """See `Executor.score`."""
+        self._join()
+        return super().score(passages)
+
+    def _join(self) -> None:
+        """Let the caller's stream wait for the step under way: it may be on another caller's, and
+        memory is shared."""
+        if self._flight is not None:
+            self._flight.done.wait()
 
     def close(self) -> None:
         """See `TorchExecutor.close`."""
@@ -112,12 +134,12 @@ class CudaExecutor(TorchExecutor):
     def _next_logits(self, rows: Sequence[Row]) -> Tensor | None:
         """As `TorchExecutor` does, but rows of one token, which come first, by a graph."""
         singles = next((i for i, row in enumerate(rows) if len(row.token_ids) > 1), len(rows))
-        if self._fed is None or not singles:
+        step = self._fed.logits(singles) if self._fed is not None and singles else None
+        if self._fed is None or step is None:
             return super()._next_logits(rows)
         # Longer rows first: the graph's logits are read before anything else is replayed.
         others = super()._next_logits(rows[singles:])
         single = rows[:singles]
-        step = self._fed.logits(singles)
         self._fed.inputs.fill(single)
         ids = np.array([row.token_ids[0] for row in single], dtype=np.int64)
         upload(ids, self._fed.inputs.ids[:singles])
@@ -133,7 +155,8 @@ class CudaExecutor(TorchExecutor):
         """Do without captured steps if the kernels do not cover the network."""
         try:
             if self._fed is not None:
-                self._fed.logits(1)
+                for rows in (1, self.limits.max_batch):
+                    self._fed.logits(rows)
         except NotCoveredError:
             log.warning("the kernels do not cover this network's attention: it runs uncaptured")
             self._fed = self._ahead = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lmi_multi import interrupts
 from lmi_multi.models.rope import cos_sin
 from lmi_multi.models.spec import Rope
 from lmi_multi.models.transformer import Transformer
@@ -19,7 +22,13 @@ from .draws import DrawInputs, DrawKind
 from .inputs import StepInputs
 from .ops import Scratch
 
-SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+# Clients choose among some thousand kinds of draw, and each graph stops all rows while it is made.
+MOST_SAMPLED = 32
+# torch captures one graph at a time in a process, which may hold several models.
+_CAPTURING = threading.Lock()
+
+log = logging.getLogger(__name__)
 
 
 class NotCoveredError(Exception):
@@ -97,22 +106,24 @@ class StepGraphs:
         self._sizes = sizes(inputs.most)
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(inputs.ids.device)  # type: ignore[no-untyped-call]
-        self._captured: dict[tuple[int, DrawKind | None], Captured] = {}
+        self._captured: dict[tuple[int, DrawKind | None], Captured | None] = {}
         position = network.spec.position
         self._angles: Angles | None = None
         if isinstance(position, Rope):
             reach = inputs.table.shape[1] * kernel.cache.block_size
             self._angles = Angles(position, reach, inputs.ids.device)
 
-    def logits(self, rows: int) -> Captured:
-        """A step that ends with the logits: float32 [size >= rows, vocab]."""
+    def logits(self, rows: int) -> Captured | None:
+        """A step that ends with the logits: float32 [size >= rows, vocab]. None if it cannot be
+        had: memory is short."""
         size = self._size(rows)
         return self._get(size, None, lambda: self._logits(size))
 
-    def drawing(self, rows: int, kind: DrawKind) -> Captured:
+    def drawing(self, rows: int, kind: DrawKind) -> Captured | None:
         """A step that draws by `draws` and leaves its tokens as the next step's inputs.
 
-        Its result: int64 [size >= rows], the tokens, -1 where the logits were unusable.
+        Its result: int64 [size >= rows], the tokens, -1 where the logits were unusable. None if it
+        cannot be had: memory is short, or there are too many graphs.
         """
         size = self._size(rows)
         if kind.greedy:
@@ -150,26 +161,37 @@ class StepGraphs:
         """What a step that draws changes for the next one, and by how much the lengths grow."""
         return self.inputs.ids[:size], self.inputs.lengths[:size], self.inputs.live[:size]
 
-    def _get(self, size: int, kind: DrawKind | None, body: Callable[[], Tensor]) -> Captured:
+    def _get(self, size: int, kind: DrawKind | None, body: Callable[[], Tensor]) -> Captured | None:
         key = (size, kind)
         if key not in self._captured:
+            sampled = [known for _, known in self._captured if known and not known.greedy]
+            if kind and not kind.greedy and len(sampled) >= MOST_SAMPLED:
+                return None
             kept = self.inputs.ids.clone()  # a step may be under way, and the next need its tokens
             self.inputs.clear()
-            self._captured[key] = self._capture(body)
+            try:
+                self._captured[key] = self._capture(body)
+            except torch.OutOfMemoryError:
+                log.warning("no memory to capture a step of %d rows: it runs uncaptured", size)
+                self._captured[key] = None
             self.inputs.ids.copy_(kept)
         return self._captured[key]
 
     def _capture(self, body: Callable[[], Tensor]) -> Captured:
         """Run `body` once, so that all it sets up is there, and record it."""
-        current = torch.cuda.current_stream()
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            body()
-        current.wait_stream(self._stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-            out = body()
-        return Captured(graph, out)
+        with _CAPTURING, interrupts.delayed():
+            current = torch.cuda.current_stream()
+            self._stream.wait_stream(current)
+            with torch.cuda.stream(self._stream):
+                body()
+            current.wait_stream(self._stream)
+            graph = torch.cuda.CUDAGraph()
+            # Other threads may load models and compute meanwhile.
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            ):
+                out = body()
+            return Captured(graph, out)
 
 
 def can_capture(network: Transformer) -> bool:

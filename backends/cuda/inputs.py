@@ -21,15 +21,13 @@ class StepInputs:
 
     `ids` int64 [most] are the tokens, `lengths` int32 [most] the context with them, and `live`
     int32 [most] by how much that grows with each step: 0 for places that no row has. Such a place
-    computes too, on block `spare`, which belongs to nobody; so does a row that goes on after its
-    last block, since its step was begun before anybody knew that it had ended.
+    computes too, on block `spare`, which belongs to nobody.
     """
 
     def __init__(self, limits: Limits, most: int, encoded: bool, device: torch.device) -> None:
         self.most, self.spare = most, limits.blocks
         width = -(-limits.max_tokens // limits.block_size)
-        # One column more: a row may run ahead by one token.
-        widths = [1, 1, 1, width + 1, width if encoded else 0]
+        widths = [1, 1, 1, width, width if encoded else 0]
         sizes = [most * n for n in widths]
         self._host = np.zeros(sum(sizes), dtype=np.int32)
         self._packed = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
@@ -74,3 +72,12 @@ class StepInputs:
 def upload(values: npt.NDArray[Any], to: Tensor) -> None:
     """Copy to the device in the stream's order, without waiting: `values` may change at once."""
     to.copy_(torch.from_numpy(values).pin_memory(), non_blocking=True)
+
+
+def download(values: Tensor) -> tuple[Tensor, torch.cuda.Event]:
+    """A copy in host memory, and what tells when it is there; neither waits."""
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    done.record()
+    return host, done

@@ -82,16 +82,22 @@ def _send(
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     stream.wait_event(ready)  # what had the new tensors' memory before may still be used
     turn = 0
-    with path.open("rb", buffering=0) as file, torch.cuda.stream(stream):
-        while (piece := _next(pieces)) is not None:
-            count = len(piece.target)
-            sent[turn].synchronize()
-            file.seek(piece.start)
-            _fill(file, views[turn][:count])
-            piece.target.copy_(buffers[turn][:count], non_blocking=True)
-            sent[turn].record(stream)
-            turn = 1 - turn
-        stream.synchronize()
+    try:
+        with path.open("rb", buffering=0) as file, torch.cuda.stream(stream):
+            while (piece := _next(pieces)) is not None:
+                count = len(piece.target)
+                sent[turn].synchronize()
+                file.seek(piece.start)
+                _fill(file, views[turn][:count])
+                piece.target.copy_(buffers[turn][:count], non_blocking=True)
+                sent[turn].record(stream)
+                turn = 1 - turn
+    except BaseException:
+        while _next(pieces) is not None:  # the others need not go on
+            pass
+        raise
+    finally:
+        stream.synchronize()  # nothing may still be written to tensors that are dropped
 
 
 def _next(pieces: SimpleQueue[Piece]) -> Piece | None:

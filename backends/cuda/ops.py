@@ -31,9 +31,10 @@ ACTIVATIONS: dict[Activation | None, int] = {
 class Scratch:
     """Memory that kernels leave as they found it (counters: zero), for one stream at a time."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, counters: int = 0) -> None:
+        """`counters`: at least so many; attention wants one for each head of each row."""
         self.work = torch.empty(8 << 20, dtype=torch.float32, device=device)
-        self.counters = torch.zeros(1 << 16, dtype=torch.int32, device=device)
+        self.counters = torch.zeros(max(counters, 1 << 16), dtype=torch.int32, device=device)
 
 
 class CudaOps(Reference):

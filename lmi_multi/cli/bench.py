@@ -51,6 +51,7 @@ def bench(
             max_batch=max(batch),
             max_tokens=prompt_tokens + new_tokens,
             revision=revision,
+            prefix_caching=False,  # every round has the same prompts
             progress=progress,
         )
     with loaded:

@@ -41,7 +41,8 @@ class Sequence:
     score: float | None = None
     finish_reason: FinishReason | None = None
     error: str | None = None
-    _ahead: SampleRow | None = None  # how the next draw will be made, if that is known
+    # How the next draw will be made, if that is known.
+    _ahead: SampleRow | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.given = len(self.tokens)

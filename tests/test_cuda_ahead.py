@@ -1,0 +1,231 @@
+"""The CUDA executor's captured steps, with everything that needs a GPU stood in for.
+
+A graph is a list of the work that was captured, done anew at each replay; kernels are plain torch.
+What is left is all that decides which row is fed what: places, flights, inputs, options. The same
+with real graphs and kernels is in test_cuda_graphs.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lmi_multi.backends.cuda import ahead, attention, draws, executor, graphs, inputs
+from lmi_multi.backends.cuda.ops import Scratch
+from torch import Tensor
+
+from lmi_multi.backends.base import Executor
+from lmi_multi.engine.batch import Row
+from lmi_multi.model import Model
+from lmi_multi.parallel.collectives import SingleRank
+from tests import tiny_models
+from tests.test_cuda_graphs import LIMITS, OPTIONS, cpu_model, prompts
+
+FAMILIES = ("t5", "gpt2", "llama-gqa", "bloom", "mistral-window")
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor, write: bool, heads: int,
+    q_norm: Tensor | None, k_norm: Tensor | None, eps: float, cos: Tensor | None,
+    sin: Tensor | None, bias: Tensor | None, slopes: Tensor | None, window: int, scale: float,
+    splits: int, work: Tensor, counters: Tensor, out: Tensor,
+) -> bool:  # fmt: skip
+    """The attention kernel, a row at a time."""
+    from lmi_multi.models.rope import rotate
+
+    size, kv, dim = k.shape[1:]
+    assert q_norm is None and k_norm is None
+    for row, length in enumerate(lengths.tolist()):
+        own = q[row].view(1, -1, dim)
+        query = own[:, :heads]
+        if cos is not None and sin is not None:
+            query = rotate(query, cos[row : row + 1], sin[row : row + 1])
+        if write:
+            new = own[:, heads : heads + kv]
+            if cos is not None and sin is not None:
+                new = rotate(new, cos[row : row + 1], sin[row : row + 1])
+            block, place = table[row, (length - 1) // size], (length - 1) % size
+            k[block, place], v[block, place] = new[0], own[0, heads + kv :]
+        blocks = table[row, : -(-length // size)].long()
+        keys, values = (
+            c[blocks].flatten(0, 1)[:length].repeat_interleave(heads // kv, 1) for c in (k, v)
+        )
+        scores = torch.einsum("hd,thd->ht", query[0], keys) * scale
+        distance = length - 1 - torch.arange(length)
+        if bias is not None:
+            scores = scores + bias[distance.clamp(max=len(bias) - 1)].t()
+        if slopes is not None:
+            scores = scores - slopes[:, None] * distance
+        if window:
+            scores = scores.masked_fill(distance >= window, -torch.inf)
+        found = torch.einsum("ht,thd->hd", scores.softmax(-1), values) if length else 0 * query[0]
+        out[row] = found.flatten()
+    return True
+
+
+def greedy(
+    logits: Tensor, drawn: Tensor, ids: Tensor, lengths: Tensor, live: Tensor, *_: Tensor
+) -> bool:
+    best, tokens = logits.max(-1)
+    usable = torch.isfinite(best)
+    drawn.copy_(torch.where(usable, tokens, -1))
+    ids.copy_(torch.where(usable, tokens, 0))
+    lengths.add_(live)
+    return True
+
+
+class Replayed:
+    """A graph that does its work anew; `out` is where the first run left it."""
+
+    def __init__(self, body: Callable[[], Tensor]) -> None:
+        self.body, self.out = body, body()
+
+    def replay(self) -> Tensor:
+        self.out = self.body()
+        return self.out
+
+
+@pytest.fixture(autouse=True)
+def _stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = SimpleNamespace(
+        attention=attend, greedy=greedy, linear=lambda *_: False, norm=lambda *_: False,
+        activate=lambda *_: False,
+    )  # fmt: skip
+    event = SimpleNamespace(synchronize=lambda: None, wait=lambda: None)
+    monkeypatch.setattr(torch.ops, "lmi_multi", kernels, raising=False)
+    for module in (ahead, draws, executor, inputs):
+        monkeypatch.setattr(module, "upload", lambda values, to: to.copy_(torch.tensor(values)))
+    monkeypatch.setattr(ahead, "download", lambda values: (values.clone(), event))
+    for module in (attention, graphs):
+        monkeypatch.setattr(module, "splits", lambda *_: 1)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda *_: None)
+    monkeypatch.setattr(graphs.StepGraphs, "_capture", lambda self, body: Replayed(body))
+
+
+def open_model(folder: Path, family: str) -> Model:
+    artifact = tiny_models.artifact(folder, family)
+    cpu = torch.device("cpu")
+    opened: Executor = executor.CudaExecutor(
+        artifact.spec, artifact.load_rank(0, 1), LIMITS, Scratch(cpu), SingleRank()
+    )
+    return Model(artifact, "cuda", opened)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture
+def found(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
+    """Where each row that was looked for in a flight was."""
+    place, places = ahead.Flight.place, []
+
+    def noted(self: ahead.Flight, row: Row) -> int | None:
+        places.append(place(self, row))
+        return places[-1]
+
+    monkeypatch.setattr(ahead.Flight, "place", noted)
+    return places
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_are_those_of_the_cpu(folder: Path, family: str, found: list[int | None]) -> None:
+    """Two prompts of each kind of option, more than there are rows, in one call and one by one."""
+    own = prompts(2 * len(OPTIONS), 1)
+    options: list[dict[str, Any]] = [
+        {"max_new_tokens": 8 + i % 9, **o} for i, o in enumerate(OPTIONS * 2)
+    ]
+    with cpu_model(folder, family) as cpu:
+        expected = [
+            [c.token_ids for c in cpu.generate([p], o)] for p, o in zip(own, options, strict=True)
+        ]
+    with open_model(folder, family) as model:
+        answers = iter(model.generate(own, options))
+        together = [[next(answers).token_ids for _ in wanted] for wanted in expected]
+        alone = [
+            [c.token_ids for c in model.generate([p], o)] for p, o in zip(own, options, strict=True)
+        ]
+        assert tiny_models.is_clean(model)
+    assert together == expected
+    assert alone == expected
+    assert len(found) - found.count(None) > 100
+
+
+def test_every_step_but_the_first_is_begun_ahead(folder: Path, found: list[int | None]) -> None:
+    with open_model(folder, "gpt2") as model:
+        model.generate(prompts(5, 2), max_new_tokens=12, ignore_eos=True)
+        assert len(found) - found.count(None) == 5 * 11
+        found.clear()
+        model.generate(prompts(5, 2), max_new_tokens=12, ignore_eos=True, repetition_penalty=1.5)
+        assert found == []
+
+
+def test_answers_up_to_the_last_position(folder: Path) -> None:
+    own = [tokens[:4] for tokens in prompts(3, 7)]
+    longest = {"max_new_tokens": LIMITS.max_tokens - 4, "ignore_eos": True}
+    own = [(tokens * 4)[:4] for tokens in own]
+    with cpu_model(folder, "gpt2") as cpu, open_model(folder, "gpt2") as model:
+        expected = [c.token_ids for c in cpu.generate(own, longest)]
+        assert [c.token_ids for c in model.generate(own, longest)] == expected
+
+
+def test_a_step_that_fails_leaves_nothing_behind(
+    monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    """At every place where a step can be interrupted, the next answers are right."""
+    own = prompts(4, 5)
+    with cpu_model(folder, "gpt2") as cpu, open_model(folder, "gpt2") as model:
+        expected = [c.token_ids for c in cpu.generate(own, max_new_tokens=9)]
+        for name, number in itertools.product(("_prepare", "_draw", "_next_logits"), range(1, 4)):
+            calls = itertools.count(1)
+            method = getattr(executor.CudaExecutor, name)
+
+            def failing(
+                *given: Any, method: Any = method, calls: Any = calls, number: int = number
+            ) -> Any:
+                if next(calls) == number:
+                    raise RuntimeError("broken")
+                return method(*given)
+
+            with monkeypatch.context() as patched:
+                patched.setattr(executor.CudaExecutor, name, failing)
+                try:
+                    model.generate(own, max_new_tokens=9)
+                except RuntimeError as error:
+                    assert str(error) == "broken"
+            assert [c.token_ids for c in model.generate(own, max_new_tokens=9)] == expected
+            assert tiny_models.is_clean(model)
+
+
+def test_without_memory_for_graphs_it_runs_uncaptured(
+    monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    own = prompts(4, 6)
+    with cpu_model(folder, "gpt2") as cpu:
+        expected = [c.token_ids for c in cpu.generate(own, max_new_tokens=9)]
+
+    def no_room(*_: object) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(graphs.StepGraphs, "_capture", no_room)
+    with open_model(folder, "gpt2") as model:
+        assert [c.token_ids for c in model.generate(own, max_new_tokens=9)] == expected
+
+
+def test_kinds_of_draw_are_bounded(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    monkeypatch.setattr(graphs, "MOST_SAMPLED", 2)
+    own = prompts(3, 8)
+    with cpu_model(folder, "gpt2") as cpu, open_model(folder, "gpt2") as model:
+        for more in ({}, {"top_k": 5}, {"top_p": 0.5}, {"min_p": 0.1}, {"typical_p": 0.5}):
+            chosen: dict[str, Any] = {"max_new_tokens": 6, "do_sample": True, "seed": 1, **more}
+            expected = [c.token_ids for c in cpu.generate(own, chosen)]
+            assert [c.token_ids for c in model.generate(own, chosen)] == expected
+        captured = model.engine.executor._ahead._graphs._captured  # type: ignore[attr-defined]
+        assert len([kind for _, kind in captured if not kind.greedy]) == 2
