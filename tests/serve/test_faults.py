@@ -17,10 +17,17 @@ from tests.serve.running import LONG, Running, serving
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     with serving(tmp_path_factory.mktemp("faults"), "demo", "--max-batch", "2") as running:
         running.wait_ready()
         yield running
+
+
+@pytest.fixture
+def server(shared: Running) -> Running:
+    """The server with nothing to do: the engine tells of its rows a step late."""
+    shared.until(lambda: shared.gauge("lmi_in_flight") == shared.gauge("lmi_batch_rows") == 0)
+    return shared
 
 
 def test_a_client_that_leaves_a_stream_frees_its_place(server: Running) -> None:
