@@ -24,7 +24,7 @@ from lmi_multi.engine.batch import Row
 from lmi_multi.model import Model
 from lmi_multi.parallel.collectives import SingleRank
 from tests import tiny_models
-from tests.test_cuda_graphs import LIMITS, OPTIONS, cpu_model, prompts
+from tests.test_cuda_graphs import LIMITS, assert_same_as_cpu, cpu_model, prompts
 
 FAMILIES = ("t5", "gpt2", "llama-gqa", "bloom", "mistral-window")
 
@@ -137,24 +137,7 @@ def found(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tokens_are_those_of_the_cpu(folder: Path, family: str, found: list[int | None]) -> None:
-    """Two prompts of each kind of option, more than there are rows, in one call and one by one."""
-    own = prompts(2 * len(OPTIONS), 1)
-    options: list[dict[str, Any]] = [
-        {"max_new_tokens": 8 + i % 9, **o} for i, o in enumerate(OPTIONS * 2)
-    ]
-    with cpu_model(folder, family) as cpu:
-        expected = [
-            [c.token_ids for c in cpu.generate([p], o)] for p, o in zip(own, options, strict=True)
-        ]
-    with open_model(folder, family) as model:
-        answers = iter(model.generate(own, options))
-        together = [[next(answers).token_ids for _ in wanted] for wanted in expected]
-        alone = [
-            [c.token_ids for c in model.generate([p], o)] for p, o in zip(own, options, strict=True)
-        ]
-        assert tiny_models.is_clean(model)
-    assert together == expected
-    assert alone == expected
+    assert_same_as_cpu(folder, family, open_model(folder, family))
     assert len(found) - found.count(None) > 100
 
 

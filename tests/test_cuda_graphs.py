@@ -81,8 +81,7 @@ def prompts(count: int, seed: int) -> list[list[int]]:
     ]
 
 
-@pytest.mark.parametrize("family", sorted(GENERATORS))
-def test_tokens_are_those_of_the_cpu(folder: Path, family: str) -> None:
+def assert_same_as_cpu(folder: Path, family: str, model: Model) -> None:
     """Two prompts of each kind, more than there are rows, in one call and one by one."""
     own = prompts(2 * len(OPTIONS), 1)
     options = [{"max_new_tokens": 8 + i % 9, **o} for i, o in enumerate(OPTIONS * 2)]
@@ -90,7 +89,7 @@ def test_tokens_are_those_of_the_cpu(folder: Path, family: str) -> None:
         expected = [
             [c.token_ids for c in cpu.generate([p], o)] for p, o in zip(own, options, strict=True)
         ]
-    with cuda_model(folder, family) as model:
+    with model:
         found = iter(model.generate(own, options))
         together = [[next(found).token_ids for _ in answers] for answers in expected]
         alone = [
@@ -99,6 +98,11 @@ def test_tokens_are_those_of_the_cpu(folder: Path, family: str) -> None:
         assert tiny_models.is_clean(model)
     assert alone == expected
     assert together == expected
+
+
+@pytest.mark.parametrize("family", sorted(GENERATORS))
+def test_tokens_are_those_of_the_cpu(folder: Path, family: str) -> None:
+    assert_same_as_cpu(folder, family, cuda_model(folder, family))
 
 
 @pytest.mark.parametrize("family", ["t5", "bloom", "llama"])

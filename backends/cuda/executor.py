@@ -19,7 +19,7 @@ from lmi_multi.parallel.collectives import Collectives
 
 from .ahead import Ahead, Flight
 from .attention import CudaPagedAttention, DecodeAttention
-from .graphs import NotCoveredError, StepGraphs, can_capture
+from .graphs import Angles, NotCoveredError, StepGraphs, can_capture
 from .inputs import StepInputs, upload
 from .ops import CudaOps, Scratch
 
@@ -50,14 +50,15 @@ class CudaExecutor(TorchExecutor):
         self._fed: StepGraphs | None = None
         self._ahead: Ahead | None = None
         if captured and can_capture(self._network):
+            encoded = spec.kind == "encoder-decoder"
+            angles = Angles.of(spec, limits.max_tokens, self._device)
             self._fed, ahead = (
                 StepGraphs(
                     self._network,
                     self._kernel,
                     scratch,
-                    StepInputs(
-                        limits, limits.max_batch, spec.kind == "encoder-decoder", self._device
-                    ),
+                    StepInputs(limits, limits.max_batch, encoded, self._device),
+                    angles,
                 )
                 for _ in range(2)
             )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lmi_multi import interrupts
 from lmi_multi.models.rope import cos_sin
-from lmi_multi.models.spec import Rope
+from lmi_multi.models.spec import ModelSpec, Rope
 from lmi_multi.models.transformer import Transformer
 from lmi_multi.models.weights import Layer
 
@@ -46,6 +46,12 @@ class Angles:
     def __init__(self, rope: Rope, positions: int, device: torch.device) -> None:
         every = torch.arange(positions, device=device)
         self._cos, self._sin = (part.contiguous() for part in cos_sin(rope, every, every))
+
+    @classmethod
+    def of(cls, spec: ModelSpec, positions: int, device: torch.device) -> Angles | None:
+        """Those of a network; None if it does not rotate."""
+        rope = spec.position
+        return cls(rope, positions, device) if isinstance(rope, Rope) else None
 
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """float32 [rows, pairs] each."""
@@ -99,7 +105,12 @@ class StepGraphs:
     """
 
     def __init__(
-        self, network: Transformer, kernel: DecodeAttention, scratch: Scratch, inputs: StepInputs
+        self,
+        network: Transformer,
+        kernel: DecodeAttention,
+        scratch: Scratch,
+        inputs: StepInputs,
+        angles: Angles | None,
     ) -> None:
         self.inputs, self.draws = inputs, DrawInputs(inputs.most, inputs.ids.device)
         self._network, self._kernel, self._scratch = network, kernel, scratch
@@ -107,11 +118,7 @@ class StepGraphs:
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(inputs.ids.device)  # type: ignore[no-untyped-call]
         self._captured: dict[tuple[int, DrawKind | None], Captured | None] = {}
-        position = network.spec.position
-        self._angles: Angles | None = None
-        if isinstance(position, Rope):
-            reach = inputs.table.shape[1] * kernel.cache.block_size
-            self._angles = Angles(position, reach, inputs.ids.device)
+        self._angles = angles
 
     def logits(self, rows: int) -> Captured | None:
         """A step that ends with the logits: float32 [size >= rows, vocab]. None if it cannot be

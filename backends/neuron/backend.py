@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 
-from lmi_multi.backends.ahead import Compilation, GraphPlan, Progress
+from lmi_multi.backends.ahead_of_time import Compilation, GraphPlan, Progress
 from lmi_multi.backends.base import Availability, Executor
 from lmi_multi.checkpoint.artifact import Artifact
 from lmi_multi.errors import BackendError, CapacityError, OptionError

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
-from lmi_multi.backends.ahead import Count, Progress
+from lmi_multi.backends.ahead_of_time import Count, Progress
 from lmi_multi.errors import CheckpointError
 
 from .cache import Cache, Key

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import psutil
 
-from lmi_multi.backends.ahead import Count, GraphCount, GraphPlan, Progress
+from lmi_multi.backends.ahead_of_time import Count, GraphCount, GraphPlan, Progress
 from lmi_multi.backends.base import Limits
 from lmi_multi.fit import Network
 from lmi_multi.instances import Instance

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from lmi_multi.backends.ahead import AheadOfTime
+from lmi_multi.backends.ahead_of_time import AheadOfTime
 from lmi_multi.backends.base import Availability, Backend
 from lmi_multi.errors import BackendError, OptionError
 

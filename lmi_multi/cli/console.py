@@ -26,7 +26,7 @@ from rich.progress import (
 from rich.table import Column, Table
 
 if TYPE_CHECKING:
-    from lmi_multi.backends.ahead import Count
+    from lmi_multi.backends.ahead_of_time import Count
 
 PIPED_WIDTH = 160
 

@@ -11,7 +11,7 @@ from lmi_multi.cli import options
 from lmi_multi.cli.console import graph_progress, json_page, note, out, size, table
 
 if TYPE_CHECKING:
-    from lmi_multi.backends.ahead import GraphPlan
+    from lmi_multi.backends.ahead_of_time import GraphPlan
     from lmi_multi.fit import InstanceFit, Network, Option, Report
 
 
