@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from benchmarks.shapes import DTYPES, SHAPES
+from benchmarks.shapes import DTYPES, Shape
 from lmi_multi.checkpoint.layout import DtypeName, QuantizeName, stored_tensors
 from lmi_multi.models.config import Config
 from lmi_multi.models.registry import family_of
@@ -15,10 +15,10 @@ from lmi_multi.models.spec import ModelSpec
 
 
 def random_model(
-    name: str, dtype: DtypeName, quantize: QuantizeName | None, device: torch.device
+    shape: Shape, dtype: DtypeName, quantize: QuantizeName | None, device: torch.device
 ) -> tuple[ModelSpec, dict[str, Tensor]]:
-    """The spec of shape `name`, and the tensors that an artifact of it would hold."""
-    model = SHAPES[name].build(DTYPES["bf16"], "meta")
+    """The spec of a shape, and the tensors that an artifact of it would hold."""
+    model = shape.build(DTYPES["bf16"], "meta")
     fields = model.config.to_dict() | {"architectures": [type(model).__name__]}
     family = family_of(fields["architectures"][0])
     spec = family.spec(Config(fields))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,12 +17,14 @@ from typing import Any
 import pytest
 import torch
 from lmi_multi.backends.cuda import ahead, attention, draws, executor, graphs, inputs
-from lmi_multi.backends.cuda.ops import Scratch
+from lmi_multi.backends.cuda.ops import ACTIVATIONS, Scratch
 from torch import Tensor
 
 from lmi_multi.backends.base import Executor
 from lmi_multi.engine.batch import Row
 from lmi_multi.model import Model
+from lmi_multi.models.weights import Linear, Norm
+from lmi_multi.ops.reference import Reference
 from lmi_multi.parallel.collectives import SingleRank
 from tests import tiny_models
 from tests.test_cuda_graphs import LIMITS, assert_same_as_cpu, cpu_model, prompts
@@ -79,6 +82,46 @@ def greedy(
     return True
 
 
+def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, out: Tensor) -> None:
+    out.copy_(Reference().norm(x, Norm(weight, bias), eps))
+
+
+def linear(
+    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, norm_weight: Tensor | None,
+    norm_bias: Tensor | None, eps: float, residual: Tensor | None, activation: int, gated: bool,
+    work: Tensor, counters: Tensor, out: Tensor,
+) -> None:  # fmt: skip
+    ops, kind = Reference(), next(k for k, number in ACTIVATIONS.items() if number == activation)
+    if norm_weight is not None:
+        x = ops.norm(x, Norm(norm_weight, norm_bias), eps)
+    y = ops.linear(x, Linear(weight, bias, scale), kind, gated)
+    out.copy_(y if residual is None else residual + y)
+
+
+class Programs:
+    """Recorded phases as calls; a program is their numbers, and running it makes them."""
+
+    def __init__(self) -> None:
+        self.calls: list[Callable[[], object]] = []
+        self.runs = 0
+
+    def recording(self, call: Callable[..., object]) -> Callable[..., bool]:
+        def record(*arguments: Any) -> bool:
+            *given, barrier, phase = arguments
+            assert isinstance(barrier, bool)
+            phase[:8] = torch.tensor([len(self.calls)]).view(torch.uint8)
+            self.calls.append(partial(call, *given))
+            return True
+
+        return record
+
+    def run(self, program: Tensor, on_device: Tensor, barrier: Tensor) -> None:
+        assert torch.equal(program, on_device)
+        self.runs += 1
+        for phase in program[1:]:
+            self.calls[int(phase[:8].view(torch.int64))]()
+
+
 class Replayed:
     """A graph that does its work anew; `out` is where the first run left it."""
 
@@ -91,10 +134,14 @@ class Replayed:
 
 
 @pytest.fixture(autouse=True)
-def _stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
+def programs(monkeypatch: pytest.MonkeyPatch) -> Programs:
+    """The stand-ins of all that needs a GPU; those of programs are returned."""
+    made = Programs()
     kernels = SimpleNamespace(
         attention=attend, greedy=greedy, linear=lambda *_: False, norm=lambda *_: False,
-        activate=lambda *_: False,
+        activate=lambda *_: False, record_norm=made.recording(norm),
+        record_linear=made.recording(linear), record_attention=made.recording(attend),
+        finish_program=lambda *_: True, run_program=made.run,
     )  # fmt: skip
     event = SimpleNamespace(synchronize=lambda: None, wait=lambda: None)
     monkeypatch.setattr(torch.ops, "lmi_multi", kernels, raising=False)
@@ -106,13 +153,19 @@ def _stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(torch.cuda, "Stream", lambda *_: None)
     monkeypatch.setattr(graphs.StepGraphs, "_capture", lambda self, body: Replayed(body))
+    return made
 
 
-def open_model(folder: Path, family: str) -> Model:
+def open_model(folder: Path, family: str, program_rows: int = 64) -> Model:
     artifact = tiny_models.artifact(folder, family)
     cpu = torch.device("cpu")
     opened: Executor = executor.CudaExecutor(
-        artifact.spec, artifact.load_rank(0, 1), LIMITS, Scratch(cpu), SingleRank()
+        artifact.spec,
+        artifact.load_rank(0, 1),
+        LIMITS,
+        Scratch(cpu),
+        SingleRank(),
+        program_rows=program_rows,
     )
     return Model(artifact, "cuda", opened)
 
@@ -135,9 +188,13 @@ def found(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
     return places
 
 
+@pytest.mark.parametrize("program_rows", [64, 4, 0])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_tokens_are_those_of_the_cpu(folder: Path, family: str, found: list[int | None]) -> None:
-    assert_same_as_cpu(folder, family, open_model(folder, family))
+def test_tokens_are_those_of_the_cpu(
+    folder: Path, family: str, found: list[int | None], program_rows: int, programs: Programs
+) -> None:
+    assert_same_as_cpu(folder, family, open_model(folder, family, program_rows))
+    assert bool(programs.runs) == bool(program_rows)
     assert len(found) - found.count(None) > 100
 
 

@@ -19,9 +19,10 @@ from lmi_multi.parallel.collectives import Collectives
 
 from .ahead import Ahead, Flight
 from .attention import CudaPagedAttention, DecodeAttention
-from .graphs import Angles, NotCoveredError, StepGraphs, can_capture
+from .graphs import Angles, StepGraphs, can_capture
 from .inputs import StepInputs, upload
 from .ops import CudaOps, Scratch
+from .program import MOST_ROWS, NotCoveredError
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,8 @@ class CudaExecutor(TorchExecutor):
     """`TorchExecutor` by `CudaOps`, with decode attention by kernels.
 
     Single-token rows run as captured steps where the network allows (`captured` False: never), and
-    ahead of the host where their options do.
+    ahead of the host where their options do. Up to `program_rows` of them have their layers as one
+    kernel.
     """
 
     spare_blocks = 1
@@ -43,6 +45,7 @@ class CudaExecutor(TorchExecutor):
         scratch: Scratch,
         collectives: Collectives,
         captured: bool = True,
+        program_rows: int = MOST_ROWS,
     ) -> None:
         super().__init__(spec, tensors, limits, CudaOps(scratch), collectives)
         self._kernel = DecodeAttention(self._cache, scratch)
@@ -59,6 +62,7 @@ class CudaExecutor(TorchExecutor):
                     scratch,
                     StepInputs(limits, limits.max_batch, encoded, self._device),
                     angles,
+                    program_rows,
                 )
                 for _ in range(2)
             )

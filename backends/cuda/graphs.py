@@ -20,7 +20,9 @@ from lmi_multi.models.weights import Layer
 from .attention import DecodeAttention, splits
 from .draws import DrawInputs, DrawKind
 from .inputs import StepInputs
-from .ops import Scratch
+from .ops import MOST_ROWS as OF_ROWS
+from .ops import CudaOps, Scratch
+from .program import MOST_ROWS, NotCoveredError, Recorder, StepProgram
 
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 # Clients choose among some thousand kinds of draw, and each graph stops all rows while it is made.
@@ -29,10 +31,6 @@ MOST_SAMPLED = 32
 _CAPTURING = threading.Lock()
 
 log = logging.getLogger(__name__)
-
-
-class NotCoveredError(Exception):
-    """The kernels do not cover this network: its steps cannot be captured."""
 
 
 def sizes(most: int) -> list[int]:
@@ -70,8 +68,9 @@ class CapturedAttention:
         inputs: StepInputs,
         rows: int,
         angles: tuple[Tensor, Tensor] | None,
+        blocks: int = 2,
     ) -> None:
-        parts = splits(kernel.heads, rows, inputs.ids.device)
+        parts = splits(kernel.heads, rows, inputs.ids.device, blocks)
         self._kernel, self._angles = kernel, angles
         self._where, self._cross = inputs.where(rows, parts), inputs.cross_where(rows, parts)
 
@@ -111,6 +110,7 @@ class StepGraphs:
         scratch: Scratch,
         inputs: StepInputs,
         angles: Angles | None,
+        most_program_rows: int = MOST_ROWS,
     ) -> None:
         self.inputs, self.draws = inputs, DrawInputs(inputs.most, inputs.ids.device)
         self._network, self._kernel, self._scratch = network, kernel, scratch
@@ -118,7 +118,8 @@ class StepGraphs:
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(inputs.ids.device)  # type: ignore[no-untyped-call]
         self._captured: dict[tuple[int, DrawKind | None], Captured | None] = {}
-        self._angles = angles
+        self._programs: dict[int, StepProgram | None] = {}
+        self._angles, self._most_program_rows = angles, most_program_rows
 
     def logits(self, rows: int) -> Captured | None:
         """A step that ends with the logits: float32 [size >= rows, vocab]. None if it cannot be
@@ -141,12 +142,39 @@ class StepGraphs:
         return self._sizes[bisect_left(self._sizes, rows)]
 
     def _logits(self, size: int) -> Tensor:
-        inputs = self.inputs
+        inputs, network = self.inputs, self._network
         positions = inputs.lengths[:size] - 1
         angles = None if self._angles is None else self._angles.at(positions)
+        x = network.embed(inputs.ids[:size], positions)
+        program = self._program(x, angles)
+        if program is not None:
+            return network.logits(program.run(x, angles))
         attention = CapturedAttention(self._kernel, inputs, size, angles)
-        hidden = self._network.decode(inputs.ids[:size], positions, attention)
-        return self._network.logits(hidden)
+        return network.logits(network.decode_embedded(x, attention))
+
+    def _program(self, x: Tensor, angles: tuple[Tensor, Tensor] | None) -> StepProgram | None:
+        """The layers for as many rows as `x` has; None if they are no single kernel's."""
+        size = len(x)
+        if size > self._most_program_rows:
+            return None
+        if size not in self._programs:
+            try:
+                self._programs[size] = self._record(torch.empty_like(x), angles)
+            except NotCoveredError:
+                self._programs[size] = None
+        return self._programs[size]
+
+    def _record(self, x: Tensor, angles: tuple[Tensor, Tensor] | None) -> StepProgram:
+        own = None if angles is None else (torch.empty_like(angles[0]), torch.empty_like(angles[1]))
+
+        def record(recorder: Recorder) -> Tensor:
+            most = dict.fromkeys(OF_ROWS, len(x))  # of every type of weights
+            network = self._network.with_ops(CudaOps(self._scratch, most, recorder))
+            kernel = self._kernel.with_kernels(recorder)
+            attention = CapturedAttention(kernel, self.inputs, len(x), own, blocks=1)
+            return network.decode_embedded(x, attention)
+
+        return StepProgram(x, own, self._scratch.barrier, record)
 
     def _greedy(self, size: int) -> Tensor:
         scratch = self._scratch

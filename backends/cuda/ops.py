@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ MOST_ROWS: Mapping[torch.dtype, int] = {
     torch.float16: 8,
     torch.bfloat16: 8,
     torch.int8: 32,
+    torch.float8_e4m3fn: 32,
 }
 ACTIVATIONS: dict[Activation | None, int] = {
     None: 0,
@@ -35,14 +37,23 @@ class Scratch:
         """`counters`: at least so many; attention wants one for each head of each row."""
         self.work = torch.empty(8 << 20, dtype=torch.float32, device=device)
         self.counters = torch.zeros(max(counters, 1 << 16), dtype=torch.int32, device=device)
+        self.barrier = torch.zeros(1, dtype=torch.int32, device=device)
 
 
 class CudaOps(Reference):
-    """`lmi_multi.ops.Ops` by the kernels. What one does not cover, it leaves to `Reference`."""
+    """`lmi_multi.ops.Ops` by the kernels. What one does not cover, it leaves to `Reference`.
 
-    def __init__(self, scratch: Scratch, most_rows: Mapping[torch.dtype, int] = MOST_ROWS) -> None:
+    `kernels`: the compiled ones, or what takes their place.
+    """
+
+    def __init__(
+        self,
+        scratch: Scratch,
+        most_rows: Mapping[torch.dtype, int] = MOST_ROWS,
+        kernels: Any = None,
+    ) -> None:
         self._scratch, self._most_rows = scratch, most_rows
-        self._kernels = torch.ops.lmi_multi
+        self._kernels = torch.ops.lmi_multi if kernels is None else kernels
 
     def norm(self, x: Tensor, norm: Norm, eps: float) -> Tensor:
         """See `Ops.norm`."""

@@ -31,6 +31,14 @@ struct AttentionParams {
   int width;   // lanes a key: dim / 8, rounded up to a power of two
 };
 
+// Choose `chunks` and `width`; returns how many query heads a chunk has at most: 1, 2 or 4.
+inline int arrange(AttentionParams& p) {
+  for (p.width = 1; p.width * 8 < p.dim;) p.width *= 2;
+  const int heads = p.heads / p.kv_heads, size = heads > 2 ? 4 : heads;
+  p.chunks = (heads + size - 1) / size;
+  return size;
+}
+
 void attention_float32(AttentionParams p, const Device& gpu, cudaStream_t stream);
 void attention_float16(AttentionParams p, const Device& gpu, cudaStream_t stream);
 void attention_bfloat16(AttentionParams p, const Device& gpu, cudaStream_t stream);

@@ -1,0 +1,95 @@
+// How a step's work is shared among blocks, decided once when it is recorded.
+#include "step.h"
+
+#include "multiply.cuh"
+
+namespace lmi {
+namespace {
+
+constexpr int MARGIN = 4096;  // bytes of shared memory: what is static, and the system's own
+
+int item_bytes(Type type) { return type == Type::float32 ? 4 : 2; }
+
+int partial_bytes(int rows) { return 2 * PARTIALS<1> * row_tiles(rows) * 4; }
+
+// Of the rows that a block works on, a split's features.
+int x_bytes(const Weights& w, int rows, Type type) {
+  const int features = (std::min(w.slice, w.inputs) + PAD - 1) / PAD * PAD;
+  return std::min(rows, row_tiles(rows) * 8) * (features * item_bytes(type) + 64);
+}
+
+// A third of shared memory, and what the shortest rings leave; the rest makes rings longer.
+int x_room(const Device& gpu, int rows) {
+  const int left = gpu.shared_per_block - MARGIN - partial_bytes(rows) - FEW_SLOTS * RING_SLOTS;
+  return std::min(left, static_cast<int>(gpu.shared_per_block * 0.36));
+}
+
+bool uses_work(const Phase& phase) {
+  return (phase.work == Work::linear && phase.linear.weights.splits > 1) ||
+         (phase.work == Work::attention && phase.attention.splits > 1);
+}
+
+bool fits(const Program& program, const Phase& phase) {
+  switch (phase.work) {
+    case Work::linear: {
+      const LinearParams& p = phase.linear;
+      return p.x.type == program.type && p.weight_type == program.weight_type &&
+             p.rows == program.rows && (!p.norm_weight.data || p.norm_weight.type == program.type);
+    }
+    case Work::norm:
+      return phase.norm.x.type == program.type && phase.norm.weight.type == program.type;
+    default: return phase.attention.rows == program.rows;
+  }
+}
+
+// What a phase wants of shared memory beside the rings.
+int beside_rings(const Program& program, const Phase& phase) {
+  if (phase.work == Work::linear) {
+    return partial_bytes(program.rows) +
+           x_bytes(phase.linear.weights, program.rows, program.type);
+  }
+  if (phase.work == Work::norm) return 0;
+  AttentionParams p = phase.attention;
+  return arrange(p) * WARPS * (p.dim + 2) * 4;
+}
+
+}  // namespace
+
+bool plan_linear(LinearParams& p, Type type, const Device& gpu, int64_t work_floats,
+                 int64_t counters) {
+  Weights& w = p.weights;
+  const int tiles = row_tiles(p.rows);
+  w.groups = (p.rows + tiles * 8 - 1) / (tiles * 8);
+  for (int splits = 1;; ++splits) {
+    split(w, splits);
+    if (x_bytes(w, p.rows, type) <= x_room(gpu, p.rows)) break;
+    if (w.slice == PAD) return false;
+  }
+  const int64_t places = static_cast<int64_t>(w.tiles) * w.groups;
+  return w.splits * w.groups <= gpu.processors && places <= counters &&
+         (w.splits == 1 || places * w.splits * tiles * 128 <= work_floats);
+}
+
+bool plan_program(Program& program, Phase* phases, const Device& gpu) {
+  int beside = 0, next = -1;
+  bool dirty = false;
+  phases[0].barrier = false;
+  for (int i = 0; i < program.phases; ++i) {
+    Phase& phase = phases[i];
+    if (!fits(program, phase)) return false;
+    beside = std::max(beside, beside_rings(program, phase));
+    // Two phases at once may not leave their sums in the same place.
+    if (uses_work(phase) && dirty) phase.barrier = true;
+    dirty = uses_work(phase) || (dirty && !phase.barrier);
+  }
+  for (int i = program.phases - 1; i >= 0; --i) {
+    phases[i].next_linear = next;
+    if (phases[i].work == Work::linear) next = i;
+  }
+  program.first_linear = next;
+  program.slots = ring_slots((gpu.shared_per_block - MARGIN - beside) / RING_SLOTS);
+  program.shared_bytes = program.slots * RING_SLOTS + beside;
+  return next >= 0 && program.slots > 0;
+}
+
+}  // namespace lmi

@@ -1,0 +1,66 @@
+// A whole stack of layers as one kernel: its phases are recorded once, and run by every replay.
+#pragma once
+
+#include "attention.h"
+#include "linear.h"
+#include "norm.h"
+
+namespace lmi {
+
+constexpr int PHASE_BYTES = 256;
+constexpr int MOST_STEP_ROWS = 64;
+
+enum class Work : int { linear, attention, norm };
+
+// One operation. `linear`: the next phase that is one, or -1.
+struct alignas(16) Phase {
+  Work work;
+  bool barrier;  // everything before it must be done
+  int next_linear;
+  int unused;
+  union {
+    LinearParams linear;
+    AttentionParams attention;
+    NormParams norm;
+    char bytes[PHASE_BYTES - 16];
+  };
+
+  Phase() : work(Work::norm), barrier(false), next_linear(-1), unused(0), bytes{} {}
+};
+static_assert(sizeof(Phase) == PHASE_BYTES);
+
+// What is the same for all phases.
+struct Program {
+  Type type;         // of activations
+  Type weight_type;  // of every product's weights
+  int rows;
+  int phases;
+  int first_linear;
+  int slots;         // of a warp's ring
+  int shared_bytes;
+};
+
+struct StepParams {
+  const Phase* phases;
+  int count, first_linear, slots;
+  unsigned* barrier;  // see GridBarrier
+};
+
+// How many times eight rows a block works on.
+inline int row_tiles(int rows) { return rows <= 8 ? 1 : rows <= 16 ? 2 : 4; }
+
+// Share the work of a product among the blocks of a step. False if it cannot be one's.
+bool plan_linear(LinearParams& p, Type type, const Device& gpu, int64_t work_floats,
+                 int64_t counters);
+
+// Make what was recorded runnable. False if it is not: no product, types that differ, too large.
+bool plan_program(Program& program, Phase* phases, const Device& gpu);
+
+void step_float32(const Program& program, const StepParams& p, const Device& gpu,
+                  cudaStream_t stream);
+void step_float16(const Program& program, const StepParams& p, const Device& gpu,
+                  cudaStream_t stream);
+void step_bfloat16(const Program& program, const StepParams& p, const Device& gpu,
+                   cudaStream_t stream);
+
+}  // namespace lmi
