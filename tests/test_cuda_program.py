@@ -132,4 +132,4 @@ def test_logits_are_those_of_single_kernels(shape: str, dtype: str, quantize: st
             assert error < TOLERANCE[dtype], f"{rows} rows, step {n}: {error}"
     assert ours._fed._programs
     assert all(ours._fed._programs.values())
-    assert not any(ours._scratch.counters.tolist())
+    assert not any(ours._fed._scratch.counters.tolist())

@@ -7,27 +7,29 @@ namespace lmi {
 
 // It arrives and waits apart, so that what needs nobody else can be done in between. One word serves
 // for ever: its highest bit turns each time the last block arrives, and the rest is then zero again.
+// It cannot turn before this block arrives, so how it stands need only be read once.
 // What any block wrote before it arrived is visible to all threads that have waited.
 class GridBarrier {
  public:
-  __device__ explicit GridBarrier(unsigned* word) : word_(word) {}
-
-  // By all threads, behind a barrier of the block.
-  __device__ void arrive() {
-    if (threadIdx.x > 0) return;
-    const unsigned own = blockIdx.x == 0 ? TURN - (gridDim.x - 1) : 1;
-    __threadfence();
-    before_ = atomicAdd(word_, own);
+  __device__ explicit GridBarrier(unsigned* word) : word_(word) {
+    if (threadIdx.x == 0) before_ = read();
   }
 
-  __device__ void wait() const {
+  // By all threads, behind a barrier of the block.
+  __device__ void arrive() const {
+    if (threadIdx.x > 0) return;
+    const unsigned own = blockIdx.x == 0 ? TURN - (gridDim.x - 1) : 1;
+    asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(word_), "r"(own) : "memory");
+  }
+
+  __device__ void wait() {
     if (threadIdx.x == 0) {
       const long long begun = clock64();
       while (!((before_ ^ read()) & TURN)) {
         // A block that is gone would be waited for for ever, and nobody told.
         if (clock64() - begun > PATIENCE) __trap();
       }
-      __threadfence();
+      before_ ^= TURN;
     }
     __syncthreads();
   }

@@ -39,22 +39,23 @@ __device__ inline void prefetch(Operand vector, int count) {
 // Not inlined: each is compiled once, not for every kind of product. The fewer items, the more
 // warps have one.
 template <typename T, int G>
-__device__ __noinline__ void attend_phase(const AttentionParams& p, float* shared,
-                                          GridBarrier barrier, bool wait) {
+__device__ __noinline__ GridBarrier attend_phase(const AttentionParams& p, float* shared,
+                                                 GridBarrier barrier, bool wait) {
   const int items = items_of(p), blocks = gridDim.x;
   const int warps = items <= blocks ? 8 : items <= 2 * blocks ? 4 : 2;
   attend_all<T, G>(p, warps, shared, [&] {
     if (wait) barrier.wait();
   });
+  return barrier;
 }
 
 template <typename T>
-__device__ void attend_phase(const AttentionParams& p, float* shared, GridBarrier barrier,
-                             bool wait) {
+__device__ GridBarrier attend_phase(const AttentionParams& p, float* shared, GridBarrier barrier,
+                                    bool wait) {
   const int group = p.heads / p.kv_heads;
   if (group == 1) return attend_phase<T, 1>(p, shared, barrier, wait);
   if (group == 2) return attend_phase<T, 2>(p, shared, barrier, wait);
-  attend_phase<T, 4>(p, shared, barrier, wait);
+  return attend_phase<T, 4>(p, shared, barrier, wait);
 }
 
 template <typename Product, int NT>
@@ -92,7 +93,7 @@ __global__ void __launch_bounds__(THREADS, 1) step_kernel(const StepParams s) {
         multiply<Product, NT>(p, part, rows, weights, x, partial);
       }
     } else if (phase.work == Work::attention) {
-      attend_phase<X>(phase.attention, partial, barrier, phase.barrier);
+      barrier = attend_phase<X>(phase.attention, partial, barrier, phase.barrier);
     } else {
       if (phase.barrier) barrier.wait();
       for (int row = blockIdx.x; row < phase.norm.rows; row += gridDim.x) {
