@@ -15,6 +15,9 @@ from torch import Tensor
 
 MOST_ROWS = 64  # of a program
 PHASE_BYTES = 256  # see csrc/step.h
+# Rows up to which every block normalizes x by itself, in front of a product. With more it takes
+# longer than a phase of its own.
+FUSED_NORM_ROWS = 4
 
 
 class NotCoveredError(Exception):
@@ -34,19 +37,35 @@ class Recorder:
         self.weight: Tensor | None = None
         self._known = {tensor.data_ptr() for tensor in inputs}
         self._since_barrier: set[int] = set()
+        self._normalized: dict[tuple[int, int], Tensor] = {}
 
     def norm(self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, out: Tensor) -> bool:
         """See `lmi_multi::norm`."""
         op = torch.ops.lmi_multi.record_norm
         return self._add(op, (x, weight, bias, eps, out), [x], out)
 
-    def linear(self, x: Tensor, weight: Tensor, *others: Any) -> bool:
-        """See `lmi_multi::linear`."""
-        *terms, residual, activation, gated, _, work, counters, out = others
+    def linear(
+        self, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None,
+        norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float,
+        residual: Tensor | None, activation: int, gated: bool, splits: int, work: Tensor,
+        counters: Tensor, out: Tensor,
+    ) -> bool:  # fmt: skip
+        """See `lmi_multi::linear`; `splits` is the step's own affair."""
+        if norm_weight is not None and len(x) > FUSED_NORM_ROWS:
+            x, norm_weight, norm_bias = self._norm(x, norm_weight, norm_bias, eps), None, None
         reads = [x] if residual is None else [x, residual]
-        given = (x, weight, *terms, residual, activation, gated, work, counters, out)
+        terms = (scale, bias, norm_weight, norm_bias, eps, residual, activation, gated)
         self.weight = weight
-        return self._add(torch.ops.lmi_multi.record_linear, given, reads, out)
+        op = torch.ops.lmi_multi.record_linear
+        return self._add(op, (x, weight, *terms, work, counters, out), reads, out)
+
+    def _norm(self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        """x normalized, once for all that want it (GPT-J's attention and FFN)."""
+        key = (x.data_ptr(), weight.data_ptr())
+        if key not in self._normalized:
+            self._normalized[key] = torch.empty_like(x, dtype=weight.dtype)
+            self.norm(x, weight, bias, eps, self._normalized[key])
+        return self._normalized[key]
 
     def attention(self, q: Tensor, *others: Any) -> bool:
         """See `lmi_multi::attention`."""
@@ -94,8 +113,8 @@ class StepProgram:
         recorder = Recorder([x])
         self.out = record(recorder)
         self._x, self._angles, self._barrier, self._kept = x, angles, barrier, recorder.kept
-        header = torch.zeros(PHASE_BYTES, dtype=torch.uint8)
-        self._program = torch.stack([header, *recorder.phases])
+        room = torch.zeros(1 + len(recorder.phases), PHASE_BYTES, dtype=torch.uint8)
+        self._program = torch.cat([room[:1], *(p[None] for p in recorder.phases), room[1:]])
         finish = torch.ops.lmi_multi.finish_program
         if recorder.weight is None or not finish(self._program, x, recorder.weight):
             raise NotCoveredError

@@ -68,44 +68,9 @@ struct Softmax {
 };
 
 __device__ inline float sum_over(float x, int width) {
+#pragma unroll 1
   for (int offset = width / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(~0u, x, offset);
   return x;
-}
-
-// A lane's features of a new q or k head: normalized, rotated in half-split layout. There are no
-// branches around loads, so that they are all under way at once.
-template <typename T>
-__device__ void new_head(const AttentionParams& p, const T* head, int row, Operand norm,
-                         float (&x)[8]) {
-  const int first = threadIdx.x % p.width * 8;
-  const bool active = first < p.dim;
-  load8(head + (active ? first : 0), x);
-  float partner[8], cos[8], sin[8];
-  int other[8];
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const int at = active ? first + i : i;
-    const bool turned = at < 2 * p.pairs;
-    const int pair = at < p.pairs ? at : at - p.pairs;
-    other[i] = !turned ? at : at < p.pairs ? at + p.pairs : pair;
-    partner[i] = p.pairs ? widen(head[other[i]]) : 0;
-    cos[i] = turned ? p.cos[row * p.pairs + pair] : 1;
-    sin[i] = turned ? p.sin[row * p.pairs + pair] : 0;
-    if (at < p.pairs) sin[i] = -sin[i];
-  }
-  if (norm.data) {
-    float squares = 0;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) squares += active ? x[i] * x[i] : 0;
-    const float factor = rsqrtf(sum_over(squares, p.width) / p.dim + p.eps);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {  // rounded, as the norm by itself would be
-      x[i] = widen(narrow<T>(x[i] * factor * load(norm, active ? first + i : i)));
-      partner[i] = widen(narrow<T>(partner[i] * factor * load(norm, other[i])));
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < 8; ++i) x[i] = active ? x[i] * cos[i] + partner[i] * sin[i] : 0;
 }
 
 // What the position adds to the score of a key `distance` back, in base 2.
@@ -132,6 +97,7 @@ __device__ void fold(const AttentionParams& p, Softmax (&of)[G], const float (&q
       for (int i = 0; i < 8; ++i) scores[g][j] += q[g][i] * k[i];
     }
   }
+#pragma unroll 1
   for (int offset = p.width / 2; offset > 0; offset /= 2) {
 #pragma unroll
     for (int g = 0; g < G; ++g) {
@@ -204,97 +170,134 @@ __device__ void read_keys(const AttentionParams& p, const Item& it, int key, int
   }
 }
 
-// The new token, which the first lanes of a warp take, and write to the cache. All lanes of the
-// warp come here, since they shuffle.
-template <typename T, int G>
-__device__ void fold_new(const AttentionParams& p, Softmax (&of)[G], const float (&q)[G][8],
-                         int row, int kv, int length, int first_head, int last_head, bool write) {
-  const int64_t from = row * p.q_stride + static_cast<int64_t>(kv) * p.dim;
-  const int lane = threadIdx.x % 32, first = lane % p.width * 8;
-  const bool active = first < p.dim;
-  constexpr int N = KEYS<T, G>;
-  Keys<T, N> keys;
-  float k[8];
-  if (active) keys.v[0].read(static_cast<const T*>(p.new_v) + from + first);
-  new_head(p, static_cast<const T*>(p.new_k) + from, row, p.k_norm, k);
-  keys.k[0].pack(k);
-  if (write && active && lane < p.width) {
-    const int64_t slot = slot_of(p, row, kv, length - 1, first);
-    keys.k[0].write(static_cast<T*>(p.k) + slot);
-    keys.v[0].write(static_cast<T*>(p.v) + slot);
-  }
-#pragma unroll
-  for (int j = 0; j < N; ++j) keys.distances[j] = lane < p.width && j == 0 ? 0 : -1;
-  fold(p, of, q, keys, first_head, last_head);
-}
-
 // Feature d of a head from the splits' softmaxes, `step` floats apart. Past the L1 cache: what
 // other blocks wrote may not come from a stale line.
 __device__ inline float merged(const float* part, int d, int dim, int splits) {
   const int step = dim + 2;
   float top = -INFINITY, sum = 0, value = 0;
-#pragma unroll 4
+#pragma unroll 1
   for (int i = 0; i < splits; ++i) top = fmaxf(top, __ldcg(part + i * step + dim));
-#pragma unroll 4
+#pragma unroll 2
   for (int i = 0; i < splits; ++i) {
     const float weight = rescale(__ldcg(part + i * step + dim), top);
     sum += __ldcg(part + i * step + dim + 1) * weight;
     value += __ldcg(part + i * step + d) * weight;
   }
-  return sum > 0 ? value / sum : 0;
+  return sum > 0 ? __fdividef(value, sum) : 0;
 }
 
 __host__ __device__ inline int items_of(const AttentionParams& p) {
   return p.rows * p.kv_heads * p.chunks * p.splits;
 }
 
-// Floats that a team shares: of each warp and head values, top and sum.
+// Floats that a team of so many warps shares: the query heads and the new key, and of each warp and
+// head values, top and sum.
 __host__ __device__ inline int shared_floats(int group_size, int warps, int dim) {
-  return warps * group_size * (dim + 2);
+  return (group_size + 1) * dim + warps * group_size * (dim + 2);
+}
+
+// Feature d of a new head, normalized by `factor` if there is a norm, and rounded as the norm by
+// itself would be.
+template <typename T>
+__device__ float new_feature(const T* head, int d, Operand norm, float factor) {
+  const float x = widen(head[d]);
+  return norm.data ? widen(narrow<T>(x * factor * load(norm, d))) : x;
+}
+
+// An item's heads, normalized and rotated in half-split layout, as the team shares them: queries,
+// scaled, and the new key, which goes to the cache with its value. A warp does a head.
+template <typename T>
+__device__ void share_heads(const AttentionParams& p, const Item& it, const Team& team,
+                            float* shared) {
+  const int lane = threadIdx.x % 32, count = it.heads + (it.newest ? 1 : 0);
+  const int64_t of_row = it.row * p.q_stride;
+  const int64_t of_kv = of_row + static_cast<int64_t>(it.kv) * p.dim;
+  const T* queries = static_cast<const T*>(p.q) + of_row;
+  const int64_t slot = it.newest ? slot_of(p, it.row, it.kv, it.length - 1, 0) : 0;
+#pragma unroll 1
+  for (int head = team.thread / 32; head < count; head += team.warps) {
+    const bool is_key = head == it.heads, writes = is_key && it.chunk == 0;
+    const T* from = is_key ? static_cast<const T*>(p.new_k) + of_kv
+                           : queries + static_cast<int64_t>(it.first_head + head) * p.dim;
+    const Operand norm = is_key ? p.k_norm : p.q_norm;
+    float factor = 1;
+    if (norm.data) {
+      float squares = 0;
+      for (int d = lane; d < p.dim; d += 32) squares += widen(from[d]) * widen(from[d]);
+      factor = rsqrtf(__fdividef(sum_over(squares, 32), p.dim) + p.eps);
+    }
+#pragma unroll 2
+    for (int d = lane; d < p.dim; d += 32) {
+      float x = new_feature(from, d, norm, factor);
+      if (d < 2 * p.pairs) {
+        const bool low = d < p.pairs;
+        const int pair = low ? d : d - p.pairs, angle = it.row * p.pairs + pair;
+        const float other = new_feature(from, low ? d + p.pairs : pair, norm, factor);
+        x = x * p.cos[angle] + (low ? -other : other) * p.sin[angle];
+      }
+      if (is_key) x = widen(narrow<T>(x));  // as the cache has it
+      if (writes) {
+        static_cast<T*>(p.k)[slot + d] = narrow<T>(x);
+        static_cast<T*>(p.v)[slot + d] = static_cast<const T*>(p.new_v)[of_kv + d];
+      }
+      shared[head * p.dim + d] = is_key ? x : x * p.scale * LOG2E;
+    }
+  }
 }
 
 // An item, whose first keys are under way.
-template <typename T, int G>
+template <typename T, int G, int N>
 __device__ void attend(const AttentionParams& p, const Item& it, const Team& team,
-                       Keys<T, KEYS<T, G>>& next, float* shared) {
-  constexpr int N = KEYS<T, G>;
+                       Keys<T, N>& next, float* shared) {
   const int threads = team.warps * 32, workers = threads / p.width;
-  const int own = it.begin + team.thread / p.width;
+  const int own = it.begin + team.thread / p.width, lane = team.thread % 32;
   const int last_head = it.first_head + it.heads - 1, record = p.dim + 2;
+  const int first = lane % p.width * 8;
+  const bool active = first < p.dim;
+  share_heads<T>(p, it, team, shared);
+  team.sync();
   float q[G][8];
-  const T* heads = static_cast<const T*>(p.q) + it.row * p.q_stride;
 #pragma unroll
   for (int g = 0; g < G; ++g) {
-    const int head = min(it.first_head + g, last_head);
-    new_head(p, heads + static_cast<int64_t>(head) * p.dim, it.row, p.q_norm, q[g]);
-  }
+    const float* head = shared + min(g, it.heads - 1) * p.dim + first;
 #pragma unroll
-  for (int g = 0; g < G; ++g) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) q[g][i] *= p.scale * LOG2E;
+    for (int i = 0; i < 8; ++i) q[g][i] = active ? head[i] : 0;
   }
   Softmax of[G];
-  // The last warp takes the new token: it has the fewest others.
+  // The first lanes of the last warp take the new token: that warp has the fewest others. All of its
+  // lanes come along, since they shuffle.
   if (it.newest && team.thread / 32 == team.warps - 1) {
-    fold_new<T, G>(p, of, q, it.row, it.kv, it.length, it.first_head, last_head, it.chunk == 0);
+    Keys<T, 1> newest;
+    newest.distances[0] = lane < p.width ? 0 : -1;
+    if (active) {
+      float key[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) key[i] = shared[it.heads * p.dim + first + i];
+      newest.k[0].pack(key);
+      newest.v[0].read(static_cast<const T*>(p.new_v) + it.row * p.q_stride +
+                       static_cast<int64_t>(it.kv) * p.dim + first);
+    }
+    fold(p, of, q, newest, it.first_head, last_head);
   }
+#pragma unroll 1
   for (int done = 0; it.begin + done < it.cached; done += workers * N) {
     const Keys<T, N> now = next;
     read_keys(p, it, own + done + workers * N, workers, next);
     fold(p, of, q, now, it.first_head, last_head);
   }
 
-  const int lane = team.thread % 32;
+#pragma unroll 1
   for (int offset = p.width; offset < 32; offset *= 2) {
 #pragma unroll
     for (int g = 0; g < G; ++g) of[g].merge_lane(offset);
   }
+  float* records = shared + (G + 1) * p.dim;
 #pragma unroll
   for (int g = 0; g < G; ++g) {
-    float* mine = shared + (team.thread / 32 * G + g) * record;
-    if (lane < p.width && lane * 8 < p.dim) {
+    float* mine = records + (team.thread / 32 * G + g) * record;
+    if (lane < p.width && active) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) mine[lane * 8 + i] = of[g].values[i];
+      for (int i = 0; i < 8; ++i) mine[first + i] = of[g].values[i];
     }
     if (lane == 0) mine[p.dim] = of[g].top, mine[p.dim + 1] = of[g].sum;
   }
@@ -303,13 +306,14 @@ __device__ void attend(const AttentionParams& p, const Item& it, const Team& tea
   const int64_t head_row = static_cast<int64_t>(it.row) * p.heads + it.first_head;
   T* out = static_cast<T*>(p.out) + head_row * p.dim;
   float* work = p.work + head_row * p.splits * record;
+#pragma unroll 1
   for (int i = team.thread; i < it.heads * p.dim; i += threads) {
     const int g = i / p.dim, d = i % p.dim;
-    const float* part = shared + g * record;
+    const float* part = records + g * record;
     float top = -INFINITY, sum = 0, value = 0;
 #pragma unroll 4
     for (int w = 0; w < team.warps; ++w) top = fmaxf(top, part[w * G * record + p.dim]);
-#pragma unroll 4
+#pragma unroll 2
     for (int w = 0; w < team.warps; ++w) {
       const float* of_warp = part + w * G * record;
       const float weight = rescale(of_warp[p.dim], top);
@@ -317,7 +321,7 @@ __device__ void attend(const AttentionParams& p, const Item& it, const Team& tea
       value += of_warp[d] * weight;
     }
     if (it.splits == 1) {
-      out[i] = narrow<T>(sum > 0 ? value / sum : 0);
+      out[i] = narrow<T>(sum > 0 ? __fdividef(value, sum) : 0);
       continue;
     }
     float* to = work + (g * p.splits + it.split) * record;
@@ -327,6 +331,7 @@ __device__ void attend(const AttentionParams& p, const Item& it, const Team& tea
   if (it.splits == 1) return;
   int* counter = p.counters + (it.row * p.kv_heads + it.kv) * p.chunks + it.chunk;
   if (!is_last_part(team, counter, it.splits)) return;
+#pragma unroll 1
   for (int i = team.thread; i < it.heads * p.dim; i += threads) {
     const int g = i / p.dim, d = i % p.dim;
     out[i] = narrow<T>(merged(work + g * p.splits * record, d, p.dim, it.splits));
@@ -335,24 +340,22 @@ __device__ void attend(const AttentionParams& p, const Item& it, const Team& tea
 
 // All items of the block's teams, of so many warps each; `wait` until what is not in the cache is
 // there. `shared` has `shared_floats` for every team.
-template <typename T, int G, typename Wait>
+template <typename T, int G, int N, typename Wait>
 __device__ void attend_all(const AttentionParams& p, int warps, float* shared, Wait wait) {
   const Team team = Team::of_warps(warps);
   const int teams = blockDim.x / (warps * 32), items = items_of(p), workers = warps * 32 / p.width;
   shared += team.place() * shared_floats(G, warps, p.dim);
-  int index = team.place() * gridDim.x + blockIdx.x;
-  Keys<T, KEYS<T, G>> next;
-  const auto begin = [&](const Item& it) {
-    if (it.has_work()) read_keys(p, it, it.begin + team.thread / p.width, workers, next);
-  };
-  if (index < items) begin(Item(p, G, index));
-  wait();
-  while (index < items) {
-    const Item it(p, G, index);
-    if (it.has_work()) attend<T, G>(p, it, team, next, shared);
-    index += teams * gridDim.x;
+  bool waiting = true;
+#pragma unroll 1
+  for (int index = team.place() * gridDim.x + blockIdx.x;; index += teams * gridDim.x) {
+    const Item it(p, G, min(index, items - 1));
+    const bool mine = index < items && it.has_work();
+    Keys<T, N> first;
+    if (mine) read_keys(p, it, it.begin + team.thread / p.width, workers, first);
+    if (waiting) wait();
+    waiting = false;
     if (index >= items) break;
-    begin(Item(p, G, index));
+    if (mine) attend<T, G>(p, it, team, first, shared);
     team.sync();  // everybody has read what was shared
   }
 }
@@ -360,15 +363,15 @@ __device__ void attend_all(const AttentionParams& p, int warps, float* shared, W
 template <typename T, int G, int WARPS>
 __global__ void __launch_bounds__(WARPS * 32, (G == 1 ? 16 : 8) / WARPS)
     attention_kernel(const AttentionParams p) {
-  extern __shared__ float of_warps[];
+  extern __shared__ float of_team[];
   let_next_start();
   const Team block = {0, static_cast<int>(threadIdx.x), WARPS};
   const Item it(p, G, blockIdx.x);
   if (!it.has_work()) return;
-  Keys<T, KEYS<T, G>> next;
-  read_keys(p, it, it.begin + threadIdx.x / p.width, WARPS * 32 / p.width, next);
+  Keys<T, KEYS<T, G>> first;
+  read_keys(p, it, it.begin + threadIdx.x / p.width, WARPS * 32 / p.width, first);
   wait_for_last();
-  attend<T, G>(p, it, block, next, of_warps);
+  attend<T, G>(p, it, block, first, of_team);
 }
 
 template <typename T, int G, int WARPS>

@@ -1,7 +1,8 @@
 // Recording a step's phases into a program, and running it, as torch sees them.
 //
-// A program is uint8 [1 + phases, PHASE_BYTES] in host memory, first the `Program`; its phases are
-// also on the device. Recording one says whether the step kernel covers it.
+// A program is uint8 [1 + 2 * phases, PHASE_BYTES] in host memory: the `Program`, the phases, and
+// room for the list of weights. A copy of it is on the device. Recording a phase says whether the
+// step kernel covers it.
 #include <cstring>
 
 #include "arguments.h"
@@ -51,14 +52,14 @@ bool record_attention(Tensor q, Tensor k, Tensor v, Tensor table, Tensor lengths
   auto p = attention_params(q, k, v, table, lengths, write, heads, q_norm, k_norm, eps, cos, sin,
                             bias, slopes, window, scale, splits, work, counters, out);
   if (!p) return false;
-  arrange(*p);
+  arrange(*p, MOST_STEP_HEADS);
   return put_phase(phase, Work::attention, &Phase::attention, *p, barrier);
 }
 
 bool is_program(const Tensor& program) {
   return program.is_cpu() && program.scalar_type() == ScalarType::Byte &&
          program.is_contiguous() && program.dim() == 2 && program.size(1) == PHASE_BYTES &&
-         program.size(0) > 1;
+         program.size(0) > 1 && program.size(0) % 2 == 1;
 }
 
 // `x`: what the program begins with, [rows, features].
@@ -67,14 +68,14 @@ bool finish_program(Tensor program, Tensor x, Tensor weight) {
   Program made{.type = *type_of(x),
                .weight_type = *type_of(weight),
                .rows = static_cast<int>(x.size(0)),
-               .phases = static_cast<int>(program.size(0)) - 1,
-               .first_linear = -1,
+               .phases = static_cast<int>(program.size(0)) / 2,
+               .products = 0,
                .slots = 0,
                .shared_bytes = 0};
   char* bytes = static_cast<char*>(program.data_ptr());
-  if (!plan_program(made, reinterpret_cast<Phase*>(bytes + PHASE_BYTES), device_of(x))) {
-    return false;
-  }
+  auto* phases = reinterpret_cast<Phase*>(bytes + PHASE_BYTES);
+  auto* weights = reinterpret_cast<Weights*>(phases + made.phases);
+  if (!plan_program(made, phases, weights, device_of(x))) return false;
   std::memcpy(bytes, &made, sizeof(made));
   return true;
 }
@@ -85,10 +86,14 @@ void run_program(Tensor program, Tensor on_device, Tensor barrier) {
   Program made;
   std::memcpy(&made, program.data_ptr(), sizeof(made));
   const char* bytes = static_cast<const char*>(on_device.data_ptr());
-  const StepParams p{.phases = reinterpret_cast<const Phase*>(bytes + PHASE_BYTES),
+  const auto* phases = reinterpret_cast<const Phase*>(bytes + PHASE_BYTES);
+  const StepParams p{.phases = phases,
+                     .weights = reinterpret_cast<const Weights*>(phases + made.phases),
                      .count = made.phases,
-                     .first_linear = made.first_linear,
+                     .products = made.products,
                      .slots = made.slots,
+                     .products_at = made.shared_bytes -
+                                    made.products * static_cast<int>(sizeof(Weights)),
                      .barrier = static_cast<unsigned*>(barrier.data_ptr())};
   const Device& gpu = device_of(on_device);
   const cudaStream_t stream = stream_of(on_device);

@@ -5,6 +5,9 @@
 
 namespace lmi {
 
+constexpr int WARPS = 8, THREADS = WARPS * 32;
+constexpr int RING_SLOTS = WARPS * SLOT_BYTES;  // bytes of one slot of every warp
+
 // How shared memory is used: as few splits as let x fit beside rings of a useful depth, two blocks
 // on a processor if both find room. Its bytes, or 0.
 template <typename X, int NT>
@@ -15,7 +18,7 @@ int share_out(LinearParams& p, const Resources& use, int& slots, int& at_once) {
   for (int splits = std::max(use.splits, 1);; ++splits) {
     split(w, splits);
     const int row = row_stride<X>(std::min(w.slice, w.inputs)) * static_cast<int>(sizeof(X));
-    const int fixed = 2 * PARTIALS<NT> * static_cast<int>(sizeof(float)) + p.rows * row;
+    const int fixed = 2 * PARTIALS<NT, WARPS> * static_cast<int>(sizeof(float)) + p.rows * row;
     for (at_once = 2; at_once > 0; --at_once) {
       slots = ring_slots((std::min(room / at_once - 2 * STATIC, most) - fixed) / RING_SLOTS);
       if (slots) return fixed + slots * RING_SLOTS;
@@ -31,29 +34,28 @@ struct LaunchedLinear {
 
 template <typename Product, int NT>
 __global__ void __launch_bounds__(THREADS, Product::AT_ONCE)
-    linear_kernel(const LaunchedLinear launched) {
+    linear_kernel(const __grid_constant__ LaunchedLinear launched) {
   using X = typename Product::X;
   using W = typename Product::W;
   // The warps' rings, the partial sums, and x.
   extern __shared__ __align__(128) unsigned char shared[];
   const LinearParams& p = launched.params;
   float* partial = reinterpret_cast<float*>(shared + launched.slots * RING_SLOTS);
-  X* x = reinterpret_cast<X*>(partial + 2 * PARTIALS<NT>);
+  X* x = reinterpret_cast<X*>(partial + 2 * PARTIALS<NT, WARPS>);
   const Part part(p.weights, blockIdx.x, gridDim.x);
 
   let_next_start();
-  Stream<W, OneProduct> weights(OneProduct{p.weights}, shared, launched.slots);
+  Stream<W, WARPS> weights(&p.weights, 1, shared, launched.slots);
   weights.fill();  // weights are nobody's results: the last kernel may still be at work
   wait_for_last();
   const Rows rows(p, part, NT * 8);
-  Moments* scratch = reinterpret_cast<Moments*>(partial);
   if (sizeof(X) < 4 && p.x.type == Type::float32) {
-    stage<X, W, float>(p, rows, part.begin, part.end, x, scratch);
+    stage<X, W, float, WARPS>(p, rows, part.begin, part.end, x, partial);
   } else {
-    stage<X, W, X>(p, rows, part.begin, part.end, x, scratch);
+    stage<X, W, X, WARPS>(p, rows, part.begin, part.end, x, partial);
   }
   __syncthreads();
-  multiply<Product, NT>(p, part, rows, weights, x, partial);
+  multiply<Product, NT, WARPS>(p, part, rows, weights, x, partial);
 }
 
 template <typename Product, int NT>

@@ -1,13 +1,13 @@
 // What a block does of a fused product: norm, product, scale, bias, activation, gate and residual.
 //
 // It keeps its rows of x, normalized, in shared memory, and goes through tiles of sixteen weight
-// rows. Its eight warps share the features of a tile, so every weight byte is read once a group of
+// rows. Its warps share the features of a tile, so every weight byte is read once a group of
 // rows. Where x does not fit, features are also shared among `splits` blocks; the last of these
 // that is done with a tile adds up what they have found.
 #pragma once
 
 #include "activation.cuh"
-#include "moments.cuh"
+#include "normal.cuh"
 #include "stream.cuh"
 
 namespace lmi {
@@ -35,68 +35,35 @@ struct Rows {
 };
 
 // Put features begin to end of the rows of x into shared memory, normalized if there is a norm,
-// zeros up to a whole unit. `scratch` holds a Moments a warp.
-template <typename X, typename W, typename From>
+// zeros up to a whole unit. `scratch` holds a float a warp.
+template <typename X, typename W, typename From, int WARPS>
 __device__ void stage(const LinearParams& p, Rows rows, int begin, int end, X* to,
-                      Moments* scratch) {
-  constexpr int HELD = 8;  // vectors of eight, read at once
-  // One to eight rows at a time: a warp, or several, for each.
-  const int groups = rows.count > 4 ? 8 : rows.count > 2 ? 4 : rows.count;
-  const int width = THREADS / groups, group = threadIdx.x / width, own = threadIdx.x % width;
+                      float* scratch) {
+  // Some rows at a time: a warp, or several, for each.
+  int groups = 1;
+#pragma unroll 1
+  while (groups < rows.count && groups < WARPS) groups *= 2;
+  const int width = WARPS * 32 / groups, group = threadIdx.x / width, own = threadIdx.x % width * 8;
   const int inputs = p.weights.inputs, stride = row_stride<X>(end - begin);
   const int padded = stride - 64 / static_cast<int>(sizeof(X));
   const X* weight = static_cast<const X*>(p.norm_weight.data);
   const X* bias = static_cast<const X*>(p.norm_bias.data);
-  const int low = weight ? 0 : begin, high = weight ? inputs : end;  // what has to be read
+#pragma unroll 1
   for (int first = 0; first < rows.count; first += groups) {
-    const int r = first + group;
-    const int vectors = r < rows.count ? (high - low) / 8 : 0;
-    const int mine = (vectors - 1 - own + width) / width;
-    const int64_t row = rows.first + r;
-    const From* x = static_cast<const From*>(p.x.data) + row * inputs + low;
-    Raw<From> held[HELD];
-    const auto read = [&](int start) {
-#pragma unroll
-      for (int v = 0; v < HELD; ++v) {
-        if (start + v < mine) held[v].read(x + (own + (start + v) * width) * 8);
-      }
-    };
+    const int r = first + group, row = rows.first + min(r, rows.count - 1);
+    const From* x = static_cast<const From*>(p.x.data) + static_cast<int64_t>(row) * inputs;
     Normal by;
-    if (weight) {
-      Moments found;
-      for (int start = 0; start < mine; start += HELD) {
-        read(start);
-        found = merge(found, moments(held, min(mine - start, HELD), bias));
-      }
-      found = warp_merge(found);
-      if (width > 32) {  // only then is there but one round, so that scratch is written once
-        if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = found;
-        __syncthreads();
-        found = Moments();
-        for (int w = 0; w < width / 32; ++w) {
-          found = merge(found, scratch[group * (width / 32) + w]);
-        }
-      }
-      by = normal(found, bias, p.eps);
-    }
-    for (int start = 0; start < mine; start += HELD) {
-      if (!weight || mine > HELD) read(start);
-#pragma unroll
-      for (int v = 0; v < HELD; ++v) {
-        const int at = low + (own + (start + v) * width) * 8;
-        if (start + v >= mine || at < begin || at >= end) continue;
-        float values[8];
-        held[v].unpack(values);
-        if (weight) apply(by, weight + at, bias ? bias + at : nullptr, values);
-        store8(to + r * stride + place<X, W>(at - begin), values);
-      }
-    }
+    if (weight) by = normal(x, inputs, bias, p.eps, width, scratch);
     if (r >= rows.count) continue;
-    for (int at = end - begin + own * 8; at < padded; at += width * 8) {
-      *reinterpret_cast<uint4*>(to + r * stride + place<X, W>(at)) = make_uint4(0, 0, 0, 0);
-      if (sizeof(X) == 4) {
-        *reinterpret_cast<uint4*>(to + r * stride + at + 4) = make_uint4(0, 0, 0, 0);
+#pragma unroll 2
+    for (int at = own; at < padded; at += width * 8) {
+      float values[8] = {};
+      const int feature = begin + at;
+      if (feature < end) {
+        load8(x + feature, values);
+        if (weight) apply(by, weight + feature, bias ? bias + feature : nullptr, values);
       }
+      store8(to + r * stride + place<X, W>(at), values);
     }
   }
 }
@@ -132,14 +99,11 @@ __device__ inline Terms read_terms(const LinearParams& p, int tile, int g, int m
   return found;
 }
 
-// Finish a thread's two results for row m of x.
-__device__ inline void put(const LinearParams& p, int tile, int g, int m, const Terms& terms,
-                           const float (&product)[2]) {
-  float y[2];
-#pragma unroll
-  for (int upper = 0; upper < 2; ++upper) {
-    y[upper] = product[upper] * terms.scale[upper] + widen(terms.bias[upper], p.bias.type);
-  }
+// Finish a thread's two results for row m of x. Not inlined, which keeps the kernels short.
+__device__ __noinline__ void put(const LinearParams& p, int tile, int g, int m, Terms terms,
+                                 float2 product) {
+  const float y[2] = {product.x * terms.scale[0] + widen(terms.bias[0], p.bias.type),
+                      product.y * terms.scale[1] + widen(terms.bias[1], p.bias.type)};
   const int first = output(p.weights, tile, g, 0);
   if (p.weights.gated) {
     const int64_t at = static_cast<int64_t>(m) * (p.weights.outputs / 2) + first;
@@ -157,7 +121,7 @@ __device__ inline void put(const LinearParams& p, int tile, int g, int m, const 
   }
 }
 
-template <int NT>
+template <int NT, int WARPS>
 constexpr int PARTIALS = WARPS * NT * 4 * 32;  // floats
 
 // One of the two results that a thread finishes: row n * 8 + lane % 4 * 2 + c of the group.
@@ -173,7 +137,7 @@ struct Place {
 };
 
 // What the warps have, added up, for the threads that finish it.
-template <int NT>
+template <int NT, int WARPS>
 __device__ float2 sum_warps(const float (&own)[NT][4], float* partial) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
@@ -204,13 +168,14 @@ __device__ float2* work_of(const LinearParams& p, int tile, int group, int split
 
 // Finish those of the part's tiles whose other splits are all done. Whether they are is asked for
 // all tiles at once, since each question takes a while.
-template <int NT>
-__device__ void finish_splits(const LinearParams& p, const Part& part, int first_row,
-                              int* is_last) {
+template <int NT, int WARPS>
+__device__ __noinline__ void finish_splits(const LinearParams& p, Part part, int first_row,
+                                           int* is_last) {
   const Weights& w = p.weights;
-  constexpr int TEAM = NT * 64;
+  constexpr int TEAM = NT * 64, THREADS = WARPS * 32;
   const int thread = threadIdx.x % TEAM;
   const Place<NT> at(thread);
+#pragma unroll 1
   for (int first = part.tile; first < w.tiles; first += THREADS * part.tile_step) {
     __threadfence();
     __syncthreads();
@@ -224,6 +189,7 @@ __device__ void finish_splits(const LinearParams& p, const Part& part, int first
     is_last[threadIdx.x] = last;
     __syncthreads();
     __threadfence();
+#pragma unroll 1
     for (int i = threadIdx.x / TEAM; i < THREADS; i += THREADS / TEAM) {
       const int tile = first + i * part.tile_step;
       if (tile >= w.tiles) break;
@@ -231,18 +197,19 @@ __device__ void finish_splits(const LinearParams& p, const Part& part, int first
       const int m = first_row + at.m;
       const Terms terms = read_terms(p, tile, at.g, m);
       float2 sum = make_float2(0, 0);
+#pragma unroll 1
       for (int s = 0; s < w.splits; ++s) {
         const float2 found = __ldcg(work_of<NT>(p, tile, part.group, s) + thread);
         sum.x += found.x, sum.y += found.y;
       }
-      put(p, tile, at.g, m, terms, {sum.x, sum.y});
+      put(p, tile, at.g, m, terms, sum);
     }
     __syncthreads();
   }
 }
 
 // The part's tiles, with x staged and everybody behind a barrier. `partial`: twice PARTIALS.
-template <typename Product, int NT, typename S>
+template <typename Product, int NT, int WARPS, typename S>
 __device__ void multiply(const LinearParams& p, const Part& part, Rows rows, S& weights,
                          const typename Product::X* x, float* partial) {
   using W = typename Product::W;
@@ -250,24 +217,26 @@ __device__ void multiply(const LinearParams& p, const Part& part, Rows rows, S& 
   const int stride = row_stride<typename Product::X>(features);
   const Place<NT> at(threadIdx.x);
   int turn = 0;  // two buffers of partial sums: one barrier a tile is enough then
+#pragma unroll 1
   for (int tile = part.tile; tile < tiles; tile += part.tile_step, turn ^= 1) {
     Terms terms;
     if (at.mine && splits == 1) terms = read_terms(p, tile, at.g, rows.first + at.m);
     Product product;
+#pragma unroll 1
     for (int f = threadIdx.x / 32 * UNIT<W>; f < features; f += WARPS * UNIT<W>) {
       product.add(weights.next(), x + f, stride, rows.count);
     }
     float sums[NT][4];
     product.finish(sums);
-    const float2 sum = sum_warps<NT>(sums, partial + turn * PARTIALS<NT>);
+    const float2 sum = sum_warps<NT, WARPS>(sums, partial + turn * PARTIALS<NT, WARPS>);
     if (!at.mine) continue;
     if (splits == 1) {
-      put(p, tile, at.g, rows.first + at.m, terms, {sum.x, sum.y});
+      put(p, tile, at.g, rows.first + at.m, terms, sum);
     } else {
       work_of<NT>(p, tile, part.group, part.split)[threadIdx.x] = sum;
     }
   }
-  if (splits > 1) finish_splits<NT>(p, part, rows.first, reinterpret_cast<int*>(partial));
+  if (splits > 1) finish_splits<NT, WARPS>(p, part, rows.first, reinterpret_cast<int*>(partial));
 }
 
 }  // namespace lmi

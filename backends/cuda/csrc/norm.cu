@@ -4,8 +4,10 @@
 namespace lmi {
 namespace {
 
+constexpr int THREADS = 256;
+
 template <typename X, typename W>
-__global__ void __launch_bounds__(NORM_THREADS) norm_kernel(const NormParams p) {
+__global__ void __launch_bounds__(THREADS) norm_kernel(const NormParams p) {
   let_next_start();
   wait_for_last();
   normalize<X, W>(p, blockIdx.x);
@@ -13,7 +15,7 @@ __global__ void __launch_bounds__(NORM_THREADS) norm_kernel(const NormParams p) 
 
 template <typename X, typename W>
 void launch_norm(const NormParams& p, const Device& gpu, cudaStream_t stream) {
-  launch(&norm_kernel<X, W>, p, dim3(p.rows), NORM_THREADS, 0, early(gpu), stream);
+  launch(&norm_kernel<X, W>, p, dim3(p.rows), THREADS, 0, early(gpu), stream);
 }
 
 // The types that occur: all alike, or a float32 stream.

@@ -28,6 +28,13 @@ __device__ inline int place(int at) {
   }
 }
 
+// x & mask | bits in one instruction, which the compiler makes two of when both are constants.
+__device__ inline uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) {
+  uint32_t found;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(found) : "r"(x), "r"(mask), "r"(bits));
+  return found;
+}
+
 // Two of the four bytes, those that `selector` puts lowest in either half, as a pair of X.
 __device__ inline uint32_t expand(uint32_t bytes, uint32_t selector, int8_t, __half) {
   // 0x6400 is 1024, whose last bit is 1: a byte put below it adds its value.
@@ -41,8 +48,8 @@ __device__ inline uint32_t expand(uint32_t bytes, uint32_t selector, int8_t, __h
 __device__ inline uint32_t expand(uint32_t bytes, uint32_t selector, int8_t, __nv_bfloat16) {
   // 0x4300 is 128, whose last bit is 1, so seven bits fit below it; the sign's makes it 256.
   const uint32_t spread = __byte_perm(bytes, 0u, selector);
-  const uint32_t biased = (spread & 0x007f007fu) | 0x43004300u;
-  const uint32_t offset = (spread & 0x00800080u) | 0x43004300u;
+  const uint32_t biased = and_or(spread, 0x007f007fu, 0x43004300u);
+  const uint32_t offset = and_or(spread, 0x00800080u, 0x43004300u);
   const __nv_bfloat162 value = __hsub2(reinterpret_cast<const __nv_bfloat162&>(biased),
                                        reinterpret_cast<const __nv_bfloat162&>(offset));
   return reinterpret_cast<const uint32_t&>(value);
@@ -54,13 +61,13 @@ template <typename X>
 __device__ inline uint32_t expand(uint32_t bytes, uint32_t selector, __nv_fp8_e4m3, X) {
   const uint32_t high = __byte_perm(bytes, 0u, (selector << 4 & 0xffff) | 4);  // in high bytes
   if constexpr (std::is_same_v<X, __half>) {
-    const uint32_t moved = (high >> 1 & 0x3f803f80u) | (high & 0x80008000u);
+    const uint32_t moved = and_or(high >> 1, 0x3f803f80u, high & 0x80008000u);
     const uint32_t factor = 0x5c005c00u;  // 2^8
     const __half2 value = __hmul2(reinterpret_cast<const __half2&>(moved),
                                   reinterpret_cast<const __half2&>(factor));
     return reinterpret_cast<const uint32_t&>(value);
   } else {
-    const uint32_t moved = (high >> 4 & 0x07f007f0u) | (high & 0x80008000u);
+    const uint32_t moved = and_or(high >> 4, 0x07f007f0u, high & 0x80008000u);
     const uint32_t factor = 0x7b807b80u;  // 2^120
     const __nv_bfloat162 value = __hmul2(reinterpret_cast<const __nv_bfloat162&>(moved),
                                          reinterpret_cast<const __nv_bfloat162&>(factor));

@@ -1,16 +1,19 @@
 // How a step's work is shared among blocks, decided once when it is recorded.
 #include "step.h"
 
+#include "attention.cuh"
 #include "multiply.cuh"
 
 namespace lmi {
 namespace {
 
+constexpr int RING_SLOTS = STEP_WARPS * SLOT_BYTES;  // bytes of one slot of every warp
 constexpr int MARGIN = 4096;  // bytes of shared memory: what is static, and the system's own
+constexpr int LISTED = 12 << 10;  // bytes that the list of products may take beside x
 
 int item_bytes(Type type) { return type == Type::float32 ? 4 : 2; }
 
-int partial_bytes(int rows) { return 2 * PARTIALS<1> * row_tiles(rows) * 4; }
+int partial_bytes(int rows) { return 2 * PARTIALS<1, STEP_WARPS> * row_tiles(rows) * 4; }
 
 // Of the rows that a block works on, a split's features.
 int x_bytes(const Weights& w, int rows, Type type) {
@@ -20,7 +23,8 @@ int x_bytes(const Weights& w, int rows, Type type) {
 
 // A third of shared memory, and what the shortest rings leave; the rest makes rings longer.
 int x_room(const Device& gpu, int rows) {
-  const int left = gpu.shared_per_block - MARGIN - partial_bytes(rows) - FEW_SLOTS * RING_SLOTS;
+  const int left = gpu.shared_per_block - MARGIN - LISTED - partial_bytes(rows) -
+                   FEW_SLOTS * RING_SLOTS;
   return std::min(left, static_cast<int>(gpu.shared_per_block * 0.36));
 }
 
@@ -50,7 +54,7 @@ int beside_rings(const Program& program, const Phase& phase) {
   }
   if (phase.work == Work::norm) return 0;
   AttentionParams p = phase.attention;
-  return arrange(p) * WARPS * (p.dim + 2) * 4;
+  return STEP_WARPS / 2 * shared_floats(arrange(p, MOST_STEP_HEADS), 2, p.dim) * 4;  // at most
 }
 
 }  // namespace
@@ -70,8 +74,8 @@ bool plan_linear(LinearParams& p, Type type, const Device& gpu, int64_t work_flo
          (w.splits == 1 || places * w.splits * tiles * 128 <= work_floats);
 }
 
-bool plan_program(Program& program, Phase* phases, const Device& gpu) {
-  int beside = 0, next = -1;
+bool plan_program(Program& program, Phase* phases, Weights* weights, const Device& gpu) {
+  int beside = 0;
   bool dirty = false;
   phases[0].barrier = false;
   for (int i = 0; i < program.phases; ++i) {
@@ -81,15 +85,12 @@ bool plan_program(Program& program, Phase* phases, const Device& gpu) {
     // Two phases at once may not leave their sums in the same place.
     if (uses_work(phase) && dirty) phase.barrier = true;
     dirty = uses_work(phase) || (dirty && !phase.barrier);
+    if (phase.work == Work::linear) weights[program.products++] = phase.linear.weights;
   }
-  for (int i = program.phases - 1; i >= 0; --i) {
-    phases[i].next_linear = next;
-    if (phases[i].work == Work::linear) next = i;
-  }
-  program.first_linear = next;
+  beside += program.products * static_cast<int>(sizeof(Weights));
   program.slots = ring_slots((gpu.shared_per_block - MARGIN - beside) / RING_SLOTS);
   program.shared_bytes = program.slots * RING_SLOTS + beside;
-  return next >= 0 && program.slots > 0;
+  return program.products > 0 && program.slots > 0;
 }
 
 }  // namespace lmi

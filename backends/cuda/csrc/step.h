@@ -9,15 +9,16 @@ namespace lmi {
 
 constexpr int PHASE_BYTES = 256;
 constexpr int MOST_STEP_ROWS = 64;
+constexpr int STEP_WARPS = 16, STEP_THREADS = STEP_WARPS * 32;  // of a block, one a processor
+constexpr int MOST_STEP_HEADS = 2;  // query heads that share keys and values as they are read
 
 enum class Work : int { linear, attention, norm };
 
-// One operation. `linear`: the next phase that is one, or -1.
+// One operation.
 struct alignas(16) Phase {
   Work work;
   bool barrier;  // everything before it must be done
-  int next_linear;
-  int unused;
+  int unused[2];
   union {
     LinearParams linear;
     AttentionParams attention;
@@ -25,7 +26,7 @@ struct alignas(16) Phase {
     char bytes[PHASE_BYTES - 16];
   };
 
-  Phase() : work(Work::norm), barrier(false), next_linear(-1), unused(0), bytes{} {}
+  Phase() : work(Work::norm), barrier(false), unused{}, bytes{} {}
 };
 static_assert(sizeof(Phase) == PHASE_BYTES);
 
@@ -35,26 +36,29 @@ struct Program {
   Type weight_type;  // of every product's weights
   int rows;
   int phases;
-  int first_linear;
+  int products;
   int slots;         // of a warp's ring
   int shared_bytes;
 };
 
 struct StepParams {
   const Phase* phases;
-  int count, first_linear, slots;
+  const Weights* weights;  // [products], of those phases that are products
+  int count, products, slots;
+  int products_at;  // where they lie in shared memory, in bytes
   unsigned* barrier;  // see GridBarrier
 };
 
 // How many times eight rows a block works on.
-inline int row_tiles(int rows) { return rows <= 8 ? 1 : rows <= 16 ? 2 : 4; }
+inline int row_tiles(int rows) { return rows <= 8 ? 1 : 2; }
 
 // Share the work of a product among the blocks of a step. False if it cannot be one's.
 bool plan_linear(LinearParams& p, Type type, const Device& gpu, int64_t work_floats,
                  int64_t counters);
 
-// Make what was recorded runnable. False if it is not: no product, types that differ, too large.
-bool plan_program(Program& program, Phase* phases, const Device& gpu);
+// Make what was recorded runnable, and list its products' weights, of which there may be as many as
+// phases. False if it is not runnable: no product, types that differ, too large.
+bool plan_program(Program& program, Phase* phases, Weights* weights, const Device& gpu);
 
 void step_float32(const Program& program, const StepParams& p, const Device& gpu,
                   cudaStream_t stream);

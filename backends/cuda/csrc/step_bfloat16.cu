@@ -5,11 +5,8 @@ namespace {
 
 template <typename W>
 void by_rows(const Program& program, const StepParams& p, const Device& gpu, cudaStream_t stream) {
-  switch (row_tiles(program.rows)) {
-    case 1: return launch_step<TensorProduct<__nv_bfloat16, W, 1>, 1>(program, p, gpu, stream);
-    case 2: return launch_step<TensorProduct<__nv_bfloat16, W, 2>, 2>(program, p, gpu, stream);
-    default: return launch_step<TensorProduct<__nv_bfloat16, W, 4>, 4>(program, p, gpu, stream);
-  }
+  if (row_tiles(program.rows) == 1) return launch_step<TensorProduct<__nv_bfloat16, W, 1>, 1>(program, p, gpu, stream);
+  launch_step<TensorProduct<__nv_bfloat16, W, 2>, 2>(program, p, gpu, stream);
 }
 
 }  // namespace

@@ -9,9 +9,7 @@
 
 namespace lmi {
 
-constexpr int THREADS = 256, WARPS = THREADS / 32;
 constexpr int SLOT_BYTES = TILE * UNIT_BYTES;
-constexpr int RING_SLOTS = WARPS * SLOT_BYTES;  // bytes of one slot of every warp
 // A ring's slots: few choices, since waiting for a slot wants a constant.
 constexpr int FEW_SLOTS = 4, MANY_SLOTS = 12;
 
@@ -27,20 +25,17 @@ struct Part {
   int tile, tile_step;  // the first tile, and how far it is to the next
 
   __device__ Part(const Weights& w, int block, int blocks) {
-    const int parts = w.splits * w.groups, part = block % parts;
-    split = part % w.splits, group = part / w.splits;
+    const int parts = w.splits * w.groups;
+    split = group = 0, tile = block, tile_step = blocks;
+    if (parts > 1) {
+      const int part = block % parts;
+      split = part % w.splits, group = part / w.splits;
+      tile_step = blocks / parts;
+      tile = block / parts < tile_step ? block / parts : w.tiles;  // blocks that remain have none
+    }
     begin = split * w.slice, end = min(w.inputs, begin + w.slice);
-    tile_step = blocks / parts;
-    tile = block / parts < tile_step ? block / parts : w.tiles;  // blocks that remain have none
   }
 };
-
-// A tile's r-th weight row (gated: eight of the gate, eight of what it gates); beyond the end, the
-// last one again.
-__device__ inline int weight_row(const Weights& w, int tile, int r) {
-  if (!w.gated) return min(tile * TILE + r, w.outputs - 1);
-  return r / 8 * (w.outputs / 2) + min(tile * 8 + r % 8, w.outputs / 2 - 1);
-}
 
 __device__ inline void copy16(uint32_t to, const void* from, bool present) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
@@ -64,31 +59,20 @@ __device__ inline void await_oldest(int slots) {
   }
 }
 
-// A stream of one product.
-struct OneProduct {
-  Weights weights;
-  bool given = false;
-
-  __device__ bool next(Weights& to) {
-    if (given) return false;
-    to = weights;
-    return given = true;
-  }
-};
-
-// `Products`: bool next(Weights&), false after the last one.
-template <typename W, typename Products>
+// Of a block of so many warps, through `count` products, which lie in shared or constant memory.
+template <typename W, int WARPS>
 class Stream {
  public:
-  __device__ Stream(Products products, unsigned char* rings, int slots)
-      : products_(products), slots_(slots) {
+  __device__ Stream(const Weights* products, int count, unsigned char* rings, int slots)
+      : now_(products - 1), last_(products + count - 1), slots_(slots) {
     ring_ = rings + threadIdx.x / 32 * slots * SLOT_BYTES;
     shared_ = static_cast<uint32_t>(__cvta_generic_to_shared(ring_));
-    more_ = products_.next(ahead_);
     begin_product();
+    if (live_) find_rows();
   }
 
   __device__ void fill() {
+#pragma unroll 1
     for (int i = 0; i < slots_ - 1; ++i) fetch(i);
   }
 
@@ -116,30 +100,33 @@ class Stream {
   // then touch all banks.
   static __device__ int place(int row, int chunk) { return row * 8 + (chunk ^ (row % 2 * 4)); }
 
-  // The next product that this warp has a share of. What it must know of the one after that is
-  // read now, so that nobody waits for it later.
+  // The next product that this warp has a share of.
   __device__ void begin_product() {
     live_ = false;
-    while (more_ && !live_) {
-      now_ = ahead_;
-      more_ = products_.next(ahead_);
-      const Part part(now_, blockIdx.x, gridDim.x);
+#pragma unroll 1
+    while (now_ != last_ && !live_) {
+      const Part part(*++now_, blockIdx.x, gridDim.x);
       begin_ = part.begin, features_ = part.end - part.begin;
       tile_ = part.tile, tile_step_ = part.tile_step;
       at_ = threadIdx.x / 32 * UNIT<W>;
-      live_ = tile_ < now_.tiles && at_ < features_;
+      live_ = tile_ < now_->tiles && at_ < features_;
     }
-    if (live_) find_rows();
   }
 
-  // Where the lane's features of the tile's rows begin: it copies a chunk of every fourth row.
+  // Where the lane's features of the tile's rows begin: it copies a chunk of every fourth row. A
+  // tile's rows are sixteen in turn (gated: eight of the gate, and the eight that these gate);
+  // beyond the end, the last one again.
   __device__ void find_rows() {
     const int lane = threadIdx.x % 32;
-    const W* chunk = static_cast<const W*>(now_.data) + begin_ + lane % 8 * CHUNK;
+    const int outputs = now_->gated ? now_->outputs / 2 : now_->outputs;
+    const int first = tile_ * (now_->gated ? 8 : 16), upper = now_->gated ? 0 : 8;
+    const int moved = now_->gated ? outputs : 0;
+    const W* chunk = static_cast<const W*>(now_->data) + begin_ + lane % 8 * CHUNK;
 #pragma unroll
-    for (int i = 0; i < TILE / 4; ++i) {
-      const int64_t row = weight_row(now_, tile_, i * 4 + lane / 8);
-      rows_[i] = chunk + row * now_.inputs;
+    for (int i = 0; i < 4; ++i) {
+      const int r = first + i % 2 * 4 + lane / 8 + (i < 2 ? 0 : upper);
+      const int64_t row = min(r, outputs - 1) + (i < 2 ? 0 : moved);
+      rows_[i] = chunk + row * now_->inputs;
     }
   }
 
@@ -149,7 +136,7 @@ class Stream {
       const int lane = threadIdx.x % 32;
       const bool present = at_ + lane % 8 * CHUNK < features_;
 #pragma unroll
-      for (int i = 0; i < TILE / 4; ++i) {
+      for (int i = 0; i < 4; ++i) {
         const int to = slot * SLOT_BYTES + place(i * 4 + lane / 8, lane % 8) * 16;
         copy16(shared_ + to, rows_[i] + (present ? at_ : 0), present);
       }
@@ -161,22 +148,18 @@ class Stream {
 
   __device__ void next_tile() {
     at_ = threadIdx.x / 32 * UNIT<W>, tile_ += tile_step_;
-    if (tile_ < now_.tiles) {
-      find_rows();
-    } else {
-      begin_product();
-    }
+    if (tile_ >= now_->tiles) begin_product();
+    if (live_) find_rows();
   }
 
-  Products products_;
-  Weights now_, ahead_;  // the product whose weights are fetched, and the one after it
-  const W* rows_[TILE / 4];
+  const Weights *now_, *last_;  // the product whose weights are fetched, and the last one
+  const W* rows_[4];
   const unsigned char* ring_;
   uint32_t shared_;
   int slots_, begin_, features_, tile_, tile_step_;
   int at_;  // of the part's features, the next unit's first
   int slot_ = 0;
-  bool more_, live_;
+  bool live_;
 };
 
 }  // namespace lmi

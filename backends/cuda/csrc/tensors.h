@@ -72,8 +72,9 @@ inline const Device& device_of(const Tensor& tensor) {
 
 inline cudaStream_t stream_of(const Tensor& tensor) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  if (aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream)) {
+    throw std::runtime_error("torch has no current stream");
+  }
   return static_cast<cudaStream_t>(stream);
 }
 
