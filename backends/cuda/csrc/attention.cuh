@@ -291,6 +291,7 @@ __device__ void attend(const AttentionParams& p, const Item& it, const Team& tea
 #pragma unroll
     for (int g = 0; g < G; ++g) of[g].merge_lane(offset);
   }
+  constexpr int AT_ONCE = sizeof(T) == 4 ? 1 : 4;  // records; float32 has fewer registers left
   float* records = shared + (G + 1) * p.dim;
 #pragma unroll
   for (int g = 0; g < G; ++g) {
@@ -311,9 +312,9 @@ __device__ void attend(const AttentionParams& p, const Item& it, const Team& tea
     const int g = i / p.dim, d = i % p.dim;
     const float* part = records + g * record;
     float top = -INFINITY, sum = 0, value = 0;
-#pragma unroll 4
+#pragma unroll AT_ONCE
     for (int w = 0; w < team.warps; ++w) top = fmaxf(top, part[w * G * record + p.dim]);
-#pragma unroll 2
+#pragma unroll AT_ONCE
     for (int w = 0; w < team.warps; ++w) {
       const float* of_warp = part + w * G * record;
       const float weight = rescale(of_warp[p.dim], top);

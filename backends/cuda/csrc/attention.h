@@ -34,7 +34,7 @@ struct AttentionParams {
 // Choose `chunks` and `width`; returns how many query heads a chunk has at most: 1, 2 or 4.
 inline int arrange(AttentionParams& p, int most = 4) {
   for (p.width = 1; p.width * 8 < p.dim;) p.width *= 2;
-  const int heads = p.heads / p.kv_heads, size = heads > 2 ? most : heads;
+  const int heads = p.heads / p.kv_heads, size = std::min(heads > 2 ? 4 : heads, most);
   p.chunks = (heads + size - 1) / size;
   return size;
 }

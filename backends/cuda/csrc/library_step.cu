@@ -52,7 +52,7 @@ bool record_attention(Tensor q, Tensor k, Tensor v, Tensor table, Tensor lengths
   auto p = attention_params(q, k, v, table, lengths, write, heads, q_norm, k_norm, eps, cos, sin,
                             bias, slopes, window, scale, splits, work, counters, out);
   if (!p) return false;
-  arrange(*p, MOST_STEP_HEADS);
+  arrange(*p, STEP_HEADS);
   return put_phase(phase, Work::attention, &Phase::attention, *p, barrier);
 }
 

@@ -25,16 +25,11 @@ __device__ inline void prefetch(Operand vector, int count) {
 }
 
 // The fewer items, the more warps have one.
-template <typename T, int G>
-__device__ void attend_phase(const AttentionParams& p, float* shared, GridBarrier& barrier,
-                             bool wait) {
+__device__ inline int team_warps(const AttentionParams& p) {
   const int items = items_of(p), blocks = gridDim.x;
   int warps = STEP_WARPS;
   while (warps > 2 && items > blocks * (STEP_WARPS / warps)) warps /= 2;
-  constexpr int AT_ONCE = G > 1 ? 1 : 4 / sizeof(T);  // keys: registers are few here
-  attend_all<T, G, AT_ONCE>(p, warps, shared, [&] {
-    if (wait) barrier.wait();
-  });
+  return warps;
 }
 
 template <typename Product, int NT>
@@ -78,11 +73,9 @@ __global__ void __launch_bounds__(STEP_THREADS, 1) step_kernel(const StepParams 
       }
     } else if (phase.work == Work::attention) {
       const AttentionParams& p = phase.attention;
-      if (p.heads == p.kv_heads) {
-        attend_phase<X, 1>(p, partial, barrier, phase.barrier);
-      } else {
-        attend_phase<X, MOST_STEP_HEADS>(p, partial, barrier, phase.barrier);
-      }
+      attend_all<X, STEP_HEADS, 4 / sizeof(X)>(p, team_warps(p), partial, [&] {
+        if (phase.barrier) barrier.wait();
+      });
     } else {
       if (phase.barrier) barrier.wait();
       for (int row = blockIdx.x; row < phase.norm.rows; row += gridDim.x) {

@@ -10,7 +10,7 @@ namespace lmi {
 constexpr int PHASE_BYTES = 256;
 constexpr int MOST_STEP_ROWS = 64;
 constexpr int STEP_WARPS = 16, STEP_THREADS = STEP_WARPS * 32;  // of a block, one a processor
-constexpr int MOST_STEP_HEADS = 2;  // query heads that share keys and values as they are read
+constexpr int STEP_HEADS = 1;  // of a chunk: registers are too few for more
 
 enum class Work : int { linear, attention, norm };
 
@@ -49,8 +49,8 @@ struct StepParams {
   unsigned* barrier;  // see GridBarrier
 };
 
-// How many times eight rows a block works on.
-inline int row_tiles(int rows) { return rows <= 8 ? 1 : 2; }
+// How many times eight rows a block works on. In float32 one kernel does for all.
+inline int row_tiles(int rows, Type type) { return rows <= 8 && type != Type::float32 ? 1 : 2; }
 
 // Share the work of a product among the blocks of a step. False if it cannot be one's.
 bool plan_linear(LinearParams& p, Type type, const Device& gpu, int64_t work_floats,

@@ -5,7 +5,7 @@ namespace {
 
 template <typename W>
 void by_rows(const Program& program, const StepParams& p, const Device& gpu, cudaStream_t stream) {
-  if (row_tiles(program.rows) == 1) return launch_step<TensorProduct<__nv_bfloat16, W, 1>, 1>(program, p, gpu, stream);
+  if (row_tiles(program.rows, program.type) == 1) return launch_step<TensorProduct<__nv_bfloat16, W, 1>, 1>(program, p, gpu, stream);
   launch_step<TensorProduct<__nv_bfloat16, W, 2>, 2>(program, p, gpu, stream);
 }
 

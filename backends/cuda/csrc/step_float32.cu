@@ -5,7 +5,6 @@ namespace {
 
 template <typename W>
 void by_rows(const Program& program, const StepParams& p, const Device& gpu, cudaStream_t stream) {
-  if (row_tiles(program.rows) == 1) return launch_step<PlainProduct<W, 1>, 1>(program, p, gpu, stream);
   launch_step<PlainProduct<W, 2>, 2>(program, p, gpu, stream);
 }
 
