@@ -100,7 +100,7 @@ __device__ inline Terms read_terms(const LinearParams& p, int tile, int g, int m
 }
 
 // Finish a thread's two results for row m of x. Not inlined, which keeps the kernels short.
-__device__ __noinline__ void put(const LinearParams& p, int tile, int g, int m, Terms terms,
+static __device__ __noinline__ void put(const LinearParams& p, int tile, int g, int m, Terms terms,
                                  float2 product) {
   const float y[2] = {product.x * terms.scale[0] + widen(terms.bias[0], p.bias.type),
                       product.y * terms.scale[1] + widen(terms.bias[1], p.bias.type)};
