@@ -156,7 +156,7 @@ def programs(monkeypatch: pytest.MonkeyPatch) -> Programs:
     return made
 
 
-def open_model(folder: Path, family: str, program_rows: int = 64) -> Model:
+def open_model(folder: Path, family: str, program_rows: int = 8) -> Model:
     artifact = tiny_models.artifact(folder, family)
     cpu = torch.device("cpu")
     opened: Executor = executor.CudaExecutor(
@@ -188,7 +188,7 @@ def found(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
     return places
 
 
-@pytest.mark.parametrize("program_rows", [64, 4, 0])
+@pytest.mark.parametrize("program_rows", [8, 2, 0])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tokens_are_those_of_the_cpu(
     folder: Path, family: str, found: list[int | None], program_rows: int, programs: Programs

@@ -22,8 +22,8 @@ from lmi_multi.parallel.collectives import SingleRank
 pytestmark = pytest.mark.cuda
 
 TOLERANCE = {"fp32": 2e-5, "fp16": 4e-3, "bf16": 3e-2}
-ROWS = (1, 2, 3, 7, 8, 9, 16, 17, 33, 64)
-LIMITS = Limits(max_batch=64, max_tokens=640, max_step_tokens=640, blocks=5200, block_size=16)
+ROWS = (1, 2, 3, 4, 5, 7, 8, 9)
+LIMITS = Limits(max_batch=9, max_tokens=640, max_step_tokens=640, blocks=800, block_size=16)
 
 SHAPES = {
     "flan": Shape(
@@ -116,14 +116,20 @@ def logits(executor: Any, rows: int, times: int) -> list[Tensor]:
 
 CASES = [
     *((shape, dtype, None) for shape in SHAPES for dtype in ("fp32", "bf16")),
-    *(("flan", "bf16", "int8"), ("gptj", "fp16", "int8"), ("gpt2", "fp32", "int8")),
+    *(
+        ("flan", "bf16", "fp8"),
+        ("gptj", "fp16", "fp8"),
+        ("flan", "bf16", "int8"),
+        ("gptj", "fp16", "int8"),
+        ("gpt2", "fp32", "int8"),
+    ),
     *(("gptj", "fp16", None), ("bloom", "fp16", None)),
 ]
 
 
 @pytest.mark.parametrize(("shape", "dtype", "quantize"), CASES)
 def test_logits_are_those_of_single_kernels(shape: str, dtype: str, quantize: str | None) -> None:
-    ours = opened(shape, dtype, quantize, 64)
+    ours = opened(shape, dtype, quantize, 8)
     theirs = opened(shape, dtype, quantize, 0)
     for rows in ROWS:
         found, expected = logits(ours, rows, 4), logits(theirs, rows, 4)
@@ -131,5 +137,5 @@ def test_logits_are_those_of_single_kernels(shape: str, dtype: str, quantize: st
             error = ((a - b).norm() / b.norm()).item()
             assert error < TOLERANCE[dtype], f"{rows} rows, step {n}: {error}"
     assert ours._fed._programs
-    assert all(ours._fed._programs.values())
+    assert all(ours._fed._programs.values())  # none was refused
     assert not any(ours._fed._scratch.counters.tolist())

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MOST_ROWS = 64  # of a program
+MOST_ROWS = 8  # of a program
 PHASE_BYTES = 256  # see csrc/step.h
 # Rows up to which every block normalizes x by itself, in front of a product. With more it takes
 # longer than a phase of its own.

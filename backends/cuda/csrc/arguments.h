@@ -61,7 +61,6 @@ inline std::optional<LinearParams> linear_params(
                                   .tiles = static_cast<int>(tiles),
                                   .slice = 0,
                                   .splits = 1,
-                                  .groups = 1,
                                   .gated = gated},
                       .x = operand(x),
                       .norm_weight = operand(norm_weight),
@@ -132,6 +131,7 @@ inline std::optional<AttentionParams> attention_params(
       .table_width = static_cast<int>(table.size(1)),
       .block_shift = shift,
       .splits = static_cast<int>(splits),
+      .least_share = 128,
       .chunks = 0,
       .width = 0};
 }

@@ -48,14 +48,13 @@ __global__ void __launch_bounds__(THREADS, Product::AT_ONCE)
   Stream<W, WARPS> weights(&p.weights, 1, shared, launched.slots);
   weights.fill();  // weights are nobody's results: the last kernel may still be at work
   wait_for_last();
-  const Rows rows(p, part, NT * 8);
   if (sizeof(X) < 4 && p.x.type == Type::float32) {
-    stage<X, W, float, WARPS>(p, rows, part.begin, part.end, x, partial);
+    stage<X, W, float, WARPS>(p, part.begin, part.end, x, partial);
   } else {
-    stage<X, W, X, WARPS>(p, rows, part.begin, part.end, x, partial);
+    stage<X, W, X, WARPS>(p, part.begin, part.end, x, partial);
   }
   __syncthreads();
-  multiply<Product, NT, WARPS>(p, part, rows, weights, x, partial);
+  multiply<Product, NT, WARPS>(p, part, weights, x, partial);
 }
 
 template <typename Product, int NT>

@@ -10,14 +10,13 @@ enum class Activation : int { none, gelu, gelu_tanh, relu, silu };
 constexpr int MOST_ROWS = 32, MOST_ROWS_FLOAT32 = 16;
 constexpr int TILE = 16;  // weight rows that a block works on at a time
 
-// Weights, and how blocks share the work. A part of the blocks has one split of the features and
-// one group of the rows of x, and goes through all tiles.
+// Weights, and how blocks share the work: each has one split of the features.
 struct alignas(16) Weights {
   const void* data;     // [outputs, inputs]
   int inputs, outputs;  // gated: outputs are [gate, what it gates]
   int tiles;            // of sixteen outputs (gated: eight of the gate, eight of what it gates)
   int slice;            // features of a split
-  int splits, groups;
+  int splits;
   bool gated;
 };
 
@@ -27,8 +26,8 @@ struct LinearParams {
   Operand x, norm_weight, norm_bias, bias, residual;
   const float* scale;  // of each output channel, for quantized weights
   void* out;
-  float* work;    // what the splits have found: [tiles, groups, splits] tiles of results
-  int* counters;  // [tiles, groups], zero
+  float* work;    // what the splits have found: [tiles, splits] tiles of results
+  int* counters;  // [tiles], zero
   Type weight_type, out_type;
   Activation activation;
   float eps;

@@ -1,8 +1,8 @@
 // What a block does of a fused product: norm, product, scale, bias, activation, gate and residual.
 //
 // It keeps its rows of x, normalized, in shared memory, and goes through tiles of sixteen weight
-// rows. Its warps share the features of a tile, so every weight byte is read once a group of
-// rows. Where x does not fit, features are also shared among `splits` blocks; the last of these
+// rows. Its warps share the features of a tile, so every weight byte is read once.
+// Where x does not fit, features are also shared among `splits` blocks; the last of these
 // that is done with a tile adds up what they have found.
 #pragma once
 
@@ -26,35 +26,26 @@ __host__ __device__ constexpr int row_stride(int features) {
   return (features + PAD - 1) / PAD * PAD + 64 / static_cast<int>(sizeof(X));
 }
 
-// The rows of x that a part works on.
-struct Rows {
-  int first, count;
-
-  __device__ Rows(const LinearParams& p, const Part& part, int most)
-      : first(part.group * most), count(min(most, p.rows - first)) {}
-};
-
 // Put features begin to end of the rows of x into shared memory, normalized if there is a norm,
 // zeros up to a whole unit. `scratch` holds a float a warp.
 template <typename X, typename W, typename From, int WARPS>
-__device__ void stage(const LinearParams& p, Rows rows, int begin, int end, X* to,
-                      float* scratch) {
+__device__ void stage(const LinearParams& p, int begin, int end, X* to, float* scratch) {
   // Some rows at a time: a warp, or several, for each.
   int groups = 1;
 #pragma unroll 1
-  while (groups < rows.count && groups < WARPS) groups *= 2;
+  while (groups < p.rows && groups < WARPS) groups *= 2;
   const int width = WARPS * 32 / groups, group = threadIdx.x / width, own = threadIdx.x % width * 8;
   const int inputs = p.weights.inputs, stride = row_stride<X>(end - begin);
   const int padded = stride - 64 / static_cast<int>(sizeof(X));
   const X* weight = static_cast<const X*>(p.norm_weight.data);
   const X* bias = static_cast<const X*>(p.norm_bias.data);
 #pragma unroll 1
-  for (int first = 0; first < rows.count; first += groups) {
-    const int r = first + group, row = rows.first + min(r, rows.count - 1);
+  for (int first = 0; first < p.rows; first += groups) {
+    const int r = first + group, row = min(r, p.rows - 1);
     const From* x = static_cast<const From*>(p.x.data) + static_cast<int64_t>(row) * inputs;
     Normal by;
     if (weight) by = normal(x, inputs, bias, p.eps, width, scratch);
-    if (r >= rows.count) continue;
+    if (r >= p.rows) continue;
 #pragma unroll 2
     for (int at = own; at < padded; at += width * 8) {
       float values[8] = {};
@@ -124,7 +115,7 @@ static __device__ __noinline__ void put(const LinearParams& p, int tile, int g, 
 template <int NT, int WARPS>
 constexpr int PARTIALS = WARPS * NT * 4 * 32;  // floats
 
-// One of the two results that a thread finishes: row n * 8 + lane % 4 * 2 + c of the group.
+// One of the two results that a thread finishes: row n * 8 + lane % 4 * 2 + c.
 template <int NT>
 struct Place {
   int g, m, c, n;
@@ -160,17 +151,15 @@ __device__ float2 sum_warps(const float (&own)[NT][4], float* partial) {
 
 // Where a split of a tile leaves its sums.
 template <int NT>
-__device__ float2* work_of(const LinearParams& p, int tile, int group, int split) {
-  const Weights& w = p.weights;
-  const int64_t at = (static_cast<int64_t>(tile) * w.groups + group) * w.splits + split;
+__device__ float2* work_of(const LinearParams& p, int tile, int split) {
+  const int64_t at = static_cast<int64_t>(tile) * p.weights.splits + split;
   return reinterpret_cast<float2*>(p.work) + at * NT * 64;
 }
 
 // Finish those of the part's tiles whose other splits are all done. Whether they are is asked for
 // all tiles at once, since each question takes a while.
 template <int NT, int WARPS>
-__device__ __noinline__ void finish_splits(const LinearParams& p, Part part, int first_row,
-                                           int* is_last) {
+__device__ __noinline__ void finish_splits(const LinearParams& p, Part part, int* is_last) {
   const Weights& w = p.weights;
   constexpr int TEAM = NT * 64, THREADS = WARPS * 32;
   const int thread = threadIdx.x % TEAM;
@@ -182,7 +171,7 @@ __device__ __noinline__ void finish_splits(const LinearParams& p, Part part, int
     const int asked = first + threadIdx.x * part.tile_step;
     bool last = false;
     if (asked < w.tiles) {
-      int* counter = p.counters + asked * w.groups + part.group;
+      int* counter = p.counters + asked;
       last = atomicAdd(counter, 1) == w.splits - 1;
       if (last) *counter = 0;
     }
@@ -194,15 +183,14 @@ __device__ __noinline__ void finish_splits(const LinearParams& p, Part part, int
       const int tile = first + i * part.tile_step;
       if (tile >= w.tiles) break;
       if (!is_last[i]) continue;
-      const int m = first_row + at.m;
-      const Terms terms = read_terms(p, tile, at.g, m);
+      const Terms terms = read_terms(p, tile, at.g, at.m);
       float2 sum = make_float2(0, 0);
 #pragma unroll 1
       for (int s = 0; s < w.splits; ++s) {
-        const float2 found = __ldcg(work_of<NT>(p, tile, part.group, s) + thread);
+        const float2 found = __ldcg(work_of<NT>(p, tile, s) + thread);
         sum.x += found.x, sum.y += found.y;
       }
-      put(p, tile, at.g, m, terms, sum);
+      put(p, tile, at.g, at.m, terms, sum);
     }
     __syncthreads();
   }
@@ -210,7 +198,7 @@ __device__ __noinline__ void finish_splits(const LinearParams& p, Part part, int
 
 // The part's tiles, with x staged and everybody behind a barrier. `partial`: twice PARTIALS.
 template <typename Product, int NT, int WARPS, typename S>
-__device__ void multiply(const LinearParams& p, const Part& part, Rows rows, S& weights,
+__device__ void multiply(const LinearParams& p, const Part& part, S& weights,
                          const typename Product::X* x, float* partial) {
   using W = typename Product::W;
   const int features = part.end - part.begin, tiles = p.weights.tiles, splits = p.weights.splits;
@@ -220,23 +208,23 @@ __device__ void multiply(const LinearParams& p, const Part& part, Rows rows, S& 
 #pragma unroll 1
   for (int tile = part.tile; tile < tiles; tile += part.tile_step, turn ^= 1) {
     Terms terms;
-    if (at.mine && splits == 1) terms = read_terms(p, tile, at.g, rows.first + at.m);
+    if (at.mine && splits == 1) terms = read_terms(p, tile, at.g, at.m);
     Product product;
 #pragma unroll 1
     for (int f = threadIdx.x / 32 * UNIT<W>; f < features; f += WARPS * UNIT<W>) {
-      product.add(weights.next(), x + f, stride, rows.count);
+      product.add(weights.next(), x + f, stride, p.rows);
     }
     float sums[NT][4];
     product.finish(sums);
     const float2 sum = sum_warps<NT, WARPS>(sums, partial + turn * PARTIALS<NT, WARPS>);
     if (!at.mine) continue;
     if (splits == 1) {
-      put(p, tile, at.g, rows.first + at.m, terms, sum);
+      put(p, tile, at.g, at.m, terms, sum);
     } else {
-      work_of<NT>(p, tile, part.group, part.split)[threadIdx.x] = sum;
+      work_of<NT>(p, tile, part.split)[threadIdx.x] = sum;
     }
   }
-  if (splits > 1) finish_splits<NT, WARPS>(p, part, rows.first, reinterpret_cast<int*>(partial));
+  if (splits > 1) finish_splits<NT, WARPS>(p, part, reinterpret_cast<int*>(partial));
 }
 
 }  // namespace lmi

@@ -13,20 +13,17 @@ constexpr int LISTED = 12 << 10;  // bytes that the list of products may take be
 
 int item_bytes(Type type) { return type == Type::float32 ? 4 : 2; }
 
-int partial_bytes(int rows, Type type) {
-  return 2 * PARTIALS<1, STEP_WARPS> * row_tiles(rows, type) * 4;
-}
+constexpr int PARTIAL_BYTES = 2 * PARTIALS<1, STEP_WARPS> * 4;
 
-// Of the rows that a block works on, a split's features.
+// A split's features.
 int x_bytes(const Weights& w, int rows, Type type) {
   const int features = (std::min(w.slice, w.inputs) + PAD - 1) / PAD * PAD;
-  return std::min(rows, row_tiles(rows, type) * 8) * (features * item_bytes(type) + 64);
+  return rows * (features * item_bytes(type) + 64);
 }
 
 // A third of shared memory, and what the shortest rings leave; the rest makes rings longer.
-int x_room(const Device& gpu, int rows, Type type) {
-  const int left = gpu.shared_per_block - MARGIN - LISTED - partial_bytes(rows, type) -
-                   FEW_SLOTS * RING_SLOTS;
+int x_room(const Device& gpu) {
+  const int left = gpu.shared_per_block - MARGIN - LISTED - PARTIAL_BYTES - FEW_SLOTS * RING_SLOTS;
   return std::min(left, static_cast<int>(gpu.shared_per_block * 0.36));
 }
 
@@ -51,8 +48,7 @@ bool fits(const Program& program, const Phase& phase) {
 // What a phase wants of shared memory beside the rings.
 int beside_rings(const Program& program, const Phase& phase) {
   if (phase.work == Work::linear) {
-    return partial_bytes(program.rows, program.type) +
-           x_bytes(phase.linear.weights, program.rows, program.type);
+    return PARTIAL_BYTES + x_bytes(phase.linear.weights, program.rows, program.type);
   }
   if (phase.work == Work::norm) return 0;
   AttentionParams p = phase.attention;
@@ -64,16 +60,13 @@ int beside_rings(const Program& program, const Phase& phase) {
 bool plan_linear(LinearParams& p, Type type, const Device& gpu, int64_t work_floats,
                  int64_t counters) {
   Weights& w = p.weights;
-  const int tiles = row_tiles(p.rows, type);
-  w.groups = (p.rows + tiles * 8 - 1) / (tiles * 8);
   for (int splits = 1;; ++splits) {
     split(w, splits);
-    if (x_bytes(w, p.rows, type) <= x_room(gpu, p.rows, type)) break;
+    if (x_bytes(w, p.rows, type) <= x_room(gpu)) break;
     if (w.slice == PAD) return false;
   }
-  const int64_t places = static_cast<int64_t>(w.tiles) * w.groups;
-  return w.splits * w.groups <= gpu.processors && places <= counters &&
-         (w.splits == 1 || places * w.splits * tiles * 128 <= work_floats);
+  return w.splits <= gpu.processors && w.tiles <= counters &&
+         (w.splits == 1 || static_cast<int64_t>(w.tiles) * w.splits * 128 <= work_floats);
 }
 
 bool plan_program(Program& program, Phase* phases, Weights* weights, const Device& gpu) {

@@ -24,6 +24,24 @@ __device__ inline void prefetch(Operand vector, int count) {
   }
 }
 
+// Have L2 read this block's first weights of a product that is still to come: memory would idle
+// while everybody waits, and rings hold less than it could read meanwhile.
+template <typename W>
+__device__ void prefetch_weights(const Weights& w) {
+#if __CUDA_ARCH__ >= 900
+  constexpr int MOST = 192 << 10;  // bytes: L2 holds as much of all blocks, and keeps it
+  const Part part(w, blockIdx.x, gridDim.x);
+  const int bytes = (part.end - part.begin) * static_cast<int>(sizeof(W));
+  const int first = part.tile + threadIdx.x / TILE * part.tile_step, r = threadIdx.x % TILE;
+  if (first >= w.tiles || threadIdx.x / TILE * TILE * bytes >= MOST) return;
+  const int outputs = w.gated ? w.outputs / 2 : w.outputs;
+  const int row = w.gated ? r / 8 * outputs + min(first * 8 + r % 8, outputs - 1)
+                          : min(first * TILE + r, outputs - 1);
+  const W* from = static_cast<const W*>(w.data) + static_cast<int64_t>(row) * w.inputs;
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from + part.begin), "r"(bytes));
+#endif
+}
+
 // The fewer items, the more warps have one.
 __device__ inline int team_warps(const AttentionParams& p) {
   const int items = items_of(p), blocks = gridDim.x;
@@ -32,7 +50,7 @@ __device__ inline int team_warps(const AttentionParams& p) {
   return warps;
 }
 
-template <typename Product, int NT>
+template <typename Product>
 __global__ void __launch_bounds__(STEP_THREADS, 1) step_kernel(const StepParams s) {
   using X = typename Product::X;
   using W = typename Product::W;
@@ -44,7 +62,7 @@ __global__ void __launch_bounds__(STEP_THREADS, 1) step_kernel(const StepParams 
   const auto* words = reinterpret_cast<const uint4*>(s.phases);
   const bool copies = threadIdx.x < WORDS;
   float* partial = reinterpret_cast<float*>(shared + s.slots * (STEP_WARPS * SLOT_BYTES));
-  X* x = reinterpret_cast<X*>(partial + 2 * PARTIALS<NT, STEP_WARPS>);
+  X* x = reinterpret_cast<X*>(partial + 2 * PARTIALS<1, STEP_WARPS>);
 
   if (copies) held[0][threadIdx.x] = words[threadIdx.x];
   auto* products = reinterpret_cast<Weights*>(shared + s.products_at);
@@ -54,6 +72,7 @@ __global__ void __launch_bounds__(STEP_THREADS, 1) step_kernel(const StepParams 
   __syncthreads();
   Stream<W, STEP_WARPS> weights(products, s.products, shared, s.slots);
   weights.fill();
+  int done = 0;  // products
 #pragma unroll 1
   for (int i = 0; i < s.count; ++i) {
     const Phase& phase = reinterpret_cast<const Phase&>(held[i % 2]);
@@ -66,11 +85,11 @@ __global__ void __launch_bounds__(STEP_THREADS, 1) step_kernel(const StepParams 
       if (phase.barrier) barrier.wait();
       const Part part(p.weights, blockIdx.x, gridDim.x);
       if (part.tile < p.weights.tiles) {
-        const Rows rows(p, part, NT * 8);
-        stage<X, W, X, STEP_WARPS>(p, rows, part.begin, part.end, x, partial);
+        stage<X, W, X, STEP_WARPS>(p, part.begin, part.end, x, partial);
         __syncthreads();
-        multiply<Product, NT, STEP_WARPS>(p, part, rows, weights, x, partial);
+        multiply<Product, 1, STEP_WARPS>(p, part, weights, x, partial);
       }
+      if (++done < s.products) prefetch_weights<W>(products[done]);
     } else if (phase.work == Work::attention) {
       const AttentionParams& p = phase.attention;
       attend_all<X, STEP_HEADS, 4 / sizeof(X)>(p, team_warps(p), partial, [&] {
@@ -89,10 +108,10 @@ __global__ void __launch_bounds__(STEP_THREADS, 1) step_kernel(const StepParams 
   }
 }
 
-template <typename Product, int NT>
+template <typename Product>
 void launch_step(const Program& program, const StepParams& p, const Device& gpu,
                  cudaStream_t stream) {
-  launch(&step_kernel<Product, NT>, p, dim3(gpu.processors), STEP_THREADS, program.shared_bytes,
+  launch(&step_kernel<Product>, p, dim3(gpu.processors), STEP_THREADS, program.shared_bytes,
          Start::together, stream);
 }
 

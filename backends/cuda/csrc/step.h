@@ -8,9 +8,10 @@
 namespace lmi {
 
 constexpr int PHASE_BYTES = 256;
-constexpr int MOST_STEP_ROWS = 64;
+constexpr int MOST_STEP_ROWS = 8;
 constexpr int STEP_WARPS = 16, STEP_THREADS = STEP_WARPS * 32;  // of a block, one a processor
 constexpr int STEP_HEADS = 1;  // of a chunk: registers are too few for more
+constexpr int STEP_SHARE = 48;  // tokens of a split, at least: other blocks would do nothing
 
 enum class Work : int { linear, attention, norm };
 
@@ -48,9 +49,6 @@ struct StepParams {
   int products_at;  // where they lie in shared memory, in bytes
   unsigned* barrier;  // see GridBarrier
 };
-
-// How many times eight rows a block works on. In float32 one kernel does for all.
-inline int row_tiles(int rows, Type type) { return rows <= 8 && type != Type::float32 ? 1 : 2; }
 
 // Share the work of a product among the blocks of a step. False if it cannot be one's.
 bool plan_linear(LinearParams& p, Type type, const Device& gpu, int64_t work_floats,

@@ -1,20 +1,12 @@
 #include "step.cuh"
 
 namespace lmi {
-namespace {
-
-template <typename W>
-void by_rows(const Program& program, const StepParams& p, const Device& gpu, cudaStream_t stream) {
-  launch_step<PlainProduct<W, 2>, 2>(program, p, gpu, stream);
-}
-
-}  // namespace
-
-void step_float32(const Program& program, const StepParams& p, const Device& gpu, cudaStream_t stream) {
+void step_float32(const Program& program, const StepParams& p, const Device& gpu,
+                  cudaStream_t stream) {
   switch (program.weight_type) {
-    case Type::int8: return by_rows<int8_t>(program, p, gpu, stream);
-    case Type::float8: return by_rows<__nv_fp8_e4m3>(program, p, gpu, stream);
-    default: return by_rows<float>(program, p, gpu, stream);
+    case Type::int8: return launch_step<PlainProduct<int8_t, 1>>(program, p, gpu, stream);
+    case Type::float8: return launch_step<PlainProduct<__nv_fp8_e4m3, 1>>(program, p, gpu, stream);
+    default: return launch_step<PlainProduct<float, 1>>(program, p, gpu, stream);
   }
 }
 

@@ -15,23 +15,20 @@ constexpr int FEW_SLOTS = 4, MANY_SLOTS = 12;
 
 // The largest choice that is not above `slots`; 0: there is none.
 inline int ring_slots(int slots) {
-  return slots < FEW_SLOTS ? 0 : std::min(slots / 2 * 2, MANY_SLOTS);
+  return slots < FEW_SLOTS ? 0 : slots < 8 ? slots : std::min(slots / 2 * 2, MANY_SLOTS);
 }
 
 // What a block does of a product.
 struct Part {
   int begin, end;       // features
-  int split, group;
+  int split;
   int tile, tile_step;  // the first tile, and how far it is to the next
 
   __device__ Part(const Weights& w, int block, int blocks) {
-    const int parts = w.splits * w.groups;
-    split = group = 0, tile = block, tile_step = blocks;
-    if (parts > 1) {
-      const int part = block % parts;
-      split = part % w.splits, group = part / w.splits;
-      tile_step = blocks / parts;
-      tile = block / parts < tile_step ? block / parts : w.tiles;  // blocks that remain have none
+    split = 0, tile = block, tile_step = blocks;
+    if (w.splits > 1) {
+      split = block % w.splits, tile = block / w.splits, tile_step = blocks / w.splits;
+      if (tile >= tile_step) tile = w.tiles;  // blocks that remain have none
     }
     begin = split * w.slice, end = min(w.inputs, begin + w.slice);
   }
@@ -52,7 +49,9 @@ __device__ inline void await() {
 __device__ inline void await_oldest(int slots) {
   switch (slots) {
     case 4: return await<2>();
+    case 5: return await<3>();
     case 6: return await<4>();
+    case 7: return await<5>();
     case 8: return await<6>();
     case 10: return await<8>();
     default: return await<10>();
