@@ -1,81 +1,13 @@
 // The operations as torch sees them, on its stable ABI. Each says whether it did the work: false
 // means that it does not cover these types, shapes or layouts, and nothing was written.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <array>
-#include <mutex>
-#include <optional>
-
 #include "activate.h"
 #include "attention.h"
 #include "greedy.h"
 #include "linear.h"
 #include "norm.h"
+#include "tensors.h"
 
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Maybe = std::optional<Tensor>;
-
-std::optional<lmi::Type> type_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return lmi::Type::float32;
-    case ScalarType::Half: return lmi::Type::float16;
-    case ScalarType::BFloat16: return lmi::Type::bfloat16;
-    case ScalarType::Char: return lmi::Type::int8;
-    default: return std::nullopt;
-  }
-}
-
-bool is_float(const Tensor& tensor) {
-  const auto type = type_of(tensor);
-  return type && *type != lmi::Type::int8;
-}
-
-bool is_of(const Tensor& tensor, lmi::Type type) { return type_of(tensor) == type; }
-
-// Whether it can be read 16 bytes at a time from its start on.
-bool is_dense(const Tensor& tensor) {
-  return tensor.is_cuda() && tensor.is_contiguous() &&
-         reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0;
-}
-
-bool is_vector(const Maybe& tensor, int64_t size) {
-  return !tensor || (is_float(*tensor) && is_dense(*tensor) && tensor->numel() == size);
-}
-
-bool is_float32(const Maybe& tensor) {
-  return !tensor || (tensor->scalar_type() == ScalarType::Float && tensor->is_contiguous());
-}
-
-lmi::Operand operand(const Maybe& tensor) {
-  if (!tensor) return {};
-  return {tensor->data_ptr(), *type_of(*tensor)};
-}
-
-template <typename T>
-T* pointer(const Maybe& tensor) {
-  return tensor ? static_cast<T*>(tensor->data_ptr()) : nullptr;
-}
-
-const lmi::Device& device_of(const Tensor& tensor) {
-  static std::array<lmi::Device, 64> devices;
-  static std::array<std::once_flag, 64> known;
-  const auto index = static_cast<size_t>(tensor.get_device_index());
-  std::call_once(known.at(index), [&] { devices[index] = lmi::device(static_cast<int>(index)); });
-  return devices[index];
-}
-
-cudaStream_t stream_of(const Tensor& tensor) {
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
-}
 
 bool run_norm(Tensor x, Tensor weight, Maybe bias, double eps, Tensor out) {
   const int64_t features = weight.numel(), rows = x.numel() / features;
@@ -224,10 +156,6 @@ bool run_activate(Tensor x, int64_t activation, bool gated, Tensor out) {
                               .features = static_cast<int>(features)};
   lmi::activate(p, device_of(x), stream_of(x));
   return true;
-}
-
-bool is_row(const Tensor& tensor, ScalarType type, int64_t size) {
-  return tensor.scalar_type() == type && tensor.is_contiguous() && tensor.numel() == size;
 }
 
 bool run_greedy(Tensor logits, Tensor drawn, Tensor ids, Tensor lengths, Tensor live, Tensor work,

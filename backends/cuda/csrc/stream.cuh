@@ -3,6 +3,7 @@
 // can be deeper than registers allow.
 #pragma once
 
+#include "copy.cuh"
 #include "linear.h"
 #include "product.cuh"
 
@@ -19,17 +20,6 @@ constexpr int FEW_SLOTS = 4, SOME_SLOTS = 6, MANY_SLOTS = 10;
 __device__ inline int weight_row(const LinearParams& p, int tile, int r) {
   if (!p.gated) return min(tile * TILE + r, p.outputs - 1);
   return r / 8 * (p.outputs / 2) + min(tile * 8 + r % 8, p.outputs / 2 - 1);
-}
-
-__device__ inline void copy16(uint32_t to, const void* from, bool present) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
-               "r"(present ? 16 : 0)
-               : "memory");
-}
-
-template <int PENDING>
-__device__ inline void await() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
 // Until the oldest of `slots` - 1 groups of copies is there.
@@ -108,7 +98,7 @@ class Stream {
         find_rows();
       }
     }
-    asm volatile("cp.async.commit_group;" ::: "memory");
+    close_group();
   }
 
   const LinearParams& p_;

@@ -1,0 +1,361 @@
+// Attention of many queries a row, on tensor cores: a row's keys in the paged cache, or packed.
+//
+// A block does 64 queries of one row and head, sixteen a warp, and goes through the keys in tiles,
+// of which the next is copied while one is computed. Scores never leave registers: they become
+// weights by a running softmax (Dao et al., 2022), and these the next product's operands.
+//
+// Lane (g, t) = (lane / 4, lane % 4) holds what mma.m16n8k16 gives it of a product C: [0] and [1]
+// are row g, columns 2t and 2t + 1; [2] and [3] row g + 8.
+#pragma once
+
+#include "copy.cuh"
+#include "prefill.h"
+#include "product.cuh"
+
+namespace lmi {
+
+constexpr int QUERIES = 64, PREFILL_THREADS = 128;
+constexpr float LOG2E = 1.44269504f;
+
+// D: the head's features, filled up with zeros. Wide heads leave room for fewer keys at once.
+template <int D>
+constexpr int KEYS = D > 128 ? 32 : 64;
+
+// Shared memory in elements: the queries, and two tiles of keys and values.
+template <int D>
+constexpr int TILES = (QUERIES + 4 * KEYS<D>) * D;
+
+// Where eight features lie in a tile. A row's chunks are permuted such that eight rows' chunks of
+// one column, which are read together, touch all banks.
+template <int D>
+__device__ inline int chunk_at(int row, int chunk) {
+  return row * D + (chunk ^ (row & 7)) * 8;
+}
+
+__device__ inline uint32_t shared_address(const void* at) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(at));
+}
+
+// Four matrices of 8x8, whose rows lie where lanes 0-7, 8-15, ... say; lane (g, t) gets row g,
+// columns 2t and 2t + 1, of each.
+__device__ inline void load_matrices(uint32_t (&to)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// The same of the transposed matrices.
+__device__ inline void load_transposed(uint32_t (&to)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+__device__ inline float power_of_two(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+template <typename T>
+__device__ inline uint32_t pack(float low, float high) {
+  if constexpr (std::is_same_v<T, __half>) {
+    const __half2 both = __floats2half2_rn(low, high);
+    return reinterpret_cast<const uint32_t&>(both);
+  } else {
+    const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+    return reinterpret_cast<const uint32_t&>(both);
+  }
+}
+
+// What a block works on.
+struct Tile {
+  int row, head, kv;
+  int begin, count;  // the row's first packed query, and how many it has
+  int first;         // of these, the tile's first
+  int past;          // what the row had before its queries
+  int from, end;     // the keys that the tile sees any of
+  int length;        // of the row's keys
+};
+
+template <int D>
+__device__ inline Tile find_tile(const PrefillParams& p) {
+  Tile tile;
+  tile.row = p.tiles[2 * blockIdx.y];
+  if (tile.row < 0) return tile;
+  tile.first = p.tiles[2 * blockIdx.y + 1];
+  tile.head = blockIdx.x;
+  tile.kv = tile.head / (p.heads / p.kv_heads);
+  tile.begin = p.starts[tile.row];
+  tile.count = p.starts[tile.row + 1] - tile.begin;
+  tile.length = p.lengths[tile.row];
+  tile.past = p.causal ? tile.length - tile.count : 0;
+  const int position = tile.past + tile.first;
+  tile.end = p.causal ? min(tile.length, position + QUERIES) : tile.length;
+  tile.from = p.window ? max(0, position - p.window + 1) / KEYS<D> * KEYS<D> : 0;
+  return tile;
+}
+
+// Start copying the tile's queries; beyond the row's end, zeros.
+template <typename T, int D>
+__device__ void copy_queries(const PrefillParams& p, const Tile& tile, T* to) {
+  constexpr int CHUNKS = D / 8;
+  const int chunk = threadIdx.x % CHUNKS;
+  const T* q = static_cast<const T*>(p.q) + static_cast<int64_t>(tile.head) * p.dim;
+#pragma unroll
+  for (int r = threadIdx.x / CHUNKS; r < QUERIES; r += PREFILL_THREADS / CHUNKS) {
+    const bool present = tile.first + r < tile.count && chunk * 8 < p.dim;
+    const int64_t token = tile.begin + tile.first + r;
+    const T* from = present ? q + token * p.q_stride + chunk * 8 : q;
+    copy16(shared_address(to + chunk_at<D>(r, chunk)), from, present);
+  }
+}
+
+// Start copying the keys `first` and on, and the values behind them; beyond the end, zeros: what
+// lies there may be anything.
+template <typename T, int D>
+__device__ void copy_keys(const PrefillParams& p, const Tile& tile, int first, T* to) {
+  constexpr int CHUNKS = D / 8;
+  const int chunk = threadIdx.x % CHUNKS;
+  const int64_t feature = static_cast<int64_t>(tile.kv) * p.dim + chunk * 8;
+  const int* table = p.table ? p.table + static_cast<int64_t>(tile.row) * p.table_width : nullptr;
+#pragma unroll
+  for (int r = threadIdx.x / CHUNKS; r < KEYS<D>; r += PREFILL_THREADS / CHUNKS) {
+    const int key = first + r;
+    const bool present = key < tile.end && chunk * 8 < p.dim;
+    int64_t token = 0;
+    if (present) {
+      token = tile.begin + key;
+      if (table) {
+        const int64_t block = table[key >> p.block_shift];
+        token = (block << p.block_shift) + (key & ((1 << p.block_shift) - 1));
+      }
+    }
+    const int64_t at = present ? token * p.kv_stride + feature : 0;
+    T* place = to + chunk_at<D>(r, chunk);
+    copy16(shared_address(place), static_cast<const T*>(p.k) + at, present);
+    copy16(shared_address(place + KEYS<D> * D), static_cast<const T*>(p.v) + at, present);
+  }
+}
+
+// What a warp has found for its sixteen queries: of those at g and g + 8, the largest score
+// (base 2), this lane's part of the sum of weights, and the weighted values.
+template <int D>
+struct Found {
+  float top[2] = {-INFINITY, -INFINITY}, sum[2] = {}, values[D / 8][4] = {};
+};
+
+// Scores of the warp's queries and a tile's keys, unscaled.
+template <typename T, int D, typename Queries>
+__device__ void multiply(float (&scores)[KEYS<D> / 8][4], const Queries& queries, const T* keys) {
+  const int lane = threadIdx.x % 32, row = lane % 8 + lane / 16 * 8, side = lane / 8 % 2;
+#pragma unroll
+  for (int step = 0; step < D / 16; ++step) {
+    uint32_t a[4];
+    queries(step, a);
+#pragma unroll
+    for (int n = 0; n < KEYS<D> / 16; ++n) {
+      uint32_t b[4];
+      load_matrices(b, keys + chunk_at<D>(n * 16 + row, step * 2 + side));
+      mma<T>(scores[2 * n], a[0], a[1], a[2], a[3], b[0], b[1]);
+      mma<T>(scores[2 * n + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
+    }
+  }
+}
+
+// Scale the scores, add what positions add, and hide what must not be seen; all in base 2.
+// `position` is that of this lane's first query, `key` the tile's first; `edge`: whether the warp's
+// queries do not see all of the tile.
+template <int D>
+__device__ void place_scores(const PrefillParams& p, const Tile& tile,
+                             float (&scores)[KEYS<D> / 8][4], const float* bias, float slope,
+                             int position, int key, bool edge) {
+  const float scale = p.scale * LOG2E;
+#pragma unroll
+  for (int n = 0; n < KEYS<D> / 8; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int at = key + n * 8 + threadIdx.x % 4 * 2 + i % 2;
+      const int distance = position + i / 2 * 8 - at;
+      float score = scores[n][i] * scale;
+      if (p.bias) score += bias[min(max(distance + p.center, 0), p.distances - 1)];
+      if (p.slopes) score -= slope * static_cast<float>(distance);
+      if (edge && (at >= tile.length || (p.causal && distance < 0) ||
+                   (p.window && distance >= p.window))) {
+        score = -INFINITY;
+      }
+      scores[n][i] = score;
+    }
+  }
+}
+
+// Scores become weights; what was found before is scaled to the new largest score.
+template <int D>
+__device__ void weigh(float (&scores)[KEYS<D> / 8][4], Found<D>& found) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float top = found.top[half];
+#pragma unroll
+    for (int n = 0; n < KEYS<D> / 8; ++n) {
+      top = fmaxf(top, fmaxf(scores[n][2 * half], scores[n][2 * half + 1]));
+    }
+    top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+    top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+    const float base = top == -INFINITY ? 0 : top;  // nothing at all (-inf) weighs nothing
+    const float kept = power_of_two(found.top[half] - base);
+    found.top[half] = top;
+    float sum = found.sum[half] * kept;
+#pragma unroll
+    for (int n = 0; n < KEYS<D> / 8; ++n) {
+#pragma unroll
+      for (int i = 2 * half; i < 2 * half + 2; ++i) {
+        scores[n][i] = power_of_two(scores[n][i] - base);
+        sum += scores[n][i];
+      }
+    }
+    found.sum[half] = sum;
+#pragma unroll
+    for (int n = 0; n < D / 8; ++n) {
+      found.values[n][2 * half] *= kept;
+      found.values[n][2 * half + 1] *= kept;
+    }
+  }
+}
+
+// Add the tile's values by their weights. A product's C has the layout of the next one's A.
+template <typename T, int D>
+__device__ void add_values(const float (&weights)[KEYS<D> / 8][4], const T* values,
+                           Found<D>& found) {
+  const int lane = threadIdx.x % 32, row = lane % 16, side = lane / 16;
+#pragma unroll
+  for (int step = 0; step < KEYS<D> / 16; ++step) {
+    const float(&low)[4] = weights[2 * step], (&high)[4] = weights[2 * step + 1];
+    const uint32_t a0 = pack<T>(low[0], low[1]), a1 = pack<T>(low[2], low[3]);
+    const uint32_t a2 = pack<T>(high[0], high[1]), a3 = pack<T>(high[2], high[3]);
+#pragma unroll
+    for (int n = 0; n < D / 16; ++n) {
+      uint32_t b[4];
+      load_transposed(b, values + chunk_at<D>(step * 16 + row, n * 2 + side));
+      mma<T>(found.values[2 * n], a0, a1, a2, a3, b[0], b[1]);
+      mma<T>(found.values[2 * n + 1], a0, a1, a2, a3, b[2], b[3]);
+    }
+  }
+}
+
+// Write the warp's queries' results, through the shared memory where those queries were.
+template <typename T, int D>
+__device__ void write_found(const PrefillParams& p, const Tile& tile, Found<D>& found, T* rows,
+                            int first) {
+  constexpr int CHUNKS = D / 8;
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  __syncwarp();  // all lanes have read their queries
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float sum = found.sum[half];
+    sum += __shfl_xor_sync(~0u, sum, 1);
+    sum += __shfl_xor_sync(~0u, sum, 2);
+    const float factor = sum > 0 ? 1 / sum : 0;
+#pragma unroll
+    for (int n = 0; n < CHUNKS; ++n) {
+      *reinterpret_cast<uint32_t*>(rows + chunk_at<D>(g + 8 * half, n) + 2 * t) =
+          pack<T>(found.values[n][2 * half] * factor, found.values[n][2 * half + 1] * factor);
+    }
+  }
+  __syncwarp();
+  T* out = static_cast<T*>(p.out) + static_cast<int64_t>(tile.head) * p.dim;
+#pragma unroll
+  for (int i = lane; i < 16 * CHUNKS; i += 32) {
+    const int r = i / CHUNKS, chunk = i % CHUNKS;
+    if (first + r < tile.count && chunk * 8 < p.dim) {
+      const int64_t token = tile.begin + first + r;
+      *reinterpret_cast<uint4*>(out + token * p.heads * p.dim + chunk * 8) =
+          *reinterpret_cast<const uint4*>(rows + chunk_at<D>(r, chunk));
+    }
+  }
+}
+
+template <typename T, int D>
+__global__ void __launch_bounds__(PREFILL_THREADS, D == 64 ? 3 : 2) prefill_kernel(const PrefillParams p) {
+  extern __shared__ uint4 shared[];
+  constexpr bool HELD = D <= 128;  // queries stay in registers
+  constexpr int STAGE = 2 * KEYS<D> * D;
+  T* const queries = reinterpret_cast<T*>(shared);
+  T* const stages = queries + QUERIES * D;
+  float* const bias = reinterpret_cast<float*>(queries + TILES<D>);
+  let_next_start();
+  wait_for_last();
+  const Tile tile = find_tile<D>(p);
+  if (tile.row < 0) return;
+
+  copy_queries<T, D>(p, tile, queries);
+  copy_keys<T, D>(p, tile, tile.from, stages);
+  close_group();
+  for (int i = threadIdx.x; i < p.distances; i += PREFILL_THREADS) {
+    bias[i] = p.bias[tile.head * p.distances + i] * LOG2E;
+  }
+  const float slope = p.slopes ? p.slopes[tile.head] * LOG2E : 0;
+
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int first = tile.first + warp * 16;      // the warp's first query
+  const int nearest = tile.past + first;         // and its position
+  const int farthest = nearest + 15;
+  T* const own = queries + warp * 16 * D;
+  uint32_t held[HELD ? D / 16 : 1][4];
+  const auto read_queries = [&](int step, uint32_t(&to)[4]) {
+    load_matrices(to, own + chunk_at<D>(lane % 16, step * 2 + lane / 16));
+  };
+  const auto operands = [&](int step, uint32_t(&to)[4]) {
+    if constexpr (HELD) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) to[i] = held[step][i];
+    } else {
+      read_queries(step, to);
+    }
+  };
+  Found<D> found;
+  const int tiles = max((tile.end - tile.from + KEYS<D> - 1) / KEYS<D>, 1);
+  for (int n = 0; n < tiles; ++n) {
+    const int key = tile.from + n * KEYS<D>;
+    await<0>();
+    __syncthreads();  // the tile is there, and all have left the one before
+    if (n + 1 < tiles) {
+      copy_keys<T, D>(p, tile, key + KEYS<D>, stages + (n + 1) % 2 * STAGE);
+      close_group();
+    }
+    if constexpr (HELD) {
+      if (n == 0) {
+#pragma unroll
+        for (int step = 0; step < D / 16; ++step) read_queries(step, held[step]);
+      }
+    }
+    if (first >= tile.count || (p.causal && key > farthest)) continue;
+    const T* keys = stages + n % 2 * STAGE;
+    float scores[KEYS<D> / 8][4] = {};
+    multiply<T, D>(scores, operands, keys);
+    const int last = key + KEYS<D> - 1;
+    const bool edge = last >= tile.length || (p.causal && last > nearest) ||
+                      (p.window && farthest - key >= p.window);
+    place_scores<D>(p, tile, scores, bias, slope, nearest + lane / 4, key, edge);
+    weigh<D>(scores, found);
+    add_values<T, D>(scores, keys + KEYS<D> * D, found);
+  }
+  if (first < tile.count) write_found<T, D>(p, tile, found, own, first);
+}
+
+template <typename T, int D>
+void launch_tiles(const PrefillParams& p, const Device& gpu, cudaStream_t stream) {
+  const dim3 grid(p.heads, p.count);
+  launch(&prefill_kernel<T, D>, p, grid, PREFILL_THREADS, prefill_shared(p), gpu.major >= 9,
+         stream);
+}
+
+template <typename T>
+void launch_prefill(const PrefillParams& p, const Device& gpu, cudaStream_t stream) {
+  if (p.dim <= 64) return launch_tiles<T, 64>(p, gpu, stream);
+  if (p.dim <= 128) return launch_tiles<T, 128>(p, gpu, stream);
+  launch_tiles<T, 256>(p, gpu, stream);
+}
+
+}  // namespace lmi
