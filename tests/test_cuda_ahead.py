@@ -8,6 +8,7 @@ with real graphs and kernels is in test_cuda_graphs.py.
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,16 @@ from typing import Any
 
 import pytest
 import torch
-from lmi_multi.backends.cuda import ahead, attention, draws, executor, graphs, inputs
+from lmi_multi.backends.cuda import (
+    ahead,
+    attention,
+    draws,
+    executor,
+    graphs,
+    inputs,
+    prefill_graphs,
+    prefill_inputs,
+)
 from lmi_multi.backends.cuda.ops import Scratch
 from torch import Tensor
 
@@ -23,7 +33,8 @@ from lmi_multi.backends.base import Executor
 from lmi_multi.engine.batch import Row
 from lmi_multi.model import Model
 from lmi_multi.parallel.collectives import SingleRank
-from tests import tiny_models
+from tests import prefill_kernel, tiny_models
+from tests.families import VOCAB
 from tests.test_cuda_graphs import LIMITS, assert_same_as_cpu, cpu_model, prompts
 
 FAMILIES = ("t5", "gpt2", "llama-gqa", "bloom", "mistral-window")
@@ -94,18 +105,19 @@ class Replayed:
 def _stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = SimpleNamespace(
         attention=attend, greedy=greedy, linear=lambda *_: False, norm=lambda *_: False,
-        activate=lambda *_: False,
+        activate=lambda *_: False, prefill=prefill_kernel.prefill, write_kv=prefill_kernel.write_kv,
     )  # fmt: skip
     event = SimpleNamespace(synchronize=lambda: None, wait=lambda: None)
     monkeypatch.setattr(torch.ops, "lmi_multi", kernels, raising=False)
-    for module in (ahead, draws, executor, inputs):
+    for module in (ahead, draws, executor, inputs, prefill_inputs):
         monkeypatch.setattr(module, "upload", lambda values, to: to.copy_(torch.tensor(values)))
     monkeypatch.setattr(ahead, "download", lambda values: (values.clone(), event))
     for module in (attention, graphs):
         monkeypatch.setattr(module, "splits", lambda *_: 1)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(torch.cuda, "Stream", lambda *_: None)
-    monkeypatch.setattr(graphs.StepGraphs, "_capture", lambda self, body: Replayed(body))
+    for module in (graphs, prefill_graphs):
+        monkeypatch.setattr(module, "capture", lambda body, *_: Replayed(body))
 
 
 def open_model(folder: Path, family: str) -> Model:
@@ -197,9 +209,41 @@ def test_without_memory_for_graphs_it_runs_uncaptured(
     def no_room(*_: object) -> None:
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(graphs.StepGraphs, "_capture", no_room)
+    for module in (graphs, prefill_graphs):
+        monkeypatch.setattr(module, "capture", no_room)
     with open_model(folder, "gpt2") as model:
         assert [c.token_ids for c in model.generate(own, max_new_tokens=9)] == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_are_prefilled_by_graphs(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, family: str
+) -> None:
+    """And by the kernels alone where there are too many tokens or rows for a graph."""
+    monkeypatch.setattr(prefill_graphs, "SIZES", (16, 32))
+    monkeypatch.setattr(prefill_graphs, "MOST_ROWS", 3)
+    uncaptured: list[int] = []
+    for name in ("decode", "encode_to_cache"):
+        method = getattr(executor.Prefill, name)
+
+        def noted(self: Any, own: Any, method: Any = method) -> Any:
+            uncaptured.append(len(own))
+            return method(self, own)
+
+        monkeypatch.setattr(executor.Prefill, name, noted)
+    chance = random.Random(9)
+    with cpu_model(folder, family) as cpu, open_model(folder, family) as model:
+        for lengths, expected in (
+            ((2,), []), ((16,), []), ((9, 20, 3), []), ((9, 20, 4), [3]), ((5, 5, 5, 5), [4]),
+            ((60,), [1]), ((9, 20, 3), []),
+        ):  # fmt: skip
+            own = [[chance.randrange(3, VOCAB) for _ in range(n)] for n in lengths]
+            answers = [c.token_ids for c in cpu.generate(own, max_new_tokens=3)]
+            uncaptured.clear()
+            assert [c.token_ids for c in model.generate(own, max_new_tokens=3)] == answers
+            assert uncaptured == expected
+        captured = model.engine.executor._prefill_graphs._captured  # type: ignore[attr-defined]
+        assert sorted(size for _, size in captured) == [16, 32]
 
 
 def test_kinds_of_draw_are_bounded(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
