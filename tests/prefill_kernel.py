@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lmi_multi.models.rope import rotate
-
-QUERIES = 64
 
 
 def write_kv(kv: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> bool:
@@ -21,20 +20,23 @@ def write_kv(kv: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> bool:
 
 def prefill(
     q: Tensor, k: Tensor | None, v: Tensor | None, slots: Tensor | None, table: Tensor | None,
-    starts: Tensor, lengths: Tensor, tiles: Tensor, heads: int, kv_heads: int,
+    starts: Tensor, lengths: Tensor, tiles: Tensor, queries: int, heads: int, kv_heads: int,
     q_norm: Tensor | None, k_norm: Tensor | None, eps: float, cos: Tensor | None,
     sin: Tensor | None, bias: Tensor | None, slopes: Tensor | None, causal: bool, window: int,
     scale: float, out: Tensor,
 ) -> bool:  # fmt: skip
     """The operation of csrc/library_prefill.cu, but that it does not leave q and k turned."""
-    assert q_norm is None and k_norm is None
     tokens, dim = len(out), out.shape[1] // heads
-    queries = q.view(tokens, -1, dim)[:, :heads]
+    turned = q.view(tokens, -1, dim)[:, :heads]
+    if q_norm is not None:
+        turned = F.rms_norm(turned, (dim,), q_norm.to(q.dtype), eps)
     keys, values = k, v
     if k is None or slots is not None:
         new_k, new_v = q.view(tokens, -1, dim)[:, heads:].chunk(2, 1)
+        if k_norm is not None:
+            new_k = F.rms_norm(new_k, (dim,), k_norm.to(q.dtype), eps)
         if cos is not None and sin is not None:
-            queries, new_k = rotate(queries, cos, sin), rotate(new_k, cos, sin)
+            turned, new_k = rotate(turned, cos, sin), rotate(new_k, cos, sin)
         if k is None or v is None or slots is None:
             keys, values = new_k, new_v
         else:
@@ -45,7 +47,7 @@ def prefill(
         if row < 0:
             continue
         begin, end, length = int(starts[row]), int(starts[row + 1]), int(lengths[row])
-        tile = slice(begin + first, min(begin + first + QUERIES, end))
+        tile = slice(begin + first, min(begin + first + queries, end))
         if table is None:
             own_k, own_v = keys[begin : begin + length], values[begin : begin + length]
         else:
@@ -54,8 +56,8 @@ def prefill(
         past = length - (end - begin) if causal else 0
         position = past + torch.arange(tile.start - begin, tile.stop - begin)
         distance = position[:, None] - torch.arange(length)
-        own_k, own_v = (x.repeat_interleave(heads // kv_heads, 1) for x in (own_k, own_v))
-        scores = torch.einsum("qhd,khd->hqk", queries[tile], own_k) * scale
+        own_k, own_v = (x.float().repeat_interleave(heads // kv_heads, 1) for x in (own_k, own_v))
+        scores = torch.einsum("qhd,khd->hqk", turned[tile].float(), own_k) * scale
         if bias is not None:
             at = distance + (0 if causal else (bias.shape[1] - 1) // 2)
             scores = scores + bias[:, at.clamp(0, bias.shape[1] - 1)]
@@ -65,5 +67,5 @@ def prefill(
             scores = scores.masked_fill(distance < 0, -torch.inf)
         if window:
             scores = scores.masked_fill(distance >= window, -torch.inf)
-        out[tile] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), own_v).flatten(1)
+        out[tile] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), own_v).flatten(1).to(out.dtype)
     return True

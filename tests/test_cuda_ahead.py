@@ -23,6 +23,7 @@ from lmi_multi.backends.cuda import (
     executor,
     graphs,
     inputs,
+    prefill,
     prefill_graphs,
     prefill_inputs,
 )
@@ -116,6 +117,7 @@ def _stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "splits", lambda *_: 1)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(torch.cuda, "Stream", lambda *_: None)
+    monkeypatch.setattr(prefill, "processors", lambda device: 1)
     for module in (graphs, prefill_graphs):
         monkeypatch.setattr(module, "capture", lambda body, *_: Replayed(body))
 

@@ -116,8 +116,13 @@ def test_rows_over_the_cache(position: str, dtype: torch.dtype, case: int) -> No
         layer = make_layer(table, window, chance.random() < 0.3, dim)
         rows, blocks = make_rows(CASES[case], block := chance.choice((8, 16)), chance)
         cache, exact = make_caches(rows, blocks, block, split, dtype)
-        kernel, inputs = PrefillKernel(split, cache), PrefillInputs.of_rows(rows, block, device)
-        what = f"{heads}/{kv} heads of {dim}, window {window}, norms {layer.q_norm is not None}"
+        kernel, queries = (
+            PrefillKernel(split, cache),
+            chance.choice((64, 128) if dim <= 128 else (64,)),
+        )
+        inputs = PrefillInputs.of_rows(rows, block, device, queries)
+        norms = layer.q_norm is not None
+        what = f"{heads}/{kv} heads of {dim}, by {queries}, window {window}, norms {norms}"
 
         theirs = PagedAttention(exact, rows, device)
         qkv = randn(len(inputs.ids), (heads + 2 * kv) * dim, dtype=dtype)
@@ -159,7 +164,8 @@ def test_packed_rows(position: str, dtype: torch.dtype, causal: bool) -> None:
         split, table = Heads(spec, 1), make_table(position, heads, dtype)
         layer = make_layer(table, chance.choice((0, 20)) if causal else 0, False, dim)
         prompts = [Prompt([0] * n) for n in counts]
-        inputs = PrefillInputs.of_prompts(prompts, 8, device)
+        queries = chance.choice((64, 128) if dim <= 128 else (64,))
+        inputs = PrefillInputs.of_prompts(prompts, 8, device, queries)
         positions = inputs.positions.long()
         qkv = randn(sum(counts), (heads + 2 * kv) * dim, dtype=dtype)
         expected = PackedAttention(split, counts, positions, causal).attend(layer, qkv.double())
@@ -216,7 +222,7 @@ def test_what_is_not_covered_is_left_alone() -> None:
 
 # Whole models: ours may differ from float32 by no more than plain torch in the same type does, but
 # for chance.
-LIMITS = Limits(max_batch=8, max_tokens=120, max_step_tokens=1024, blocks=400, block_size=8)
+LIMITS = Limits(max_batch=8, max_tokens=128, max_step_tokens=1024, blocks=400, block_size=8)
 MORE = 1.5
 
 

@@ -9,7 +9,7 @@ import torch
 from lmi_multi.backends.cuda import prefill_inputs
 from lmi_multi.backends.cuda.prefill import DistanceBiases
 from lmi_multi.backends.cuda.prefill_graphs import SIZES, size_of
-from lmi_multi.backends.cuda.prefill_inputs import PrefillInputs, slots, tiles
+from lmi_multi.backends.cuda.prefill_inputs import PrefillInputs, queries_of, slots, tiles
 
 from lmi_multi.engine.batch import Prompt, Row
 from lmi_multi.models.bias import relative_buckets
@@ -31,10 +31,11 @@ def test_tiles_cover_every_query_once() -> None:
     for _ in range(50):
         counts = [chance.randint(1, 300) for _ in range(chance.randint(1, 20))]
         lengths = [n + chance.choice((0, 0, 17, 400)) for n in counts]
-        found = tiles(counts, lengths)
-        assert len(found) <= sum(counts) // 64 + len(counts)
+        size = chance.choice((64, 128))
+        found = tiles(counts, lengths, size)
+        assert len(found) <= sum(counts) // size + len(counts)
         queries = sorted(
-            (row, first + i) for row, first in found for i in range(min(64, counts[row] - first))
+            (row, first + i) for row, first in found for i in range(min(size, counts[row] - first))
         )
         assert queries == [(row, i) for row, n in enumerate(counts) for i in range(n)]
         reach = [lengths[row] - counts[row] + first for row, first in found]
@@ -108,6 +109,13 @@ def test_bias_by_distance_is_that_of_the_buckets(causal: bool) -> None:
         bucket = relative_buckets(torch.tensor([-distance]), position, bidirectional=not causal)
         at = min(max(distance + center, 0), found.shape[1] - 1)
         assert torch.equal(found[:, at], table[bucket[0]])
+
+
+def test_tiles_are_large_where_there_are_enough() -> None:
+    assert queries_of([128] * 64, 64, 64, 132) == 128
+    assert queries_of([128], 64, 64, 132) == 64
+    assert queries_of([4096], 32, 128, 132) == 128
+    assert queries_of([4096], 32, 256, 132) == 64
 
 
 def test_sizes_of_graphs() -> None:

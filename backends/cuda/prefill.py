@@ -17,7 +17,8 @@ from lmi_multi.ops.heads import Heads
 from lmi_multi.ops.packed import PackedAttention
 from lmi_multi.ops.paged import PagedAttention, PagedCache
 
-from .prefill_inputs import PrefillInputs
+from .attention import processors
+from .prefill_inputs import PrefillInputs, queries_of
 
 Angles = tuple[Tensor, Tensor] | None
 
@@ -67,7 +68,7 @@ class PrefillKernel:
         heads, out = self.heads, torch.empty_like(q)
         done = torch.ops.lmi_multi.prefill(
             *(q, self.cache.k[layer.index], self.cache.v[layer.index], None, inputs.cross_table),
-            *(inputs.starts, inputs.cross_lengths, inputs.tiles, heads.q, heads.kv),
+            *(inputs.starts, inputs.cross_lengths, inputs.tiles, inputs.queries, heads.q, heads.kv),
             *(None, None, 0.0, None, None, None, None, False, 0, layer.scale, out),
         )
         return out if done else None
@@ -97,7 +98,7 @@ class PrefillKernel:
         k_norm = layer.k_norm.weight if layer.k_norm else None
         out = qkv.new_empty((qkv.shape[0], heads.q * heads.dim))
         done = torch.ops.lmi_multi.prefill(
-            *(qkv, k, v, slots, table, inputs.starts, inputs.lengths, inputs.tiles),
+            *(qkv, k, v, slots, table, inputs.starts, inputs.lengths, inputs.tiles, inputs.queries),
             *(heads.q, heads.kv, q_norm, k_norm, heads.spec.norm_eps, cos, sin, bias, slopes),
             *(causal, layer.window if causal else 0, layer.scale, out),
         )
@@ -153,7 +154,8 @@ class Prefill:
     def __init__(self, network: Transformer, heads: Heads, cache: PagedCache) -> None:
         self.network, self.kernel = network, PrefillKernel(heads, cache)
         self._heads, self._cache = heads, cache
-        self._device = cache.k[0].device if cache.k else network.weights.embed.device
+        self._device = network.weights.embed.device
+        self._processors = processors(self._device)
 
     def covers(self) -> bool:
         """Whether the kernel does the attention of every layer, by asking it to do nothing."""
@@ -171,7 +173,8 @@ class Prefill:
 
     def decode(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
         """The decoder's output [tokens, hidden], and where in it the rows that draw end: int32."""
-        inputs = PrefillInputs.of_rows(rows, self._cache.block_size, self._device)
+        queries = self._queries([len(row.token_ids) for row in rows])
+        inputs = PrefillInputs.of_rows(rows, self._cache.block_size, self._device, queries)
         attention = PrefillAttention(
             self.kernel,
             inputs,
@@ -185,12 +188,11 @@ class Prefill:
 
     def encode(self, prompts: Sequence[Prompt]) -> Tensor:
         """The encoder's output [tokens, hidden], or that of a decoder without one."""
-        inputs = PrefillInputs.of_prompts(prompts, self._cache.block_size, self._device)
-        return self._encode(prompts, inputs)
+        return self._encode(prompts, self._inputs(prompts))
 
     def encode_to_cache(self, prompts: Sequence[Prompt]) -> None:
         """Encode, and store every decoder layer's cross-attention keys and values."""
-        inputs = PrefillInputs.of_prompts(prompts, self._cache.block_size, self._device)
+        inputs = self._inputs(prompts)
         self.write_cross(self._encode(prompts, inputs), inputs)
 
     def write_cross(self, memory: Tensor, inputs: PrefillInputs) -> None:
@@ -201,6 +203,13 @@ class Prefill:
             if not self.kernel.store(layer, kv, inputs.slots):
                 k, v = kv.view(-1, 2, self._heads.kv, self._heads.dim).unbind(1)
                 self._cache.write(layer.index, inputs.slots.long(), k, v)
+
+    def _inputs(self, prompts: Sequence[Prompt]) -> PrefillInputs:
+        queries = self._queries([len(prompt.token_ids) for prompt in prompts])
+        return PrefillInputs.of_prompts(prompts, self._cache.block_size, self._device, queries)
+
+    def _queries(self, counts: Sequence[int]) -> int:
+        return queries_of(counts, self._heads.q, self._heads.dim, self._processors)
 
     def _encode(self, prompts: Sequence[Prompt], inputs: PrefillInputs) -> Tensor:
         causal = self.network.weights.encoder is None

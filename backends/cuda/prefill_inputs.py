@@ -14,7 +14,7 @@ from lmi_multi.engine.batch import Prompt, Row
 
 from .inputs import upload
 
-QUERIES = 64  # of a tile; the kernel's (csrc/prefill.cuh)
+FEW, MANY = 64, 128  # queries of a tile; the kernel's (csrc/prefill.cuh)
 NOWHERE, NOTHING = -1, -1  # a slot that is none; a tile without work
 
 Integers = npt.NDArray[np.int32]
@@ -27,19 +27,26 @@ class PrefillInputs:
     cache, block * block_size + offset, -1 for none. Of each row: where its tokens begin, `starts`
     [rows + 1], how many keys it has, `lengths`, and its blocks, `table` [rows, width]; the same of
     its encoded prompt, `cross_lengths` and `cross_table`. `last`: the last tokens of the rows that
-    draw, which come first. `tiles` [n, 2]: a row and the first of up to 64 queries, or -1.
+    draw, which come first. `tiles` [n, 2]: a row and the first of up to `queries` queries, or -1.
 
     What is not filled computes nothing, and nothing is stored for it.
     """
 
     def __init__(
-        self, tokens: int, rows: int, width: int, cross_width: int, device: torch.device
+        self,
+        tokens: int,
+        rows: int,
+        width: int,
+        cross_width: int,
+        device: torch.device,
+        queries: int = FEW,
     ) -> None:
+        self.queries = queries
         shapes = {
             **dict.fromkeys(("ids", "positions", "reach", "slots"), (tokens,)),
             "starts": (rows + 1,),
             **dict.fromkeys(("lengths", "cross_lengths", "last"), (rows,)),
-            "tiles": (tokens // QUERIES + rows, 2),
+            "tiles": (tokens // queries + rows, 2),
             "table": (rows, width),
             "cross_table": (rows, cross_width),
         }
@@ -62,22 +69,28 @@ class PrefillInputs:
         self.last, self.tiles = views["last"], views["tiles"]
 
     @classmethod
-    def of_rows(cls, rows: Sequence[Row], block_size: int, device: torch.device) -> PrefillInputs:
+    def of_rows(
+        cls, rows: Sequence[Row], block_size: int, device: torch.device, queries: int = FEW
+    ) -> PrefillInputs:
         """Of a decoder's rows, and no larger."""
         width = max(-(-row.length // block_size) for row in rows)
         cross_width = max(len(row.cross_blocks) for row in rows)
         tokens = sum(len(row.token_ids) for row in rows)
-        made = cls(tokens, len(rows), width, cross_width, device)
+        made = cls(tokens, len(rows), width, cross_width, device, queries)
         made.fill_rows(rows, block_size)
         return made
 
     @classmethod
     def of_prompts(
-        cls, prompts: Sequence[Prompt], block_size: int, device: torch.device
+        cls,
+        prompts: Sequence[Prompt],
+        block_size: int,
+        device: torch.device,
+        queries: int = FEW,
     ) -> PrefillInputs:
         """Of prompts that attend to themselves, and no larger."""
         tokens = sum(len(prompt.token_ids) for prompt in prompts)
-        made = cls(tokens, len(prompts), 0, 0, device)
+        made = cls(tokens, len(prompts), 0, 0, device, queries)
         made.fill_prompts(prompts, block_size)
         return made
 
@@ -140,15 +153,22 @@ class PrefillInputs:
         self.host["starts"][1 : len(counts) + 1] = ends
         self.host["starts"][len(counts) + 1 :] = ends[-1]
         self.host["lengths"][: len(lengths)] = lengths
-        found = tiles(counts, lengths)
+        found = tiles(counts, lengths, self.queries)
         self.host["tiles"][: len(found)] = found
 
 
-def tiles(counts: Sequence[int], lengths: Sequence[int]) -> list[tuple[int, int]]:
-    """The rows' tiles: (row, first query of up to 64), those that see most keys first, so that no
-    long one is left for the end."""
-    found = [(row, first) for row, n in enumerate(counts) for first in range(0, n, QUERIES)]
+def tiles(counts: Sequence[int], lengths: Sequence[int], queries: int) -> list[tuple[int, int]]:
+    """The rows' tiles: (row, first query of up to `queries`), those that see most keys first, so
+    that no long one is left for the end."""
+    found = [(row, first) for row, n in enumerate(counts) for first in range(0, n, queries)]
     return sorted(found, key=lambda tile: counts[tile[0]] - lengths[tile[0]] - tile[1])
+
+
+def queries_of(counts: Sequence[int], heads: int, dim: int, processors: int) -> int:
+    """How many queries a tile should have: many, with which keys are read half as often, where that
+    leaves each of the GPU's processors some blocks, and heads are narrow enough."""
+    blocks = heads * sum(-(-n // MANY) for n in counts)
+    return MANY if dim <= 128 and blocks >= 4 * processors else FEW
 
 
 def slots(blocks: Sequence[int], start: int, stop: int, block_size: int) -> npt.NDArray[Any]:

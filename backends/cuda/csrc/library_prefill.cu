@@ -69,11 +69,12 @@ bool run_write_kv(Tensor kv, Tensor k, Tensor v, Tensor slots) {
 // Self-attention if `slots` or no cache is given: q is packed qkv, whose keys and values are stored
 // in the cache or, without one, attended to where they are. Else q are queries alone.
 bool run_prefill(Tensor q, Maybe k, Maybe v, Maybe slots, Maybe table, Tensor starts,
-                 Tensor lengths, Tensor tiles, int64_t heads, int64_t kv_heads, Maybe q_norm,
-                 Maybe k_norm, double eps, Maybe cos, Maybe sin, Maybe bias, Maybe slopes,
-                 bool causal, int64_t window, double scale, Tensor out) {
+                 Tensor lengths, Tensor tiles, int64_t queries, int64_t heads, int64_t kv_heads,
+                 Maybe q_norm, Maybe k_norm, double eps, Maybe cos, Maybe sin, Maybe bias,
+                 Maybe slopes, bool causal, int64_t window, double scale, Tensor out) {
   const int64_t rows = lengths.numel(), count = tiles.numel() / 2;
-  const int64_t dim = heads ? out.size(-1) / heads : 0, tokens = dim ? out.numel() / (heads * dim) : 0;
+  const int64_t dim = heads ? out.size(-1) / heads : 0;
+  const int64_t tokens = dim ? out.numel() / (heads * dim) : 0;
   const bool paged = k.has_value(), own = !paged || slots.has_value();
   const Packed packed{heads, kv_heads, dim};
   const int64_t stride = own ? packed.width() : heads * dim;
@@ -105,6 +106,7 @@ bool run_prefill(Tensor q, Maybe k, Maybe v, Maybe slots, Maybe table, Tensor st
       .out = out.data_ptr(),
       .scale = static_cast<float>(scale),
       .count = static_cast<int>(count),
+      .queries = static_cast<int>(queries),
       .center = causal ? 0 : (distances - 1) / 2,
       .heads = static_cast<int>(heads),
       .kv_heads = static_cast<int>(kv_heads),
@@ -115,7 +117,8 @@ bool run_prefill(Tensor q, Maybe k, Maybe v, Maybe slots, Maybe table, Tensor st
       .block_shift = paged ? shift_of(k->size(1)) : 0,
       .causal = causal};
   const lmi::Device& gpu = device_of(q);
-  if (lmi::prefill_shared(p) > gpu.shared_per_block) return false;
+  const int shared = lmi::prefill_shared(p);
+  if (!shared || shared > gpu.shared_per_block) return false;
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   if (own) {
     const lmi::WriteKvParams write{.qkv = q.data_ptr(),
@@ -149,9 +152,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lmi_multi, m) {
   m.def("write_kv(Tensor kv, Tensor(a!) k, Tensor(b!) v, Tensor slots) -> bool");
   m.def(
       "prefill(Tensor(a!) q, Tensor(b!)? k, Tensor(c!)? v, Tensor? slots, Tensor? table, "
-      "Tensor starts, Tensor lengths, Tensor tiles, int heads, int kv_heads, Tensor? q_norm, "
-      "Tensor? k_norm, float eps, Tensor? cos, Tensor? sin, Tensor? bias, Tensor? slopes, "
-      "bool causal, int window, float scale, Tensor(d!) out) -> bool");
+      "Tensor starts, Tensor lengths, Tensor tiles, int queries, int heads, int kv_heads, "
+      "Tensor? q_norm, Tensor? k_norm, float eps, Tensor? cos, Tensor? sin, Tensor? bias, "
+      "Tensor? slopes, bool causal, int window, float scale, Tensor(d!) out) -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lmi_multi, CUDA, m) {

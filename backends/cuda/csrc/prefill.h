@@ -15,18 +15,18 @@ struct PrefillParams {
   const int* table;    // [rows, table_width]: the rows' blocks; null: keys are packed
   const int* starts;   // [rows + 1]: where each row's queries begin, and the end
   const int* lengths;  // [rows]: keys of each row
-  const int* tiles;    // [tiles, 2]: what a block does: a row, and its first query; row -1: nothing
+  const int* tiles;    // [count, 2]: what a block does: a row, and its first query; row -1: nothing
   const float* bias;   // [heads, distances], or null
   const float* slopes;  // [heads], or null
   void* out;            // [tokens, heads, dim]
   float scale;
-  int count;   // tiles
+  int count, queries;  // tiles, and how many queries each has
   int center;  // the distance (query - key) that bias begins with is -center
   int heads, kv_heads, dim, distances, window, table_width, block_shift;
   bool causal;  // a row's queries are its last keys' ones, and see none that come later
 };
 
-// Bytes of shared memory that a block takes.
+// Bytes of shared memory that a block takes; 0: there is none that does so many queries.
 int prefill_shared(const PrefillParams& p);
 
 void prefill_float16(const PrefillParams& p, const Device& gpu, cudaStream_t stream);
