@@ -248,6 +248,18 @@ def test_prompts_are_prefilled_by_graphs(
         assert sorted(size for _, size in captured) == [16, 32]
 
 
+@pytest.mark.parametrize("family", ["t5", "llama-gqa"])
+def test_prompts_that_the_kernels_do_not_cover_are_for_torch(folder: Path, family: str) -> None:
+    torch.ops.lmi_multi.prefill = torch.ops.lmi_multi.write_kv = lambda *_: False
+    own = prompts(6, 10)
+    with cpu_model(folder, family) as cpu, open_model(folder, family) as model:
+        opened: Any = model.engine.executor
+        assert opened._prefill_graphs is None
+        assert opened.clears_blocks
+        expected = [c.token_ids for c in cpu.generate(own, max_new_tokens=5)]
+        assert [c.token_ids for c in model.generate(own, max_new_tokens=5)] == expected
+
+
 def test_kinds_of_draw_are_bounded(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.setattr(graphs, "MOST_SAMPLED", 2)
     own = prompts(3, 8)

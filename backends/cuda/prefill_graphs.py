@@ -19,7 +19,7 @@ from .prefill import Prefill, PrefillAttention
 from .prefill_inputs import PrefillInputs
 
 # Tokens of all rows together. Above, the GPU is busy for longer than the launches take.
-SIZES = (16, 32, 64, 96, 128, 160, 192, 256, 320, 384, 512)
+SIZES = (16, 32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 MOST_ROWS = 16
 MOST_CONTEXT = 4096  # tokens of a row, cached ones included: for more, tables get long
 Kind = Literal["rows", "prompts"]

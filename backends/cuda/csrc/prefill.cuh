@@ -24,10 +24,11 @@ template <int D_, int M_>
 struct Shape {
   static constexpr int D = D_, M = M_;
   static constexpr int QUERIES = M * 16 * PREFILL_THREADS / 32;
-  static constexpr int KEYS = D * M > 128 ? 32 : 64;  // of a tile: what registers allow
+  static constexpr int KEYS = D > 64 ? 32 : 64;  // of a tile
   static constexpr bool HELD = M == 1 && D <= 128;    // queries stay in registers
   static constexpr int STAGE = 2 * KEYS * D;          // keys and values of a tile, in elements
   static constexpr int ELEMENTS = QUERIES * D + 2 * STAGE;  // of shared memory
+  static constexpr int AT_ONCE = HELD ? 3 : 2;  // blocks on a processor that registers must allow
 };
 
 // Where eight features lie in a tile. A row's chunks are permuted such that eight rows' chunks of
@@ -126,7 +127,7 @@ __device__ void copy_keys(const PrefillParams& p, const Tile& tile, int first, T
   const int chunk = threadIdx.x % CHUNKS;
   const int64_t feature = static_cast<int64_t>(tile.kv) * p.dim + chunk * 8;
   const int* table = p.table ? p.table + static_cast<int64_t>(tile.row) * p.table_width : nullptr;
-  constexpr int UNROLLED = S::M == 2 ? 2 : 4;
+  constexpr int UNROLLED = S::D == 64 && S::M == 1 ? 4 : 2;
 #pragma unroll UNROLLED
   for (int r = threadIdx.x / CHUNKS; r < S::KEYS; r += PREFILL_THREADS / CHUNKS) {
     const int key = first + r;
@@ -302,7 +303,7 @@ __device__ void write_found(const PrefillParams& p, const Tile& tile, Found<S>& 
 }
 
 template <typename T, typename S>
-__global__ void __launch_bounds__(PREFILL_THREADS, S::D == 64 && S::M == 1 ? 3 : 2)
+__global__ void __launch_bounds__(PREFILL_THREADS, S::AT_ONCE)
     prefill_kernel(const PrefillParams p) {
   extern __shared__ uint4 shared[];
   T* const queries = reinterpret_cast<T*>(shared);
