@@ -24,10 +24,10 @@ template <int D_, int M_>
 struct Shape {
   static constexpr int D = D_, M = M_;
   static constexpr int QUERIES = M * 16 * PREFILL_THREADS / 32;
-  static constexpr int KEYS = D > 64 ? 32 : 64;  // of a tile
-  static constexpr bool HELD = M == 1 && D <= 128;    // queries stay in registers
-  static constexpr int STAGE = 2 * KEYS * D;          // keys and values of a tile, in elements
+  static constexpr int KEYS = D > 64 ? 32 : 64;             // of a tile
+  static constexpr int STAGE = 2 * KEYS * D;                // its keys and values, in elements
   static constexpr int ELEMENTS = QUERIES * D + 2 * STAGE;  // of shared memory
+  static constexpr bool HELD = M == 1 && D <= 128;          // queries stay in registers
   static constexpr int AT_ONCE = HELD ? 3 : 2;  // blocks on a processor that registers must allow
 };
 
@@ -324,7 +324,7 @@ __global__ void __launch_bounds__(PREFILL_THREADS, S::AT_ONCE)
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int first = tile.first + warp * 16 * S::M;  // the warp's first query
-  const int nearest = tile.past + first;         // and its position
+  const int nearest = tile.past + first;            // and its position
   const int farthest = nearest + 16 * S::M - 1;
   T* const own = queries + warp * 16 * S::M * S::D;
   uint32_t held[S::M][S::HELD ? S::D / 16 : 1][4];
