@@ -99,7 +99,10 @@ __global__ void __launch_bounds__(THREADS) write_kv_kernel(const Work work) {
   }
   __syncwarp();  // all lanes of a head have read it
   if (item != own || !active) return;
-  if (query || !p.k) return raw.write(x + at);
+  if (query || !p.k) {
+    if (at < 2 * p.pairs || p.q_norm.data || p.k_norm.data) raw.write(x + at);
+    return;
+  }
   const int slot = p.slots[token];
   if (slot < 0) return;
   const int kv = head - p.heads - (value ? p.kv_heads : 0);
