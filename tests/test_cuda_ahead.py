@@ -8,6 +8,7 @@ with real graphs and kernels is in test_cuda_graphs.py.
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,17 @@ from typing import Any
 
 import pytest
 import torch
-from lmi_multi.backends.cuda import ahead, attention, draws, executor, graphs, inputs
+from lmi_multi.backends.cuda import (
+    ahead,
+    attention,
+    draws,
+    executor,
+    graphs,
+    inputs,
+    prefill,
+    prefill_graphs,
+    prefill_inputs,
+)
 from lmi_multi.backends.cuda.ops import ACTIVATIONS, Scratch
 from torch import Tensor
 
@@ -26,7 +37,8 @@ from lmi_multi.model import Model
 from lmi_multi.models.weights import Linear, Norm
 from lmi_multi.ops.reference import Reference
 from lmi_multi.parallel.collectives import SingleRank
-from tests import tiny_models
+from tests import prefill_kernel, tiny_models
+from tests.families import VOCAB
 from tests.test_cuda_graphs import LIMITS, assert_same_as_cpu, cpu_model, prompts
 
 FAMILIES = ("t5", "gpt2", "llama-gqa", "bloom", "mistral-window")
@@ -87,9 +99,9 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, out: Tensor
 
 
 def linear(
-    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, norm_weight: Tensor | None,
-    norm_bias: Tensor | None, eps: float, residual: Tensor | None, activation: int, gated: bool,
-    work: Tensor, counters: Tensor, out: Tensor,
+    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None,
+    norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float,
+    residual: Tensor | None, activation: int, gated: bool, work: Tensor, counters: Tensor, out: Tensor,
 ) -> None:  # fmt: skip
     ops, kind = Reference(), next(k for k, number in ACTIVATIONS.items() if number == activation)
     if norm_weight is not None:
@@ -142,17 +154,20 @@ def programs(monkeypatch: pytest.MonkeyPatch) -> Programs:
         activate=lambda *_: False, record_norm=made.recording(norm),
         record_linear=made.recording(linear), record_attention=made.recording(attend),
         finish_program=lambda *_: True, run_program=made.run,
+        prefill=prefill_kernel.prefill, write_kv=prefill_kernel.write_kv,
     )  # fmt: skip
     event = SimpleNamespace(synchronize=lambda: None, wait=lambda: None)
     monkeypatch.setattr(torch.ops, "lmi_multi", kernels, raising=False)
-    for module in (ahead, draws, executor, inputs):
+    for module in (ahead, draws, executor, inputs, prefill_inputs):
         monkeypatch.setattr(module, "upload", lambda values, to: to.copy_(torch.tensor(values)))
     monkeypatch.setattr(ahead, "download", lambda values: (values.clone(), event))
     for module in (attention, graphs):
         monkeypatch.setattr(module, "splits", lambda *_: 1)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(torch.cuda, "Stream", lambda *_: None)
-    monkeypatch.setattr(graphs.StepGraphs, "_capture", lambda self, body: Replayed(body))
+    monkeypatch.setattr(prefill, "processors", lambda device: 1)
+    for module in (graphs, prefill_graphs):
+        monkeypatch.setattr(module, "capture", lambda body, *_: Replayed(body))
     return made
 
 
@@ -254,9 +269,53 @@ def test_without_memory_for_graphs_it_runs_uncaptured(
     def no_room(*_: object) -> None:
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(graphs.StepGraphs, "_capture", no_room)
+    for module in (graphs, prefill_graphs):
+        monkeypatch.setattr(module, "capture", no_room)
     with open_model(folder, "gpt2") as model:
         assert [c.token_ids for c in model.generate(own, max_new_tokens=9)] == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_are_prefilled_by_graphs(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, family: str
+) -> None:
+    """And by the kernels alone where there are too many tokens or rows for a graph."""
+    monkeypatch.setattr(prefill_graphs, "SIZES", (16, 32))
+    monkeypatch.setattr(prefill_graphs, "MOST_ROWS", 3)
+    uncaptured: list[int] = []
+    for name in ("decode", "encode_to_cache"):
+        method = getattr(executor.Prefill, name)
+
+        def noted(self: Any, own: Any, method: Any = method) -> Any:
+            uncaptured.append(len(own))
+            return method(self, own)
+
+        monkeypatch.setattr(executor.Prefill, name, noted)
+    chance = random.Random(9)
+    with cpu_model(folder, family) as cpu, open_model(folder, family) as model:
+        for lengths, expected in (
+            ((2,), []), ((16,), []), ((9, 20, 3), []), ((9, 20, 4), [3]), ((5, 5, 5, 5), [4]),
+            ((60,), [1]), ((9, 20, 3), []),
+        ):  # fmt: skip
+            own = [[chance.randrange(3, VOCAB) for _ in range(n)] for n in lengths]
+            answers = [c.token_ids for c in cpu.generate(own, max_new_tokens=3)]
+            uncaptured.clear()
+            assert [c.token_ids for c in model.generate(own, max_new_tokens=3)] == answers
+            assert uncaptured == expected
+        captured = model.engine.executor._prefill_graphs._captured  # type: ignore[attr-defined]
+        assert sorted(size for _, size in captured) == [16, 32]
+
+
+@pytest.mark.parametrize("family", ["t5", "llama-gqa"])
+def test_prompts_that_the_kernels_do_not_cover_are_for_torch(folder: Path, family: str) -> None:
+    torch.ops.lmi_multi.prefill = torch.ops.lmi_multi.write_kv = lambda *_: False
+    own = prompts(6, 10)
+    with cpu_model(folder, family) as cpu, open_model(folder, family) as model:
+        opened: Any = model.engine.executor
+        assert opened._prefill_graphs is None
+        assert opened.clears_blocks
+        expected = [c.token_ids for c in cpu.generate(own, max_new_tokens=5)]
+        assert [c.token_ids for c in model.generate(own, max_new_tokens=5)] == expected
 
 
 def test_kinds_of_draw_are_bounded(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:

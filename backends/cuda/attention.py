@@ -164,8 +164,12 @@ class CudaPagedAttention(PagedAttention):
 
 def splits(heads: Heads, rows: int, device: torch.device, blocks: int = 2) -> int:
     """Into how many parts a row's tokens may be split: enough for so many blocks a processor."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return max(min(blocks * processors // (rows * heads.kv), MOST_SPLITS), 1)
+    return max(min(blocks * processors(device) // (rows * heads.kv), MOST_SPLITS), 1)
+
+
+def processors(device: torch.device) -> int:
+    """How many the GPU has, which run blocks side by side."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _located(

@@ -7,6 +7,7 @@ import threading
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -205,28 +206,28 @@ class StepGraphs:
             kept = self.inputs.ids.clone()  # a step may be under way, and the next need its tokens
             self.inputs.clear()
             try:
-                self._captured[key] = self._capture(body)
+                self._captured[key] = capture(body, self._stream, self._pool)
             except torch.OutOfMemoryError:
                 log.warning("no memory to capture a step of %d rows: it runs uncaptured", size)
                 self._captured[key] = None
             self.inputs.ids.copy_(kept)
         return self._captured[key]
 
-    def _capture(self, body: Callable[[], Tensor]) -> Captured:
-        """Run `body` once, so that all it sets up is there, and record it."""
-        with _CAPTURING, interrupts.delayed():
-            current = torch.cuda.current_stream()
-            self._stream.wait_stream(current)
-            with torch.cuda.stream(self._stream):
-                body()
-            current.wait_stream(self._stream)
-            graph = torch.cuda.CUDAGraph()
-            # Other threads may load models and compute meanwhile.
-            with torch.cuda.graph(
-                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-            ):
-                out = body()
-            return Captured(graph, out)
+
+def capture(body: Callable[[], Tensor], stream: torch.cuda.Stream, pool: Any) -> Captured:
+    """Run `body` once on `stream`, so that all it sets up is there, and record it; its memory is
+    of `pool`, a handle of torch's."""
+    with _CAPTURING, interrupts.delayed():
+        current = torch.cuda.current_stream()
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            body()
+        current.wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may load models and compute meanwhile.
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            out = body()
+        return Captured(graph, out)
 
 
 def can_capture(network: Transformer) -> bool:

@@ -28,6 +28,8 @@ ACTIVATIONS: dict[Activation | None, int] = {
     "relu": 3,
     "silu": 4,
 }
+# Activations that cuBLASLt has as epilogues behind a bias; its gelu is the tanh form.
+EPILOGUES = ("gelu_tanh", "relu")
 
 
 class Scratch:
@@ -71,6 +73,16 @@ class CudaOps(Reference):
             out = self._fused(x, linear, dtype, activation=activation, gated=gated)
             if out is not None:
                 return out
+        weight, bias = linear.weight, linear.bias
+        if (
+            bias is not None
+            and activation in EPILOGUES
+            and not gated
+            and weight.dtype in (torch.float16, torch.bfloat16)
+            and x.dtype == bias.dtype == weight.dtype
+        ):  # the activation in the product's own kernel
+            use_gelu = activation == "gelu_tanh"
+            return torch._addmm_activation(bias, x, weight.t(), use_gelu=use_gelu)
         return super().linear(x, linear, activation, gated)
 
     def activate(self, y: Tensor, activation: Activation, gated: bool = False) -> Tensor:

@@ -205,7 +205,7 @@ __device__ float new_feature(const T* head, int d, Operand norm, float factor) {
 
 // An item's heads, normalized and rotated in half-split layout, as the team shares them: queries,
 // scaled, and the new key, which goes to the cache with its value. A warp does a head.
-template <typename T>
+template <typename T, int AT_ONCE>
 __device__ void share_heads(const AttentionParams& p, const Item& it, const Team& team,
                             float* shared) {
   const int lane = threadIdx.x % 32, count = it.heads + (it.newest ? 1 : 0);
@@ -225,7 +225,7 @@ __device__ void share_heads(const AttentionParams& p, const Item& it, const Team
       for (int d = lane; d < p.dim; d += 32) squares += widen(from[d]) * widen(from[d]);
       factor = rsqrtf(__fdividef(sum_over(squares, 32), p.dim) + p.eps);
     }
-#pragma unroll 4
+#pragma unroll AT_ONCE
     for (int d = lane; d < p.dim; d += 32) {
       float x = new_feature(from, d, norm, factor);
       if (d < 2 * p.pairs) {
@@ -253,7 +253,7 @@ __device__ void attend(const AttentionParams& p, const Item& it, const Team& tea
   const int last_head = it.first_head + it.heads - 1, record = p.dim + 2;
   const int first = lane % p.width * 8;
   const bool active = first < p.dim;
-  share_heads<T>(p, it, team, shared);
+  share_heads<T, (N * sizeof(T) > 4 ? 2 : 4)>(p, it, team, shared);
   team.sync();
   float q[G][8];
 #pragma unroll

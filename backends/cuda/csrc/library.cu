@@ -67,10 +67,6 @@ bool run_activate(Tensor x, int64_t activation, bool gated, Tensor out) {
   return true;
 }
 
-bool is_row(const Tensor& tensor, ScalarType type, int64_t size) {
-  return tensor.scalar_type() == type && tensor.is_contiguous() && tensor.numel() == size;
-}
-
 bool run_greedy(Tensor logits, Tensor drawn, Tensor ids, Tensor lengths, Tensor live, Tensor work,
                 Tensor counters) {
   const int64_t vocab = logits.size(-1), rows = logits.numel() / vocab;

@@ -4,6 +4,7 @@
 // other: the next one's weights are under way while this one's results are still awaited.
 #pragma once
 
+#include "copy.cuh"
 #include "linear.h"
 #include "product.cuh"
 
@@ -33,17 +34,6 @@ struct Part {
     begin = split * w.slice, end = min(w.inputs, begin + w.slice);
   }
 };
-
-__device__ inline void copy16(uint32_t to, const void* from, bool present) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
-               "r"(present ? 16 : 0)
-               : "memory");
-}
-
-template <int PENDING>
-__device__ inline void await() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
-}
 
 // Until the oldest of `slots` - 1 groups of copies is there.
 __device__ inline void await_oldest(int slots) {
@@ -142,7 +132,7 @@ class Stream {
       at_ += WARPS * UNIT<W>;
       if (at_ >= features_) next_tile();
     }
-    asm volatile("cp.async.commit_group;" ::: "memory");
+    close_group();
   }
 
   __device__ void next_tile() {

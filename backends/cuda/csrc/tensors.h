@@ -78,4 +78,8 @@ inline cudaStream_t stream_of(const Tensor& tensor) {
   return static_cast<cudaStream_t>(stream);
 }
 
+inline bool is_row(const Tensor& tensor, ScalarType type, int64_t size) {
+  return tensor.scalar_type() == type && tensor.is_contiguous() && tensor.numel() == size;
+}
+
 }  // namespace lmi
