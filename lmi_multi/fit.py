@@ -26,7 +26,7 @@ from lmi_multi.checkpoint.layout import DtypeName, QuantizeName, Stored, paramet
 from lmi_multi.checkpoint.outline import outlined
 from lmi_multi.checkpoint.plan import make_plan
 from lmi_multi.errors import CapacityError
-from lmi_multi.instances import GIB, INSTANCES, Instance
+from lmi_multi.instances import GIB, INSTANCES, REFUSED, Instance
 from lmi_multi.models.schema import valid_degrees
 from lmi_multi.models.spec import ModelSpec
 
@@ -249,7 +249,9 @@ def estimate(
         longest=None,
     )
     host = HOST_RESERVED + degree * weights
-    if left < 0:
+    if quantize and (refusal := REFUSED.get((instance.backend, quantize))):
+        option.reason = refusal
+    elif left < 0:
         option.reason = f"{gib(-left)} of device memory are missing for the weights"
     elif host > instance.host_bytes:
         option.reason = f"{gib(host - instance.host_bytes)} of host memory are missing to load it"

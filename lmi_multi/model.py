@@ -84,7 +84,7 @@ def load(
 
     Anything but an artifact is converted once into a cache folder. `backend` is
     "auto", "cuda", "neuron" or "cpu"; `dtype` "auto" (the checkpoint's own, bf16 for T5 in place
-    of fp16), "fp32", "fp16" or "bf16"; `quantize` None or "int8". `max_batch` rows run at once;
+    of fp16), "fp32", "fp16" or "bf16"; `quantize` None, "int8" or "fp8". `max_batch` rows run at once;
     `max_tokens` bounds prompt plus generated tokens of a decoder, and each of the two for an
     encoder-decoder. `verify` compares the artifact's files with their sha256 first. With
     `prefix_caching` prompts of a decoder-only model that begin alike, in one call or in several,

@@ -201,8 +201,9 @@ def test_bench(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["bench", "demo", "--batch", "0"]) == 2
 
 
-def test_generate_int8(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["generate", "demo", PROMPT, "--quantize", "int8"]) == 0
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_generate_quantized(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["generate", "demo", PROMPT, "--quantize", kind]) == 0
     assert capsys.readouterr().out == f"{WRITTEN}\n"
 
 

@@ -16,7 +16,7 @@ from lmi_multi.backends.cuda import backend as cuda
 
 from lmi_multi import fit
 from lmi_multi.checkpoint.convert import convert
-from lmi_multi.checkpoint.layout import DtypeName
+from lmi_multi.checkpoint.layout import DtypeName, QuantizeName
 from lmi_multi.checkpoint.reader import SafetensorsFile
 from lmi_multi.cli.main import run
 from lmi_multi.errors import CheckpointError, OptionError
@@ -98,9 +98,10 @@ def test_weights_by_hand(llama: Path) -> None:
     assert network.weight_bytes("fp16", None, 2) == 2 * (38 * hidden + norms + matrices // 2)
     # A byte a weight, and four a channel; the head is quantized, the embedding is not.
     channels = layers * ((16 + 8 + 8) + hidden + 2 * ffn + hidden) + vocab
-    assert network.weight_bytes("bf16", "int8", 1) == (
-        2 * (vocab * hidden + norms) + matrices + vocab * hidden + 4 * channels
-    )
+    for kind in get_args(QuantizeName):
+        assert network.weight_bytes("bf16", kind, 1) == (
+            2 * (vocab * hidden + norms) + matrices + vocab * hidden + 4 * channels
+        )
 
 
 def test_cache_by_hand(llama: Path) -> None:
@@ -197,7 +198,7 @@ def test_rules(network: Network, device_gib: int, host_gib: int) -> None:
     for (dtype, kind, degree), option in found.items():
         assert option.fits == (option.reason is None) == (option.batch is not None)
         assert option.cache_bytes + option.weight_bytes <= one.device_bytes or not option.fits
-        if kind == "int8":  # never more than the same without
+        if kind:  # never more than the same without
             plain = found[dtype, None, degree]
             assert option.weight_bytes <= plain.weight_bytes
             assert option.fits or not plain.fits
@@ -217,7 +218,7 @@ def test_rules(network: Network, device_gib: int, host_gib: int) -> None:
 
 def test_smallest_comes_first(llama: Path) -> None:
     found = report(read_network(llama))
-    assert len(found.smallest) == 6 and {s.instance for s in found.smallest} == {"g5.xlarge"}
+    assert len(found.smallest) == 9 and {s.instance for s in found.smallest} == {"g5.xlarge"}
     sizes = [i.devices * i.device_bytes for i in found.instances]
     assert sizes == sorted(sizes) and len(found.instances) == len(INSTANCES)
     none = report(read_network(llama), [machine(GIB)])
@@ -240,14 +241,15 @@ def test_no_tensor_is_read(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert "head.weight" not in read_network(tied).tensors
 
 
-def test_artifacts_are_taken_as_they_are(llama: Path, tmp_path: Path) -> None:
-    artifact = convert(llama, tmp_path / "out", dtype="fp16", quantize="int8", tensor_parallel=2)
+@pytest.mark.parametrize("kind", get_args(QuantizeName))
+def test_artifacts_are_taken_as_they_are(llama: Path, tmp_path: Path, kind: QuantizeName) -> None:
+    artifact = convert(llama, tmp_path / "out", dtype="fp16", quantize=kind, tensor_parallel=2)
     network = read_network(tmp_path / "out")
-    assert network.formats() == [("fp16", "int8")]
+    assert network.formats() == [("fp16", kind)]
     for degree in (1, 2, 4):
-        assert network.weight_bytes("fp16", "int8", degree) == artifact.tensor_bytes(0, degree)
+        assert network.weight_bytes("fp16", kind, degree) == artifact.tensor_bytes(0, degree)
     found = report(network, [find("g5.12xlarge")])
-    assert {(o.dtype, o.quantize) for o in found.instances[0].options} == {("fp16", "int8")}
+    assert {(o.dtype, o.quantize) for o in found.instances[0].options} == {("fp16", kind)}
 
 
 # The command
@@ -258,6 +260,7 @@ def test_overview(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr()
     assert all(instance.name in shown.out for instance in INSTANCES)
     assert "own dtype fp32" in shown.out and "bf16 int8" in shown.out
+    assert "fp8 takes on GPUs what int8 takes" in shown.err
     assert "smallest for bf16: g5.xlarge at tp 1" in shown.err
     assert "estimates from shapes" in shown.err
 
@@ -267,7 +270,8 @@ def test_one_instance(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(args) == 0
     shown = capsys.readouterr().out
     assert "12 x Inferentia2 core" in shown and "of 100 tokens" in shown
-    assert shown.count("bf16") == 6  # degrees 1, 2, 4; plain and int8
+    assert shown.count("bf16") == 9  # degrees 1, 2, 4; plain, int8 and fp8
+    assert shown.count("NeuronCores run no fp8 weights") == 9
 
 
 def test_json(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -64,7 +64,7 @@ def _cache_memory(artifact: Artifact, degree: int) -> int:
     if weights > free:
         raise CapacityError(
             f"the weights need {weights / 2**30:.2f} GiB of memory, but {free / 2**30:.2f} GiB are "
-            "free; try dtype='bf16' or quantize='int8'"
+            "free; try dtype='bf16' or quantize='int8' or 'fp8'"
         )
     return int((free - weights) * CACHE_SHARE / degree)
 

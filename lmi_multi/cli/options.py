@@ -25,7 +25,8 @@ Dtype = Annotated[
 Quantize = Annotated[
     str | None,
     typer.Option(
-        help="int8: weights of one byte, a scale per output channel.", rich_help_panel=LOADING
+        help="int8 or fp8 (e4m3): weights of one byte, a scale per output channel.",
+        rich_help_panel=LOADING,
     ),
 ]
 TensorParallel = Annotated[

@@ -172,7 +172,7 @@ INEFFECTIVE = (
     ),
     Ineffective(
         ("option.load_in_8bit",),
-        "say option.quantize=int8 for weights of 8 bits",
+        "say option.quantize=int8 or fp8 for weights of 8 bits",
         allowed=("false",),
     ),
     Ineffective(

@@ -185,10 +185,10 @@ class ServeSettings(BaseModel):
         ),
     ] = Field(
         default="auto",
-        description="auto, fp32, fp16, bf16, or int8, which means option.quantize=int8",
+        description="auto, fp32, fp16, bf16, or int8 or fp8, which mean option.quantize",
     )
-    quantize: Annotated[Literal["int8"] | None, _words("int8")] = Field(
-        default=None, description="int8, or nothing"
+    quantize: Annotated[Literal["int8", "fp8"] | None, _words("int8", "fp8")] = Field(
+        default=None, description="int8, fp8, or nothing"
     )
     tensor_parallel: Annotated[Literal["max"], _words("max")] | _Count = Field(
         default=1, description=f"{_COUNT}, or max"
@@ -260,10 +260,10 @@ class ServeSettings(BaseModel):
         fields = dict(fields)
         if _folded(fields.get("engine")) == "accelerate" and fields.get("fallback") is None:
             fields["fallback"] = "transformers"
-        if _folded(fields.get("dtype")) == "int8":
+        if (dtype := _folded(fields.get("dtype"))) in ("int8", "fp8"):
             fields["dtype"] = "auto"
             if fields.get("quantize") is None:
-                fields["quantize"] = "int8"
+                fields["quantize"] = dtype
         return fields
 
     @model_validator(mode="after")

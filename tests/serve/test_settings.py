@@ -206,8 +206,8 @@ def test_each_source_names_the_script_from_its_place(
         ("option.max_batch=4 # four", "option.max_batch is '4 # four'; allowed: an integer"),
         ("option.predict_timeout=nan", "option.predict_timeout is 'nan'; allowed: a number"),
         ("option.predict_timeout=0", "option.predict_timeout is '0'; allowed: a number"),
-        ("option.dtype=fp8", "option.dtype is 'fp8'; allowed: auto, fp32, fp16, bf16"),
-        ("option.quantize=awq", "option.quantize is 'awq'; allowed: int8"),
+        ("option.dtype=fp4", "option.dtype is 'fp4'; allowed: auto, fp32, fp16, bf16"),
+        ("option.quantize=awq", "option.quantize is 'awq'; allowed: int8, fp8, or nothing"),
         ("option.pipeline_parallel_degree=2", "option.pipeline_parallel_degree is '2'; allowed: 1"),
         ("option.rolling_batch=disable", "option.rolling_batch is 'disable'; allowed: auto"),
         ("engine=PyTorch", "engine is 'PyTorch'; allowed: Python, MPI"),
@@ -341,8 +341,9 @@ def test_what_the_platform_sets_is_no_slip(name: str) -> None:
 
 def test_values_that_mean_another_option() -> None:
     assert ServeSettings(engine="Accelerate").fallback == "transformers"
-    found = ServeSettings(dtype="int8")
-    assert (found.dtype, found.quantize) == ("auto", "int8")
+    for kind in ("int8", "fp8"):
+        found = ServeSettings(dtype=kind)
+        assert (found.dtype, found.quantize) == ("auto", kind)
 
 
 # --- loading
