@@ -55,8 +55,14 @@ class NeuronBackend:
         tensor_parallel: int,
         max_batch: int | None,
         max_tokens: int | None,
+        memory_share: float | None = None,
     ) -> Executor:
         """See `Backend.load`. Raises BackendError for what a runtime cannot carry."""
+        if memory_share is not None:
+            raise OptionError(
+                f"memory_share is {memory_share!r}, must be None on NeuronCores, whose memory the "
+                "compiled graphs divide"
+            )
         network = Network.of(artifact, str(artifact.folder))
         _check_weights(network)
         name, instance = runtimes.choose(), _instance()

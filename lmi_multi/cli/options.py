@@ -39,6 +39,13 @@ MaxTokens = Annotated[
     int | None,
     typer.Option(help="Tokens of prompt and answer in all.", rich_help_panel=LOADING),
 ]
+MemoryShare = Annotated[
+    float | None,
+    typer.Option(
+        help="Part of a GPU's memory that the model may take, such as 0.5; else 0.9.",
+        rich_help_panel=LOADING,
+    ),
+]
 Revision = Annotated[
     str | None,
     typer.Option(help="A branch, tag or commit of a Hub id.", rich_help_panel=LOADING),

@@ -40,7 +40,8 @@ def plan(
     bytes of each core. Instructions are counted where torch-xla is installed.
 
     Figures come from shapes. They assume 1 GiB of each device and 2 GiB of the host for everything
-    else, and give 80% of what the weights leave to the cache.
+    else. On a GPU the model takes 90% of the memory, and the cache gets what weights and a step
+    leave; on NeuronCores it gets 80% of what the weights leave.
     """
     from lmi_multi.errors import OptionError
     from lmi_multi.fit import read_network, report
@@ -124,6 +125,7 @@ def _overview(found: Report) -> Table:
         )
     for column in shown.columns:
         column.no_wrap = True
+    shown.columns[0].min_width = max(len(fit.name) for fit in found.instances)
     return shown
 
 

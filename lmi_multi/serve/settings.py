@@ -198,6 +198,9 @@ class ServeSettings(BaseModel):
     )
     max_batch: _Count | None = Field(default=None, description=_COUNT)
     max_tokens: _Count | None = Field(default=None, description=_COUNT)
+    memory_share: Annotated[Float, BeforeValidator(_number), Field(gt=0, le=1)] | None = Field(
+        default=None, description="a number above 0 and at most 1"
+    )
     prefix_caching: _Flag = Field(default=True, description=_FLAG)
 
     host: Annotated[_Text, Field(pattern=r"^\S+$")] = Field(
@@ -274,6 +277,7 @@ class ServeSettings(BaseModel):
             ("quantize", (None,), "nothing"),
             ("tensor_parallel", (1,), "1"),
             ("max_batch", (None, 1), "1"),
+            ("memory_share", (None,), "nothing"),
             ("verify", (False,), "false"),
         ):
             value = getattr(self, field)
@@ -336,6 +340,7 @@ class ServeSettings(BaseModel):
             "tensor_parallel": self.degree(),
             "max_batch": self.max_batch,
             "max_tokens": self.max_tokens,
+            "memory_share": self.memory_share,
             "revision": self.revision,
             "verify": self.verify,
             "prefix_caching": self.prefix_caching,

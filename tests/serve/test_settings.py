@@ -33,6 +33,7 @@ VALUES: dict[str, tuple[str, object]] = {
     "pipeline_parallel": ("1", 1),
     "max_batch": (" 7 ", 7),
     "max_tokens": ("512", 512),
+    "memory_share": ("0.75", 0.75),
     "prefix_caching": ("false", False),
     "host": ("0.0.0.0", "0.0.0.0"),
     "port": ("9000", 9000),
