@@ -148,7 +148,9 @@ def _row(entry: Entry) -> str:
     if entry.perplexity is None or entry.relative is None or entry.drift is None:
         figures = "not finite | |"
     else:
-        figures = f"{entry.perplexity:.5f} | {entry.relative:+.3%} | {entry.drift:.2e}"
+        figures = (
+            f"{entry.perplexity:.5f} | {round(entry.relative, 5) + 0.0:+.3%} | {entry.drift:.2e}"
+        )
     return f"| {entry.model} | {form} | {figures} |"
 
 
@@ -158,10 +160,10 @@ def _page(command: str, where: object, peak: float, entries: Sequence[Entry]) ->
 
 `{command}` on {where}; versions are in the JSON file beside this page.
 
-`demo`: the demo model on held-out sentences, {tokens["demo"]} tokens. `demo, gaps`: the same, but
-every {GAP}th word of the prompts is left out, so that it has to guess. `outliers`: a random T5 whose
-largest FFN activation is {peak:.3g}, on {tokens["outliers"]} tokens that it drew in float32. Each
-beside fp32 on the same device: the perplexity's relative change, and how far a token's
+`demo`: the demo model on held-out sentences, {tokens["demo"]} tokens. `demo, gaps`: the same,
+but every {GAP}th word of the prompts is left out, so that it has to guess. `outliers`: a random T5
+whose largest FFN activation is {peak:.3g}, on {tokens["outliers"]} tokens that it drew in float32.
+Each beside fp32 on the same device: the perplexity's relative change, and how far a token's
 log-probability moves on average. fp16 ends at 65504, below those activations.
 
 | model | format | perplexity | beside fp32 | drift |

@@ -207,6 +207,13 @@ def test_generate_quantized(kind: str, capsys: pytest.CaptureFixture[str]) -> No
     assert capsys.readouterr().out == f"{WRITTEN}\n"
 
 
+def test_a_share_of_the_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["generate", "demo", PROMPT, "--memory-share", "0.9"]) == 0
+    assert capsys.readouterr().out == f"{WRITTEN}\n"
+    assert run(["generate", "demo", PROMPT, "--memory-share", "90"]) == 2
+    assert "memory_share is 90.0, must be None or a number above 0" in capsys.readouterr().err
+
+
 def test_generate_with_token_ids(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = ["generate", str(tiny), "--token-ids", "5, 6,7", "--token-ids", "8"]
     assert run([*args, "--max-new-tokens", "4", "--ignore-eos"]) == 0

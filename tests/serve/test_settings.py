@@ -209,6 +209,8 @@ def test_each_source_names_the_script_from_its_place(
         ("option.predict_timeout=0", "option.predict_timeout is '0'; allowed: a number"),
         ("option.dtype=fp4", "option.dtype is 'fp4'; allowed: auto, fp32, fp16, bf16"),
         ("option.quantize=awq", "option.quantize is 'awq'; allowed: int8, fp8, or nothing"),
+        ("option.gpu_memory_utilization=1.5", "is '1.5'; allowed: a number above 0 and at most 1"),
+        ("option.gpu_memory_utilization=0", "is '0'; allowed: a number above 0 and at most 1"),
         ("option.pipeline_parallel_degree=2", "option.pipeline_parallel_degree is '2'; allowed: 1"),
         ("option.rolling_batch=disable", "option.rolling_batch is 'disable'; allowed: auto"),
         ("engine=PyTorch", "engine is 'PyTorch'; allowed: Python, MPI"),
