@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from lmi_multi.backends.cuda import BACKEND, backend
 from lmi_multi.backends.cuda.sizing import Sizes, sizes_on
 
 from lmi_multi import load
 from lmi_multi.backends.limits import block_bytes
 from lmi_multi.backends.memory import Device, workspace_bytes
+from lmi_multi.checkpoint.convert import convert
+from lmi_multi.demo import CHECKPOINT
 from lmi_multi.errors import CapacityError, OptionError
 from lmi_multi.fit import Network
 from lmi_multi.models.registry import FAMILIES
@@ -146,6 +150,28 @@ def test_limits_that_cannot_be_are_option_errors() -> None:
     for keywords in ({"max_tokens": 5000}, {"max_batch": 0}):
         with pytest.raises(OptionError, match=next(iter(keywords))):
             plan(network(), gpus(1, 4), **keywords)
+
+
+def test_the_backend_refuses_before_it_reads_a_weight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("read")
+
+    monkeypatch.setattr(backend, "load_rank", never)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (GIB // 8, (2 + index) * GIB))
+    artifact = convert(CHECKPOINT, tmp_path / "demo")
+    for share, allowed in ((None, "0.1 GiB"), (0.01, "20.48 MiB")):
+        with pytest.raises(CapacityError) as error:
+            BACKEND.load(
+                artifact, tensor_parallel=1, max_batch=1, max_tokens=64, memory_share=share
+            )
+        text = str(error.value)
+        assert "demo does not fit at tensor_parallel=1: of each GPU weights need 7." in text
+        assert f"0.1 GiB of 2.0 GiB free, of which memory_share={share or 0.9:g} allows " in text
+        assert f"allows {allowed}: " in text
+        assert "nothing would fit here; g" in text
 
 
 def test_measured_beside_planned() -> None:
