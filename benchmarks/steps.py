@@ -37,7 +37,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def main(
     shape: Annotated[list[str], typer.Option(help=f"of {', '.join(SHAPES)}")],
     dtype: Annotated[str, typer.Option(help=f"of {', '.join(DTYPES)}")] = "bf16",
-    quantize: Annotated[str, typer.Option(help="int8, or nothing")] = "",
+    quantize: Annotated[str, typer.Option(help="int8, fp8, or nothing")] = "",
     batch: Annotated[list[int], typer.Option(help="rows at once", min=1)] = [1, 4, 16, 64],  # noqa: B006
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 128,
     new_tokens: Annotated[int, typer.Option(min=2)] = 128,

@@ -2,33 +2,43 @@
 
 These are estimates. What is exact: the bytes of weights that a rank holds, and the bytes of a cache
 block. What is assumed: `RESERVED` bytes of every device are taken by driver, runtime, libraries and
-communication; of what the weights leave, `CACHE_SHARE` is for the cache and the rest for
-activations, as the CUDA backend has it, and the same on NeuronCores; the host holds all ranks'
-weights once while they load, and `HOST_RESERVED` bytes beside them. Nothing of this was measured on
-the instances.
+communication. On a GPU the model takes `MEMORY_SHARE` of the memory, of which the cache gets what
+weights and `workspace_bytes` leave; on NeuronCores the cache gets `CACHE_SHARE` of what the weights
+leave. The host holds all ranks' weights once while they load, and `HOST_RESERVED` bytes beside
+them. Nothing of this was measured on the instances.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import get_args
 
 from pydantic import BaseModel, computed_field
 
-from lmi_multi.backends.limits import plan_limits, row_blocks
+from lmi_multi.backends.limits import default_tokens, plan_limits, row_blocks
+from lmi_multi.backends.memory import DEFAULT_BATCH, MEMORY_SHARE, Device, workspace_bytes
 from lmi_multi.checkpoint.artifact import Artifact, is_artifact
 from lmi_multi.checkpoint.convert import chosen_dtype
 from lmi_multi.checkpoint.files import gib
 from lmi_multi.checkpoint.formats import open_reader
-from lmi_multi.checkpoint.layout import DtypeName, QuantizeName, Stored, parameters, stored_tensors
+from lmi_multi.checkpoint.layout import (
+    DTYPES,
+    DtypeName,
+    QuantizeName,
+    Stored,
+    parameters,
+    stored_tensors,
+)
 from lmi_multi.checkpoint.outline import outlined
 from lmi_multi.checkpoint.plan import make_plan
 from lmi_multi.errors import CapacityError
-from lmi_multi.instances import GIB, INSTANCES, Instance
+from lmi_multi.instances import GIB, INSTANCES, REFUSED, Instance
 from lmi_multi.models.schema import valid_degrees
 from lmi_multi.models.spec import ModelSpec
+from lmi_multi.models.weights import LARGEST
 
 RESERVED = 1 * GIB
 HOST_RESERVED = 2 * GIB
@@ -49,7 +59,7 @@ class Network:
     dtype: DtypeName
     quantize: QuantizeName | None
     is_artifact: bool
-    _known: dict[tuple[DtypeName, QuantizeName | None, int], int] = field(
+    _known: dict[tuple[DtypeName, QuantizeName | None, int], tuple[int, int]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -66,16 +76,45 @@ class Network:
         kinds: tuple[QuantizeName | None, ...] = (None, *get_args(QuantizeName))
         return [(dtype, kind) for kind in kinds for dtype in get_args(DtypeName)]
 
+    def workspace_bytes(
+        self,
+        dtype: DtypeName,
+        quantize: QuantizeName | None,
+        degree: int,
+        max_batch: int | None,
+        max_tokens: int | None,
+    ) -> int:
+        """Bytes that each of `degree` GPUs needs beside weights and cache; None as in `load`."""
+        return workspace_bytes(
+            self.spec,
+            widest=self._weights(dtype, quantize, degree)[1],
+            item_bytes=DTYPES[dtype].itemsize,
+            ranks=degree,
+            max_batch=max_batch or DEFAULT_BATCH,
+            max_tokens=max_tokens or default_tokens(self.spec),
+        )
+
+    def convertible(self) -> Network:
+        """The same if its source were converted again: to any format."""
+        return replace(self, is_artifact=False)
+
     def stored(self) -> list[Stored]:
         """The tensors in the source's own format."""
         return stored_tensors(self.spec, self.tensors, self.dtype, self.quantize)
 
     def weight_bytes(self, dtype: DtypeName, quantize: QuantizeName | None, degree: int) -> int:
         """Bytes of weights on each of `degree` ranks."""
+        return self._weights(dtype, quantize, degree)[0]
+
+    def _weights(
+        self, dtype: DtypeName, quantize: QuantizeName | None, degree: int
+    ) -> tuple[int, int]:
+        """Bytes of a rank's weights, and the elements of its largest quantized one."""
         key = (dtype, quantize, degree)
         if key not in self._known:  # the same for every instance
             stored = stored_tensors(self.spec, self.tensors, dtype, quantize)
-            self._known[key] = sum(tensor.nbytes(degree) for tensor in stored)
+            codes = (prod(t.local_shape(degree)) for t in stored if t.dtype in LARGEST)
+            self._known[key] = sum(t.nbytes(degree) for t in stored), max(codes, default=0)
         return self._known[key]
 
 
@@ -164,18 +203,24 @@ class Report(BaseModel):
         return {
             "reserved_bytes_per_device": RESERVED,
             "reserved_bytes_of_host": HOST_RESERVED,
-            "cache_share_of_the_rest": CACHE_SHARE,
+            "memory_share_of_a_gpu": MEMORY_SHARE,
+            "cache_share_of_the_rest_on_neuron": CACHE_SHARE,
         }
 
 
 def report(
-    network: Network, instances: Iterable[Instance] = INSTANCES, max_tokens: int | None = None
+    network: Network,
+    instances: Iterable[Instance] = INSTANCES,
+    max_tokens: int | None = None,
+    memory_share: float | None = None,
 ) -> Report:
-    """Estimate `network` on every instance; `max_tokens` as in `load` (None: its default).
+    """Estimate `network` on every instance; `max_tokens` and `memory_share` as in `load` (None: the
+    defaults).
 
     Raises OptionError for a `max_tokens` beyond the model's positions.
     """
-    fits = [_on(network, i, max_tokens) for i in sorted(instances, key=lambda i: i.size)]
+    ordered = sorted(instances, key=lambda i: i.size)
+    fits = [_on(network, i, max_tokens, memory_share) for i in ordered]
     spec = network.spec
     return Report(
         source=network.source,
@@ -207,7 +252,9 @@ def _smallest(network: Network, fits: list[InstanceFit]) -> list[Smallest]:
     return result
 
 
-def _on(network: Network, instance: Instance, max_tokens: int | None) -> InstanceFit:
+def _on(
+    network: Network, instance: Instance, max_tokens: int | None, memory_share: float | None
+) -> InstanceFit:
     possible = set(valid_degrees(network.spec, instance.devices))
     degrees = [degree for degree in instance.degrees if degree in possible]
     return InstanceFit(
@@ -218,7 +265,7 @@ def _on(network: Network, instance: Instance, max_tokens: int | None) -> Instanc
         device_bytes=instance.device_bytes,
         host_bytes=instance.host_bytes,
         options=[
-            estimate(network, instance, dtype, quantize, degree, max_tokens)
+            estimate(network, instance, dtype, quantize, degree, max_tokens, memory_share)
             for dtype, quantize in network.formats()
             for degree in degrees
         ],
@@ -232,16 +279,25 @@ def estimate(
     quantize: QuantizeName | None,
     degree: int,
     max_tokens: int | None = None,
+    memory_share: float | None = None,
 ) -> Option:
-    """One format at one degree on one instance."""
+    """One format at one degree on one instance; `memory_share` is for GPUs."""
     weights = network.weight_bytes(dtype, quantize, degree)
-    left = instance.device_bytes - RESERVED - weights
+    free = instance.device_bytes - RESERVED
+    if instance.backend == "cuda":
+        device = Device(instance.device, instance.device_bytes, free)
+        left = device.budget(memory_share or MEMORY_SHARE) - weights
+        left -= network.workspace_bytes(dtype, quantize, degree, None, max_tokens)
+        cache, beside = left, " and what a step needs beside them"
+    else:
+        left = free - weights
+        cache, beside = int(left * CACHE_SHARE), ""
     option = Option(
         dtype=dtype,
         quantize=quantize,
         tensor_parallel=degree,
         weight_bytes=weights,
-        cache_bytes=max(0, int(left * CACHE_SHARE)),
+        cache_bytes=max(0, cache),
         fits=False,
         reason=None,
         batch=None,
@@ -249,8 +305,10 @@ def estimate(
         longest=None,
     )
     host = HOST_RESERVED + degree * weights
-    if left < 0:
-        option.reason = f"{gib(-left)} of device memory are missing for the weights"
+    if quantize and (refusal := REFUSED.get((instance.backend, quantize))):
+        option.reason = refusal
+    elif left < 0:
+        option.reason = f"{gib(-left)} of device memory are missing for the weights{beside}"
     elif host > instance.host_bytes:
         option.reason = f"{gib(host - instance.host_bytes)} of host memory are missing to load it"
     else:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from lmi_multi.backends.base import Availability, Executor, Limits
-from lmi_multi.backends.limits import plan_limits
+from lmi_multi.backends.memory import Device
 from lmi_multi.backends.torch_executor import TorchExecutor
 from lmi_multi.checkpoint.artifact import Artifact
 from lmi_multi.errors import CapacityError
+from lmi_multi.fit import Network
 from lmi_multi.models.schema import check_degree
 from lmi_multi.ops.reference import Reference
 from lmi_multi.parallel.collectives import SingleRank, TorchCollectives
@@ -21,8 +23,9 @@ from . import kernels
 from .executor import CudaExecutor
 from .loading import load_rank
 from .ops import Scratch
+from .sizing import Sizes, sizes_on
 
-CACHE_SHARE = 0.8  # of the memory that the weights leave; the rest is workspace
+log = logging.getLogger(__name__)
 
 
 class CudaBackend:
@@ -52,6 +55,7 @@ class CudaBackend:
         tensor_parallel: int,
         max_batch: int | None,
         max_tokens: int | None,
+        memory_share: float | None = None,
     ) -> Executor:
         """See `Backend.load`."""
         spec, degree = artifact.spec, tensor_parallel
@@ -59,20 +63,14 @@ class CudaBackend:
         count = torch.cuda.device_count()
         if degree > count:
             raise CapacityError(f"tensor_parallel is {degree}, but this machine has {count} GPUs")
-        limits = plan_limits(
-            spec,
-            item_bytes=4 if artifact.dtype == "fp32" else 2,
-            ranks=degree,
-            memory=_cache_memory(artifact, degree),
-            max_batch=max_batch,
-            max_tokens=max_tokens,
-            default_batch=64,
-        )
-        build = partial(_build_rank, artifact.folder, limits)
+        network = Network.of(artifact, str(artifact.folder))
+        devices = [_device(i) for i in range(count)]
+        sizes = sizes_on(network, devices, degree, max_batch, max_tokens, memory_share)
+        build = partial(_build_rank, artifact.folder, sizes)
         if degree == 1:
             return build(0, 1)
-        devices = ", ".join(_describe(i) for i in range(degree))
-        return RankedExecutor(degree, build, limits, devices, process_group="nccl")
+        names = ", ".join(_describe(i) for i in range(degree))
+        return RankedExecutor(degree, build, sizes.limits, names, process_group="nccl")
 
 
 def _describe(index: int) -> str:
@@ -80,26 +78,24 @@ def _describe(index: int) -> str:
     return f"cuda:{index} {properties.name}, {properties.total_memory / 2**30:.0f} GiB"
 
 
-def _cache_memory(artifact: Artifact, degree: int) -> int:
-    """Bytes a rank may spend on its cache. Raises CapacityError if its weights do not fit."""
-    budgets = []
-    for rank in range(degree):
-        weights = artifact.tensor_bytes(rank, degree)
-        free, _ = torch.cuda.mem_get_info(rank)
-        if weights > free:
-            raise CapacityError(
-                f"rank {rank} needs {weights / 2**30:.2f} GiB for weights, but {free / 2**30:.2f} "
-                f"GiB of cuda:{rank} are free; try a higher tensor_parallel, dtype='bf16' or "
-                "quantize='int8'"
-            )
-        budgets.append(int((free - weights) * CACHE_SHARE))
-    return min(budgets)
+def _device(index: int) -> Device:
+    free, total = torch.cuda.mem_get_info(index)
+    return Device(f"cuda:{index}", total, free)
 
 
-def _build_rank(folder: Path, limits: Limits, rank: int, size: int) -> Executor:
+def _build_rank(folder: Path, sizes: Sizes, rank: int, size: int) -> Executor:
     artifact = Artifact.open(folder)
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
+    free = _device(rank).free
+    executor = _open(artifact, sizes.limits, rank, size, device)
+    log.info("cuda:%d: %s", rank, sizes.compared(free - _device(rank).free))
+    return executor
+
+
+def _open(
+    artifact: Artifact, limits: Limits, rank: int, size: int, device: torch.device
+) -> Executor:
     tensors = load_rank(artifact, rank, size, device)
     collectives = SingleRank() if size == 1 else TorchCollectives()
     if kernels.missing():

@@ -86,5 +86,10 @@ class Backend(Protocol):
         tensor_parallel: int,
         max_batch: int | None,
         max_tokens: int | None,
+        memory_share: float | None = None,
     ) -> Executor:
-        """Load the model. None lets the backend choose. Raises CapacityError if it cannot fit."""
+        """Load the model. None lets the backend choose.
+
+        `memory_share` is the part of a device's memory, above 0 and at most 1, that the model may
+        take in all. Raises CapacityError if it cannot fit, OptionError for what cannot be.
+        """

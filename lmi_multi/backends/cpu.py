@@ -10,6 +10,7 @@ import psutil
 
 from lmi_multi.backends.base import Availability, Executor, Limits
 from lmi_multi.backends.limits import plan_limits
+from lmi_multi.backends.memory import Device
 from lmi_multi.backends.torch_executor import TorchExecutor
 from lmi_multi.checkpoint.artifact import Artifact
 from lmi_multi.errors import CapacityError
@@ -18,7 +19,7 @@ from lmi_multi.ops.cpu import CpuOps
 from lmi_multi.parallel.collectives import SingleRank, TorchCollectives
 from lmi_multi.parallel.executor import RankedExecutor
 
-CACHE_SHARE = 0.5  # of the memory that the weights leave
+CACHE_SHARE = 0.5  # of the memory that the weights leave, where nobody says
 
 
 class CpuBackend:
@@ -39,6 +40,7 @@ class CpuBackend:
         tensor_parallel: int,
         max_batch: int | None,
         max_tokens: int | None,
+        memory_share: float | None = None,
     ) -> Executor:
         """See `Backend.load`."""
         spec, degree = artifact.spec, tensor_parallel
@@ -47,7 +49,7 @@ class CpuBackend:
             spec,
             item_bytes=4 if artifact.dtype == "fp32" else 2,
             ranks=degree,
-            memory=_cache_memory(artifact, degree),
+            memory=_cache_memory(artifact, degree, memory_share),
             max_batch=max_batch,
             max_tokens=max_tokens,
         )
@@ -57,16 +59,19 @@ class CpuBackend:
         return RankedExecutor(degree, build, limits, f"{degree} processes")
 
 
-def _cache_memory(artifact: Artifact, degree: int) -> int:
+def _cache_memory(artifact: Artifact, degree: int, memory_share: float | None) -> int:
     """Bytes that each rank may spend on its cache. Raises CapacityError if weights do not fit."""
     weights = sum(artifact.tensor_bytes(rank, degree) for rank in range(degree))
-    free = psutil.virtual_memory().available
-    if weights > free:
+    memory = psutil.virtual_memory()
+    host = Device("the host", memory.total, memory.available)
+    room = host.free if memory_share is None else host.budget(memory_share)
+    if weights > room:
         raise CapacityError(
-            f"the weights need {weights / 2**30:.2f} GiB of memory, but {free / 2**30:.2f} GiB are "
-            "free; try dtype='bf16' or quantize='int8'"
+            f"the weights need {weights / 2**30:.2f} GiB of memory, but {room / 2**30:.2f} GiB are "
+            "free; try dtype='bf16' or quantize='int8' or 'fp8'"
         )
-    return int((free - weights) * CACHE_SHARE / degree)
+    share = CACHE_SHARE if memory_share is None else 1.0
+    return int((room - weights) * share / degree)
 
 
 def _build_rank(folder: Path, limits: Limits, rank: int, size: int) -> Executor:

@@ -29,6 +29,7 @@ def bench(
     dtype: options.Dtype = "auto",
     quantize: options.Quantize = None,
     tensor_parallel: options.TensorParallel = 1,
+    memory_share: options.MemoryShare = None,
     revision: options.Revision = None,
 ) -> None:
     """Time a model on random prompts: the first token, and each step after it.
@@ -50,6 +51,7 @@ def bench(
             tensor_parallel=tensor_parallel,
             max_batch=max(batch),
             max_tokens=prompt_tokens + new_tokens,
+            memory_share=memory_share,
             revision=revision,
             prefix_caching=False,  # every round has the same prompts
             progress=progress,

@@ -84,7 +84,7 @@ def place(network: Network, instance: Instance, settings: ServeSettings) -> Opti
             f"dtype is {dtype!r} and quantize {quantize!r}, but {network.source} was converted "
             f"with {network.dtype!r} and {network.quantize!r}; convert its source again"
         )
-    found = report(network, (instance,), settings.max_tokens).instances[0]
+    found = report(network, (instance,), settings.max_tokens, settings.memory_share).instances[0]
     options = [o for o in found.options if (o.dtype, o.quantize) == (dtype, quantize)]
     degree = _degree(settings, instance, [o.tensor_parallel for o in options])
     options = [o for o in options if degree in (None, o.tensor_parallel)]
@@ -118,7 +118,13 @@ def _elsewhere(network: Network, settings: ServeSettings, option: Option) -> str
     for machine in sorted(INSTANCES, key=lambda machine: machine.size):
         for degree in sorted(possible.intersection(machine.degrees)):
             other = estimate(
-                network, machine, option.dtype, option.quantize, degree, settings.max_tokens
+                network,
+                machine,
+                option.dtype,
+                option.quantize,
+                degree,
+                settings.max_tokens,
+                settings.memory_share,
             )
             if other.fits:
                 return f"it fits ml.{machine.name} at tensor_parallel {degree}"

@@ -26,6 +26,7 @@ def check_options(
     tensor_parallel: int,
     max_batch: int | None,
     verify: bool,
+    memory_share: float | None = None,
 ) -> None:
     """Raise OptionError for another fallback, and for an option that it does not carry."""
     if fallback != NAME:
@@ -34,6 +35,7 @@ def check_options(
         ("quantize", quantize, (None,), "weights stay as they are stored"),
         ("tensor_parallel", tensor_parallel, (1,), "accelerate spreads layers over all GPUs"),
         ("max_batch", max_batch, (None, 1), "one prompt runs at a time"),
+        ("memory_share", memory_share, (None,), "accelerate places layers where they fit"),
         ("verify", verify, (False,), "there are no hashes to compare with"),
     ):
         if not any(value is one or (type(value), value) == (type(one), one) for one in allowed):

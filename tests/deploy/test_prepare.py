@@ -78,7 +78,8 @@ def test_what_does_not_fit_says_what_would(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(CapacityError) as error:
         place(network(70), find("g5.xlarge"), settings())
     assert "big does not fit ml.g5.xlarge at tensor_parallel 1: " in str(error.value)
-    assert "of device memory are missing for the weights; it fits ml." in str(error.value)
+    missing = "of device memory are missing for the weights and what a step needs beside them"
+    assert f"{missing}; it fits ml." in str(error.value)
     with pytest.raises(CapacityError, match=r"at tensor_parallel 1: .*missing"):
         place(network(70), find("g5.12xlarge"), settings(tensor_parallel=1))
     monkeypatch.setattr(module, "INSTANCES", (find("g5.xlarge"), find("g6.xlarge")))
@@ -152,7 +153,7 @@ def test_unchecked_nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"model": ""}, "MODEL is '', which an endpoint"),
         ({"model": "s3://"}, "'s3://' is no address on S3"),
         ({"model": "demo", "instance": "ml.g5.7xlarge"}, "did you mean 'g5."),
-        ({"model": "demo", "dtype": "fp8"}, "OPTION_DTYPE is 'fp8'; allowed: auto, fp32"),
+        ({"model": "demo", "dtype": "fp4"}, "OPTION_DTYPE is 'fp4'; allowed: auto, fp32"),
         ({"model": "demo", "environment": {"OPTION_DTYP": "x"}}, "did you mean 'OPTION_DTYPE'"),
         (
             {"model": "demo", "dtype": "fp16", "environment": {"OPTION_DTYPE": "fp32"}},

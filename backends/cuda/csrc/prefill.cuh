@@ -355,7 +355,7 @@ void with_shape(const PrefillParams& p, const Run& run) {
 template <typename T, typename S>
 void launch_tiles(const PrefillParams& p, const Device& gpu, cudaStream_t stream) {
   const dim3 grid(p.heads, p.count);
-  launch(&prefill_kernel<T, S>, p, grid, PREFILL_THREADS, prefill_shared(p), gpu.major >= 9,
+  launch(&prefill_kernel<T, S>, p, grid, PREFILL_THREADS, prefill_shared(p), early(gpu),
          stream);
 }
 

@@ -118,7 +118,7 @@ template <typename T>
 void launch_write(const Work& work, const Device& gpu, cudaStream_t stream) {
   const int64_t threads = work.p.tokens * work.count * work.width;
   const dim3 grid(static_cast<unsigned>((threads + THREADS - 1) / THREADS));
-  launch(&write_kv_kernel<T>, work, grid, THREADS, 0, gpu.major >= 9, stream);
+  launch(&write_kv_kernel<T>, work, grid, THREADS, 0, early(gpu), stream);
 }
 
 }  // namespace
