@@ -19,18 +19,18 @@ from lmi_multi.engine.batch import Prompt
 from lmi_multi.instances import find
 from lmi_multi.model import Model
 from tests import nxd_closed_parts as closed
-from tests import test_neuron_emulator as emulated
 from tests.neuron_libraries import parameters, real, signatures
-from tests.test_neuron_emulator import (
+from tests.neuron_models import (
     DEGREES,
     LARGEST_ERROR,
     LIMITS,
-    OPTIONS,
     WIDE,
     artifact,
+    batches,
     ids,
     on_cpu,
 )
+from tests.test_neuron_emulator import OPTIONS
 
 SOURCES = os.environ.get("LMI_MULTI_NXD_SOURCES")
 if not SOURCES:
@@ -73,8 +73,7 @@ def test_logits_are_those_of_the_cpu(family: str, degree: int, checkpoints: Path
     else:
         kind = artifact(family, checkpoints).spec.kind
         worst = max(
-            (ours.logits(batch) - cpu.logits(batch)).abs().max().item()
-            for batch in emulated.batches(kind)
+            (ours.logits(batch) - cpu.logits(batch)).abs().max().item() for batch in batches(kind)
         )
     print(f"{family} TP {degree}: {worst:.1e}")
     assert worst <= LARGEST_ERROR
@@ -106,7 +105,7 @@ def test_answers_are_those_of_the_cpu(models: tuple[Model, Model]) -> None:
 
 def test_the_state_starts_as_zeros_and_can_be_reset(checkpoints: Path) -> None:
     ours = opened("gpt2", 2, checkpoints)
-    program, batch = ours._program, emulated.batches("decoder")[0]
+    program, batch = ours._program, batches("decoder")[0]
 
     def state() -> list[torch.Tensor]:
         model = program._model
