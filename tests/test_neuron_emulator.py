@@ -33,6 +33,8 @@ from tests.neuron_models import (
 pytest.importorskip("torch_xla", reason="the emulator needs torch-xla: see `make test-neuron`")
 pytest.importorskip("jaxlib", reason="the emulator needs jaxlib: see `make test-neuron`")
 
+STEPS = 32
+
 
 @pytest.mark.parametrize("degree", DEGREES)
 @pytest.mark.parametrize("family", WIDE)
@@ -49,8 +51,30 @@ def test_logits_are_those_of_the_cpu(family: str, degree: int, checkpoints: Path
         worst = 0.0
         for batch in batches(opened.spec.kind):
             worst = max(worst, (ours.logits(batch) - cpu.logits(batch)).abs().max().item())
+    print(f"{family} TP {degree}: {worst:.1e}")
     assert worst <= LARGEST_ERROR
     ours.close()
+
+
+@pytest.mark.parametrize("degree", DEGREES)
+@pytest.mark.parametrize("family", [name for name in WIDE if name != "bert"])
+def test_greedy_tokens_are_those_of_the_cpu(
+    family: str, degree: int, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More ragged prompts than rows; contexts of 32 tokens are left on the way."""
+    monkeypatch.setenv("LMI_MULTI_NEURON_BUCKETS", "rows=4")
+    source = artifact(family, checkpoints)
+    prompts = [ids(n, n) for n in (11, 3, 20, 7, 1)]
+    with (
+        Model(source, "cpu", on_cpu(source)) as cpu,
+        Model(source, "neuron", emulated(source, degree)) as ours,
+    ):
+        mine, theirs = (
+            [c.token_ids for c in model.generate(prompts, max_new_tokens=STEPS, ignore_eos=True)]
+            for model in (ours, cpu)
+        )
+    assert mine == theirs
+    assert {len(tokens) for tokens in mine} == {STEPS}
 
 
 @pytest.mark.parametrize("family", ["gpt2", "t5"])
@@ -94,6 +118,29 @@ def test_every_rank_traces_the_same_graph(family: str, checkpoints: Path) -> Non
         graphs = [lowering.lower(trace) for lowering in lowerings]
         lint.check(graphs[0], 2)
         lint.check_same(*graphs)
+
+
+class Pinned(torch.nn.Module):
+    """A gather as torch-xla makes it by default: the rank that traces it is in its padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("k0", torch.zeros(2))
+
+    def forward(self, token_ids: torch.Tensor) -> list[torch.Tensor]:
+        import torch_xla.core.xla_model as xm
+
+        self.k0 = self.k0 + 1
+        return [xm.all_gather(token_ids, 0, groups=[[0, 1]])]
+
+
+def test_a_graph_that_knows_its_rank_is_refused_when_it_is_lowered() -> None:
+    from lmi_multi.backends.neuron.emulator import EmulatorRuntime
+    from lmi_multi.backends.neuron.program import Trace
+
+    builder = EmulatorRuntime().builder(Pinned(), ["k0"], 2)
+    with pytest.raises(BackendError, match=r"graph decode cannot run: ranks trace pad .* and pad"):
+        builder.lower(Trace("decode", {"token_ids": (2,)}))
 
 
 def test_stale_cache_changes_nothing(checkpoints: Path) -> None:
