@@ -104,16 +104,20 @@ class NeuronExecutor:
     def _groups(self, rows: Sequence[Row]) -> Iterator[tuple[Kind, list[int]]]:
         """Numbers of rows that run in one graph: long rows first, as others may read what they
         write; the other way round nothing can be, a single token's row reads only its own."""
-        single: dict[bool, list[int]] = {False: [], True: []}
+        beams: list[int] = []
+        others: list[int] = []
         for numbers in _shares(rows):
-            if len(rows[numbers[0]].token_ids) > 1:
-                yield self._kind(rows[numbers[0] : numbers[0] + 1]), list(numbers)
+            first = rows[numbers[0]]
+            if len(first.token_ids) > 1:
+                yield self._kind([first]), list(numbers)
+            elif first.beams is not None:
+                beams += numbers
             else:
-                single[rows[numbers[0]].beams is not None] += numbers
-        if single[True]:
-            yield Kind.BEAMS, single[True]
-        if single[False]:
-            yield self._kind([rows[i] for i in single[False]]), single[False]
+                others += numbers
+        if beams:
+            yield Kind.BEAMS, beams
+        if others:
+            yield self._kind([rows[i] for i in others]), others
 
     def _kind(self, rows: Sequence[Row]) -> Kind:
         """Of the graph for rows of which each wants at most one token."""
