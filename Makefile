@@ -21,11 +21,9 @@ test: $(STAMP) ## Run every test (PYTEST_ARGS="-k name" for some)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 test-neuron: $(NEURON)/.installed ## Run the Neuron backend's tests on the emulator (Python 3.11 or later)
-	LMI_MULTI_NEURON_RUNTIME=emulator $(NEURON)/bin/python -m pytest --backend neuron $(PYTEST_ARGS) \
-		tests/test_matrix.py
-	LMI_MULTI_NEURON_RUNTIME=emulator $(NEURON)/bin/python -m pytest $(PYTEST_ARGS) \
-		tests/test_neuron_emulator.py tests/test_neuron_compile.py tests/test_neuron_sampling.py \
-		tests/test_neuron_lint.py tests/test_neuron_devices.py
+	LMI_MULTI_NEURON_RUNTIME=emulator $(NEURON)/bin/python -m pytest -n 2 --dist worksteal -k neuron \
+		$(PYTEST_ARGS) tests/test_matrix.py $(addprefix tests/test_neuron_,emulator.py compile.py \
+		beams.py sampling.py nxd_emulated.py lint.py devices.py)
 
 test-neuron-sources: $(NEURON)/.installed ## Run Neuron's libraries from their sources: NXD= and TNX= checkouts
 	@test -n "$(NXD)$(TNX)" || { echo "error: set NXD, TNX or both to a checkout" >&2; exit 1; }

@@ -5,6 +5,7 @@ A backend joins by an entry in `OPENERS`; the tests in test_matrix.py are writte
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -69,6 +70,8 @@ def unavailable(cell: Cell) -> str:
     state = backends.probe(cell.backend)
     if not state.ok:
         return f"{cell.backend}: {state.reason}"
+    if cell.backend == "neuron" and os.environ.get("LMI_MULTI_NEURON_RUNTIME") != "emulator":
+        return "neuron: the matrix is for emulated cores; tests/test_neuron_cores.py is for these"
     if cell.backend == "cuda" and cell.degree > len(state.devices):
         return f"cuda: {cell.degree} GPUs wanted, {len(state.devices)} here"
     return ""

@@ -283,9 +283,9 @@ def test_a_plan_lists_graphs_and_the_bytes_of_a_core(
         "encoded": [32, 64],
     }
     names = [graph["name"] for graph in plan["graphs"]]
-    # To copy; 2 encoders; for each of 2 encoded: contexts of 32 (2 rows, 2 queries) and 64 (2, 3),
-    # rows greedy and sampled, queries also with all logits.
-    assert len(names) == len(set(names)) == 1 + 2 + 2 * ((2 * 2 + 3 * 2) + (2 * 2 + 3 * 3))
+    # 2 encoders; for each of 2 encoded: contexts of 32 (2 rows, 2 queries) and 64 (2, 3), rows
+    # greedy and sampled, 2 of them also for beams, queries also with all logits.
+    assert len(names) == len(set(names)) == 2 + 2 * ((2 * 2 + 1 + 3 * 2) + (2 * 2 + 1 + 3 * 3))
     assert plan["core_bytes"]["reserved"] == GIB
     counts = [graph["instructions"] for graph in plan["graphs"]]
     if plan["uncounted"]:
@@ -303,12 +303,12 @@ def test_buckets_can_be_pruned(
     plan = planned(capsys, 4)
     assert plan["buckets"] == {"rows": [1, 4], "queries": [64], "context": [64], "encoded": [64]}
     assert [graph["name"] for graph in plan["graphs"]] == [
-        "copy",
         "encode_64",
         "decode_1x1_of_64_with_64",
-        "decode_1x1_of_64_with_64_sampled",
         "decode_4x1_of_64_with_64",
+        "decode_1x1_of_64_with_64_sampled",
         "decode_4x1_of_64_with_64_sampled",
+        "decode_4x1_of_64_with_64_beams",
         "decode_1x64_of_64_with_64",
         "decode_1x64_of_64_with_64_sampled",
         "decode_1x64_of_64_with_64_all",

@@ -96,14 +96,19 @@ def test_state_that_changes_its_shape() -> None:
 
 
 def test_ranks_that_trace_different_graphs() -> None:
-    lint.check_same(graph(), graph())
+    lint.check_same(graph(), graph(GOOD.replace("all-reduce.8", "all-reduce.88")))
     other = graph(GOOD.replace("constant(0)", "constant(50)"))
-    with pytest.raises(BackendError, match=r"ranks trace .*constant\(0\) and .*constant\(50\)"):
+    with pytest.raises(BackendError, match=r"decode cannot run: ranks trace constant .* 0 .* 50"):
         lint.check_same(graph(), other)
+    crossed = graph(
+        GOOD.replace("reduce(all-reduce.8, constant.9)", "reduce(gather.7, constant.9)")
+    )
+    with pytest.raises(BackendError, match=r"ranks trace reduce .*\[6, 7\].* and .*\[5, 7\]"):
+        lint.check_same(graph(), crossed)
     with pytest.raises(BackendError, match="disagree on its parameters"):
         lint.check_same(graph(), graph(parameters=("input.ids", "k0")))
-    longer = graph(GOOD + "\n}")
-    with pytest.raises(BackendError, match="disagree on its length or its constants"):
+    longer = graph(GOOD + "  neg.1 = f32[] negate(p0.5)\n")
+    with pytest.raises(BackendError, match="ranks trace 10 and 11 instructions"):
         lint.check_same(graph(), longer)
 
 

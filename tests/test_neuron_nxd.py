@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,12 @@ from lmi_multi.instances import find
 from tests.neuron_libraries import Library
 
 TRACE = Trace("decode", {"token_ids": (2,)})
+TRACED = [
+    "trace.parallel_context.NxDParallelState.__init__",
+    "trace.parallel_context.NxDParallelState.__enter__",
+    "trace.functions.trace",
+    "trace.parallel_context.NxDParallelState.__exit__",
+]
 ADDED = "trace.nxd_model.nxd_model.NxDModel."
 HLO = """HloModule graph
 ENTRY %graph (p0: s64[2], p1: f32[2], p2: f32[3]) -> (s64[2], f32[3]) {
@@ -69,6 +76,17 @@ def neff(self: Any, key: str, trace_artifacts: Any, compilation_artifacts: Any) 
     self.neffs = {**getattr(self, "neffs", {}), key: path.read_bytes()}
 
 
+RANKS = [0]
+"""The rank that the tracer believes to be, last."""
+
+
+@contextmanager
+def as_rank(rank: int) -> Iterator[None]:
+    RANKS.append(rank)
+    yield
+    RANKS.pop()
+
+
 BEHAVIOURS: dict[str, Callable[..., Any]] = {
     "trace.functions.trace": traced,
     "trace.functions.compile": compiled,
@@ -85,6 +103,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Library:
     found = Library("neuronx_distributed", dict(BEHAVIOURS))
     found.install(monkeypatch)
     monkeypatch.setattr(nxd, "hlo_text", bytes.decode)
+    monkeypatch.setattr(nxd, "as_rank", as_rank)
     without_neuron(monkeypatch)
     return found
 
@@ -118,10 +137,8 @@ def test_every_call_binds_from_lowering_to_closing(library: Library) -> None:
     program.close()
     program.close()
     assert library.names() == [
-        "trace.parallel_context.NxDParallelState.__init__",
-        "trace.parallel_context.NxDParallelState.__enter__",
-        "trace.functions.trace",
-        "trace.parallel_context.NxDParallelState.__exit__",
+        *TRACED,  # as the first rank
+        *TRACED,  # and as the last
         "trace.functions.compile",
         f"{ADDED}__init__",
         "trace.model_builder_utils.CompilationArtifacts.__init__",
@@ -197,6 +214,16 @@ def test_graphs_are_linted(library: Library, change: tuple[str, str], fault: str
     library.behaviours["trace.functions.trace"] = lambda m, **o: traced(m, hlo, **o)
     with pytest.raises(BackendError, match=fault):
         builder(Module()).lower(TRACE)
+
+
+def test_a_graph_that_differs_from_rank_to_rank_is_refused(library: Library) -> None:
+    def own(model: nn.Module, **options: Any) -> SimpleNamespace:
+        return traced(model, HLO.replace("parameter(1)", f"parameter({RANKS[-1] + 1})"))
+
+    library.behaviours["trace.functions.trace"] = own
+    assert builder(Module(), 1).lower(TRACE).instructions == 4
+    with pytest.raises(BackendError, match="graph decode cannot run: ranks trace "):
+        builder(Module(), 2).lower(TRACE)
 
 
 def forgotten(meta: Any) -> None:

@@ -21,10 +21,12 @@ LEAST_CONTEXT = 32
 
 class Kind(Enum):
     """What a decoder's graph gives, and how its tag ends: each row's likeliest token, a token drawn
-    as the row's options say, or the logits of all tokens."""
+    as the row's options say, each row's likeliest continuations after blocks were copied, or the
+    logits of all tokens."""
 
     GREEDY = ""
     SAMPLED = "_sampled"
+    BEAMS = "_beams"
     ALL = "_all"
 
 
@@ -105,32 +107,26 @@ class Buckets:
 
     def traces(self) -> Iterator[Trace]:
         """Every graph that these ladders make."""
-        if self.spec.decoder_layers:
-            yield self.copies()
         for tokens in self.encoded:
             yield self.encode(tokens)
         if not self.spec.decoder_layers:
             return
-        kinds = [kind for kind in Kind if self.carries(kind)]
         for context in self.context:
             for encoded in self.encoded or (0,):
-                for rows in self.rows:
-                    for kind in kinds:
-                        if kind != Kind.ALL:
-                            yield self.decode(rows, 1, context, encoded, kind)
+                for kind in (Kind.GREEDY, Kind.SAMPLED, Kind.BEAMS):
+                    for rows in self.rows_of(kind):
+                        yield self.decode(rows, 1, context, encoded, kind)
                 for queries in self.queries:
-                    if queries <= context:
-                        for kind in kinds:
+                    for kind in (Kind.GREEDY, Kind.SAMPLED, Kind.ALL):
+                        if queries <= context and self.rows_of(kind):
                             yield self.decode(1, queries, context, encoded, kind)
 
-    def carries(self, kind: Kind) -> bool:
-        """Whether there are graphs of this kind: too large a vocabulary is not drawn from."""
-        return kind != Kind.SAMPLED or self.spec.vocab <= MOST_VOCAB
-
-    def copies(self) -> Trace:
-        """As many copied blocks as there are rows: a beam has one that it writes to."""
-        count = (self.rows[-1],)
-        return self._trace("copy", {"sources": count, "targets": count})
+    def rows_of(self, kind: Kind) -> Sequence[int]:
+        """The rows of this kind's graphs for single tokens, which may be none: too large a
+        vocabulary is not drawn from, and one beam never parts from another."""
+        if kind == Kind.SAMPLED and self.spec.vocab > MOST_VOCAB:
+            return ()
+        return [rows for rows in self.rows if rows > 1] if kind == Kind.BEAMS else self.rows
 
     def encode(self, tokens: int) -> Trace:
         """One prompt of up to `tokens` tokens."""
@@ -152,6 +148,8 @@ class Buckets:
         }
         if kind != Kind.ALL:
             inputs["last"] = (rows,)
+        if kind == Kind.BEAMS:
+            inputs |= {"sources": (rows,), "targets": (rows,)}
         if kind == Kind.SAMPLED:
             inputs |= {"temperature": (rows,), "how": (rows, COLUMNS)}
         if encoded:

@@ -18,6 +18,7 @@ from .inputs import block_table, padded, slots
 from .lint import check_inputs
 from .program import Program, Trace
 from .sampling import can_draw, options
+from .search import can_rank, ranked
 from .sizing import spare_blocks
 
 
@@ -25,7 +26,8 @@ class NeuronExecutor:
     """An `Executor` over a `Program`.
 
     The engine's paged blocks are the graph's: a block table comes with every step. Rows of one
-    token run together in a bucket of rows, longer ones each in a bucket of queries. The pool has
+    token run together in a bucket of rows, beams apart from others, and longer ones each in a
+    bucket of queries. Fresh blocks need no clearing: see `attention`. The pool has
     `spare_blocks` more than the engine knows of: scoring and embedding, which have no blocks, use
     them, and the last one takes what padding writes.
     """
@@ -43,22 +45,10 @@ class NeuronExecutor:
 
     def step(self, batch: Batch) -> StepResult:
         """See `Executor.step`. What graphs cannot draw is drawn here, from the logits."""
-        self._prepare(batch)
+        self._encode_all(batch.prompts)
         found: dict[int, Draw | Continuations] = {}
-        undrawn: dict[int, Tensor] = {}
-        searched = _searched(batch.rows)
-        for numbers, rows in self._groups(batch.rows):
-            kind = self._kind(rows)
-            tokens, best, logits = self._run_rows(rows, kind)
-            for i, (number, row) in enumerate(zip(numbers, rows, strict=True)):
-                if number not in searched and _drawn(row, kind):
-                    found[number] = _draw(tokens[i], best[i])
-                elif row.sample is not None:
-                    undrawn[number] = logits[i]
-        if undrawn:
-            numbers = sorted(undrawn)
-            logits = torch.stack([undrawn[i] for i in numbers])
-            answers = draw_by_row(logits, [batch.rows[i] for i in numbers])
+        for kind, numbers in self._groups(batch.rows):
+            answers = self._answer([batch.rows[i] for i in numbers], kind)
             found |= {numbers[place]: answer for place, answer in answers.items()}
         return StepResult([found[i] for i in sorted(found)])
 
@@ -66,7 +56,9 @@ class NeuronExecutor:
         """See `Executor.logits`."""
         if not batch.rows:
             raise ValueError("the batch has no rows")
-        self._prepare(batch)
+        if any(row.copies for row in batch.rows):
+            raise ValueError("blocks are copied by steps, not where only logits are wanted")
+        self._encode_all(batch.prompts)
         found: dict[int, Tensor] = {}
         # Row by row, the longer ones first: others may read what they write.
         for i in sorted(range(len(batch.rows)), key=lambda i: len(batch.rows[i].token_ids) == 1):
@@ -105,37 +97,50 @@ class NeuronExecutor:
         check_inputs(trace.tag, trace.bounds, inputs)
         return self._program.run(trace.tag, **inputs)
 
-    def _prepare(self, batch: Batch) -> None:
-        """Copy blocks and encode prompts. Fresh blocks need no clearing: see `attention`."""
-        copies = [pair for row in batch.rows for pair in row.copies]
-        trace = self._buckets.copies()
-        count = trace.inputs["sources"][0]
-        for start in range(0, len(copies), count):
-            sources, targets = zip(*copies[start : start + count], strict=True)
-            inputs = {
-                "sources": padded(sources, count, self._trash),
-                "targets": padded(targets, count, self._trash),
-            }
-            self._run(trace, inputs)
-        for prompt in batch.prompts:
+    def _encode_all(self, prompts: Sequence[Prompt]) -> None:
+        for prompt in prompts:
             self._encode(prompt, prompt.cross_blocks)
 
-    def _groups(self, rows: Sequence[Row]) -> Iterator[tuple[list[int], list[Row]]]:
-        """Numbers and rows that run in one graph: long rows first, as others may read what they
+    def _groups(self, rows: Sequence[Row]) -> Iterator[tuple[Kind, list[int]]]:
+        """Numbers of rows that run in one graph: long rows first, as others may read what they
         write; the other way round nothing can be, a single token's row reads only its own."""
-        singles = []
-        for i, row in enumerate(rows):
-            if len(row.token_ids) == 1:
-                singles.append(i)
-                continue
-            yield [i], [row]
-        if singles:
-            yield singles, [rows[i] for i in singles]
+        beams: list[int] = []
+        others: list[int] = []
+        for numbers in _shares(rows):
+            first = rows[numbers[0]]
+            if len(first.token_ids) > 1:
+                yield self._kind([first]), list(numbers)
+            elif first.beams is not None:
+                beams += numbers
+            else:
+                others += numbers
+        if beams:
+            yield Kind.BEAMS, beams
+        if others:
+            yield self._kind([rows[i] for i in others]), others
 
     def _kind(self, rows: Sequence[Row]) -> Kind:
         """Of the graph for rows of which each wants at most one token."""
         samples = any(_drawn(r, Kind.SAMPLED) and not _drawn(r, Kind.GREEDY) for r in rows)
-        return Kind.SAMPLED if samples and self._buckets.carries(Kind.SAMPLED) else Kind.GREEDY
+        return Kind.SAMPLED if samples and self._buckets.rows_of(Kind.SAMPLED) else Kind.GREEDY
+
+    def _answer(self, rows: Sequence[Row], kind: Kind) -> dict[int, Draw | Continuations]:
+        """What the rows of one graph get, by their places: from the graph, or from its logits."""
+        tokens, best, logits, *found = self._run_rows(rows, kind)
+        answers: dict[int, Draw | Continuations] = {}
+        left: list[int] = []
+        for places in _shares(rows):
+            first, own = places[0], slice(places.start, places.stop)
+            if found and can_rank(rows[own], found[0].shape[-1]):
+                answers[first] = ranked(rows[own], best[own], found[0][own], found[1][own])
+            elif rows[first].beams is None and _drawn(rows[first], kind):
+                answers[first] = _draw(tokens[first], best[first])
+            elif rows[first].sample is not None:
+                left += places
+        if left:
+            by_host = draw_by_row(logits[left], [rows[i] for i in left])
+            answers |= {left[place]: answer for place, answer in by_host.items()}
+        return answers
 
     def _run_rows(self, rows: Sequence[Row], kind: Kind) -> list[Tensor]:
         """Run rows that have one token each, or one row that has several."""
@@ -143,7 +148,7 @@ class NeuronExecutor:
         if queries > 1 or kind == Kind.ALL:
             queries = fit(self._buckets.queries, queries)
         else:
-            count = fit(self._buckets.rows, len(rows))
+            count = fit(self._buckets.rows_of(kind), len(rows))
         context = fit(self._buckets.context, max(max(row.length for row in rows), queries))
         encoded = max(row.cross_length for row in rows)
         trace = self._buckets.decode(
@@ -175,6 +180,10 @@ class NeuronExecutor:
             several = len(rows) == 1
             last = [len(rows[0].token_ids) - 1] if several else range(len(rows))
             inputs["last"] = padded(last, count, 0)
+        if "sources" in shapes:
+            copies = [pair for row in rows for pair in row.copies]
+            inputs["sources"] = padded([source for source, _ in copies], count, trash)
+            inputs["targets"] = padded([target for _, target in copies], count, trash)
         if "how" in shapes:
             given = [row.sample if _drawn(row, Kind.SAMPLED) else None for row in rows]
             samples = [sample or SampleRow() for sample in given]
@@ -219,14 +228,14 @@ class NeuronExecutor:
         return Row(token_ids, 0, self._own, len(token_ids), cross, encoded)
 
 
-def _searched(rows: Sequence[Row]) -> set[int]:
-    """The numbers of the rows that are beams of a search; its first row tells how many."""
-    return {
-        number
-        for first, row in enumerate(rows)
-        if row.beams is not None
-        for number in range(first, first + len(row.beams.scores))
-    }
+def _shares(rows: Sequence[Row]) -> Iterator[range]:
+    """The numbers of each row, or of all the rows of a search: its first one tells how many."""
+    start = 0
+    while start < len(rows):
+        beams = rows[start].beams
+        stop = start + (1 if beams is None else len(beams.scores))
+        yield range(start, stop)
+        start = stop
 
 
 def _drawn(row: Row, kind: Kind) -> bool:

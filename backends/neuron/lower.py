@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lmi_multi.errors import BackendError
 
+from . import lint
 from .program import Trace
 
 
@@ -80,6 +81,13 @@ class TraceCollectives:
 
 
 @contextmanager
+def as_rank(rank: int) -> Iterator[None]:
+    """torch-xla believes that this process is `rank`."""
+    with mock.patch("torch_xla.runtime.global_ordinal", return_value=rank):
+        yield
+
+
+@contextmanager
 def _world(size: int) -> Iterator[None]:
     """torch-xla believes that there are `size` ranks."""
     with mock.patch("torch_xla.runtime.world_size", return_value=size):
@@ -100,12 +108,20 @@ class Lowering:
         torch_xla.sync()
 
     def lower(self, trace: Trace) -> Graph:
-        """The graph of a trace. Raises BackendError that names it."""
+        """The graph of a trace, linted, and traced again as the last rank, which must make no
+        difference. Raises BackendError that names it."""
+        graph = self._trace(trace, 0)
+        lint.check(graph, self._ranks)
+        if self._ranks > 1:
+            lint.check_same(graph, self._trace(trace, self._ranks - 1))
+        return graph
+
+    def _trace(self, trace: Trace, rank: int) -> Graph:
         device = self._xla.device()
         inputs = {name: x.to(device) for name, x in trace.examples().items()}
         self._xla.sync()
         try:
-            with torch.no_grad(), _world(self._ranks):
+            with torch.no_grad(), _world(self._ranks), as_rank(rank):
                 outputs = list(self._module(**inputs))
                 return self._build(trace.tag, inputs, outputs)
         except Exception as error:  # whatever torch-xla raises

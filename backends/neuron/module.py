@@ -16,6 +16,7 @@ from lmi_multi.parallel.collectives import Collectives
 from .attention import PromptAttention, TableAttention
 from .ops import NeuronOps, greedy
 from .sampling import draw
+from .search import KEPT, likeliest
 
 _PREFIX = "w."
 
@@ -68,11 +69,8 @@ class StaticModel(nn.Module):
         sources: Tensor | None = None,
         targets: Tensor | None = None,
     ) -> list[Tensor]:
-        """Copy blocks (`sources`), encode (`lengths`), or decode; all inputs but `temperature` are
-        int64.
+        """Encode (`lengths`), or decode; all inputs but `temperature` are int64.
 
-        - copy: `sources`, `targets` [n] are blocks. Returns a number that means nothing, as a
-          graph without any output is more than a runtime need be ready for.
         - encode: `token_ids`, `positions` [rows * n], `lengths` [rows], BERT's `segments`, and
           for encoder-decoders `slots` for the cross-attention's keys and values. Returns hidden
           states float32 [rows * n, hidden] and what the pooler makes of them, if there is one.
@@ -81,10 +79,9 @@ class StaticModel(nn.Module):
           logits [rows, vocab] of those tokens; with `temperature` and `how`, see
           `sampling.draw`, a drawn token in place of the greedy one; without `last` hidden states
           and logits of all.
+        - decode for beams: also `sources` and `targets` [rows], the blocks to copy before anything
+          is written, as two beams part. Returns also what `search.likeliest` does.
         """
-        if sources is not None and targets is not None:
-            self._copy(sources, targets)
-            return [targets.sum(0, keepdim=True)]
         if token_ids is None or positions is None:
             raise TypeError("token_ids and positions are needed")
         if lengths is not None:
@@ -94,14 +91,19 @@ class StaticModel(nn.Module):
         attention = TableAttention(
             self.heads, self, positions, slots, table, self.block_size, cross_table, cross_lengths
         )
+        if sources is not None and targets is not None:
+            self._copy(sources, targets)
         network = self._network()
         hidden = network.decode(token_ids, positions, attention)
         if last is None:
             return [network.project_out(hidden).float(), network.logits(hidden)]
         logits = network.logits(hidden.index_select(0, last))
-        if temperature is None or how is None:
-            return [*greedy(logits), logits]
-        return [*draw(logits, temperature, how), logits]
+        if temperature is not None and how is not None:
+            return [*draw(logits, temperature, how), logits]
+        found = [*greedy(logits), logits]
+        if sources is not None:
+            found += likeliest(logits, min(KEPT, logits.shape[-1]))
+        return found
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """See `attention.State`."""

@@ -22,7 +22,7 @@ from lmi_multi.errors import BackendError
 from lmi_multi.instances import Instance
 
 from . import environment, lint, sdk
-from .lower import hlo_text
+from .lower import as_rank, hlo_text
 from .program import Compiled, Toolchain, Trace
 
 LOG_LINES = 20  # of the compiler's log in an error
@@ -75,13 +75,18 @@ class NxdGraph:
         return hashlib.sha256(self.artifacts.hlo.SerializeToString()).hexdigest()
 
     @property
+    def text(self) -> str:
+        """The module in HLO's text form."""
+        return hlo_text(self.artifacts.hlo.SerializeToString())
+
+    @property
     def instructions(self) -> int:
         """See `Lowered.instructions`."""
         return sum(len(part.instructions) for part in self.artifacts.hlo.computations)
 
     def faults(self, state: Iterable[str], ranks: int) -> Iterator[str]:
         """What is wrong with it, one line a fault. Each of `state` must come back in its place."""
-        yield from lint.faults(hlo_text(self.artifacts.hlo.SerializeToString()), ranks)
+        yield from lint.faults(self.text, ranks)
         meta = self.artifacts.metaneff
         returned = {}
         for output, given in dict(meta.output_aliases_to).items():
@@ -104,7 +109,16 @@ class NxdBuilder:
         self._start = {name: module.get_buffer(name) for name in state}
 
     def lower(self, trace: Trace) -> NxdGraph:
-        """See `Builder.lower`."""
+        """See `Builder.lower`. It is traced again as the last rank: see `lint.rank_faults`."""
+        lowered = self._trace(trace)
+        faults = [*lowered.faults(self._start, self._ranks)]
+        if self._ranks > 1 and not faults:
+            with as_rank(self._ranks - 1):
+                faults = [*lint.rank_faults(lowered.text, self._trace(trace).text)]
+        lint.refuse(trace.tag, faults)
+        return lowered
+
+    def _trace(self, trace: Trace) -> NxdGraph:
         from neuronx_distributed.trace import functions
 
         try:
@@ -117,9 +131,7 @@ class NxdBuilder:
         finally:
             for name, tensor in self._start.items():  # the next trace starts from the same buffers
                 setattr(self._module, name, tensor)
-        lowered = NxdGraph(trace.tag, artifacts)
-        lint.refuse(trace.tag, [*lowered.faults(self._start, self._ranks)])
-        return lowered
+        return NxdGraph(trace.tag, artifacts)
 
     def compile(self, graph: NxdGraph) -> bytes:
         """See `Builder.compile`: the bytes of a NEFF."""
