@@ -170,14 +170,18 @@ async def _embeddings(service: Service, asked: Invocation, request: Request) -> 
     return vectors[0] if asked.single else vectors
 
 
-async def _events(chunks: AsyncGenerator[Chunk], wanted: Wanted, form: str) -> AsyncIterator[str]:
+async def _events(
+    found: AsyncGenerator[list[Chunk]], wanted: Wanted, form: str
+) -> AsyncIterator[str]:
     """A line for each token; the last one has the whole text and details beside it."""
     answer = Answer(wanted.text)
     try:
-        async for chunk in chunks:
-            answer.add(chunk)
-            for event in lmi.events(chunk, answer, len(wanted.ids)):
-                yield form % json.dumps(event)
+        async for chunks in found:
+            lines = []
+            for chunk in chunks:
+                answer.add(chunk)
+                lines += lmi.events(chunk, answer, len(wanted.ids))
+            yield "".join(form % json.dumps(line) for line in lines)
     except (LmiError, HttpError) as error:
         failure = error if isinstance(error, HttpError) else HttpError.of(error)
         yield form % json.dumps({"error": failure.message, "code": failure.status})

@@ -14,7 +14,6 @@ import traceback
 from dataclasses import asdict, dataclass
 from multiprocessing import active_children
 from multiprocessing.connection import Connection, wait
-from typing import Any
 
 import torch
 
@@ -26,14 +25,40 @@ from lmi_multi.models.traits import Traits
 from lmi_multi.options import GenerateOptions
 from lmi_multi.serve import wire
 from lmi_multi.serve.script import OUT_OF_MEMORY, serve_script
-from lmi_multi.streaming import View
+from lmi_multi.streaming import Chunk, View
 
 
 @dataclass
 class _Answering:
+    """A prompt, and how much of its answers was told. Without `stream` that is all at the end."""
+
     job: Job
     views: list[View]
+    stream: bool
     started: bool = False
+    first: bool = False
+
+    def starts(self) -> bool:
+        """Whether it has left the queue since the last call."""
+        begins = not self.started and self.job.requests[0].computed > 0
+        self.started |= begins
+        return begins
+
+    def begins(self) -> bool:
+        """Whether it has got its first token since the last call."""
+        begins = not self.first and any(len(a.tokens) > a.given for a in self.job.answers)
+        self.first |= begins
+        return begins
+
+    def fresh(self) -> list[Chunk]:
+        """What its answers have that was not told yet."""
+        views = (v for v in self.views if self.stream or v.sequence.finish_reason is not None)
+        return [chunk for view in views if (chunk := view.fresh())]
+
+    @property
+    def ended(self) -> bool:
+        """Whether everything was told."""
+        return all(view.ended for view in self.views)
 
 
 class Worker:
@@ -81,10 +106,11 @@ class Worker:
 
     def _submit(self, message: wire.Message) -> None:
         options = GenerateOptions.of(message["options"])
-        job = self._model._reader.job(0, message["ids"], options, streaming=True)
+        # Not `streaming`: text is the server's to make, but for stop strings.
+        job = self._model._reader.job(0, message["ids"], options)
         self._engine.submit(job.requests)
         views = [View(0, answer) for answer in job.answers]
-        self._answering[message["id"]] = _Answering(job, views)
+        self._answering[message["id"]] = _Answering(job, views, message["stream"])
 
     def _drop(self, number: int) -> None:
         answering = self._answering.pop(number, None)
@@ -101,18 +127,17 @@ class Worker:
         began = time.time_ns()
         self._engine.step()
         self._steps += 1
-        chunks: list[tuple[int, list[Any]]] = []
-        started: list[int] = []
-        for number, answering in [*self._answering.items()]:
-            if not answering.started and answering.job.requests[0].computed:
-                answering.started = True
-                started.append(number)
-            for view in answering.views:
-                if chunk := view.fresh():
-                    chunks.append((number, wire.pack(chunk)))
-            if all(view.ended for view in answering.views):
-                self._drop(number)
-        message = {"type": "step", "chunks": chunks, "started": started, "began": began}
+        own = [*self._answering.items()]
+        message: wire.Message = {
+            "type": "step",
+            "began": began,
+            "started": [number for number, answering in own if answering.starts()],
+            "first": [number for number, answering in own if answering.begins()],
+            "chunks": [(number, wire.pack(c)) for number, a in own for c in a.fresh()],
+            "ended": [number for number, answering in own if answering.ended],
+        }
+        for number in message["ended"]:
+            self._drop(number)
         wire.send(self._pipe, message | self._state())
 
     def _state(self) -> dict[str, int]:
