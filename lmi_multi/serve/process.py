@@ -1,0 +1,100 @@
+"""One engine process, and the two threads that pass messages between it and an asyncio loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+
+from lmi_multi.serve import wire
+
+
+@dataclass(frozen=True)
+class End:
+    """Why a process ended."""
+
+    reason: str
+    lacked_memory: bool = False
+
+
+class EngineProcess:
+    """A running `lmi_multi.serve.worker`, made inside the loop that its messages go to.
+
+    `handle` is called in the loop with each message but `broken`; `ended` tells why the process
+    is no more.
+    """
+
+    def __init__(self, load: wire.Message, handle: Callable[[wire.Message], None]) -> None:
+        """`load` is the first message: what the process is to load."""
+        self._loop = asyncio.get_running_loop()
+        self._handle = handle
+        self.ended: asyncio.Future[End] = self._loop.create_future()
+        self._outbox: queue.SimpleQueue[wire.Message | None] = queue.SimpleQueue()
+        self.send(load)
+        ours, theirs = socket.socketpair()
+        command = [sys.executable, "-m", "lmi_multi.serve.worker", str(theirs.fileno())]
+        with theirs:
+            self._process = subprocess.Popen(
+                command,
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,  # so that it can be ended together with its ranks
+            )
+        pipe = Connection(ours.detach())
+        for target in (self._write, self._read):
+            threading.Thread(target=target, args=(pipe,), daemon=True).start()
+
+    def send(self, message: wire.Message) -> None:
+        """Never waits. What a process that has ended is told is lost."""
+        self._outbox.put(message)
+
+    def kill(self) -> None:
+        """End it and its ranks at once, and wait for that."""
+        self._outbox.put(None)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)  # ranks hang as well as they die
+        self._process.wait()
+
+    def _write(self, pipe: Connection) -> None:
+        """A thread: what is put in the outbox goes to the engine; None ends it."""
+        while (message := self._outbox.get()) is not None:
+            try:
+                wire.send(pipe, message)
+            except OSError:
+                return  # the reader says why
+
+    def _read(self, pipe: Connection) -> None:
+        """A thread: every message goes to the loop, the end of them as well."""
+        reason, lacked_memory = None, False
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            try:
+                while True:
+                    message = wire.receive(pipe)
+                    if message["type"] == "broken":
+                        reason = message["error"]
+                        lacked_memory = message["memory"]
+                    else:
+                        self._loop.call_soon_threadsafe(self._handle, message)
+            except (EOFError, OSError):
+                pipe.close()
+                code = self._process.wait()
+                lacked_memory |= code == -signal.SIGKILL  # the kernel's way to say so
+                end = End(reason or _reason(code), lacked_memory)
+                self._loop.call_soon_threadsafe(self._settle, end)
+
+    def _settle(self, end: End) -> None:
+        if not self.ended.done():
+            self.ended.set_result(end)
+
+
+def _reason(code: int) -> str:
+    return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
