@@ -73,6 +73,13 @@ def serve(
             rich_help_panel=_SERVER,
         ),
     ] = None,
+    models_bytes: Annotated[
+        int | None,
+        typer.Option(
+            help="Memory of all these models; beyond, idle ones make room. Default: what there is.",
+            rich_help_panel=_SERVER,
+        ),
+    ] = None,
     backend: Annotated[
         str | None, typer.Option(help="auto, cpu, cuda or neuron.", rich_help_panel=options.LOADING)
     ] = None,
@@ -132,6 +139,7 @@ def serve(
         "entry_point": entry_point,
         "multi_model": multi_model,
         "models_root": models_root,
+        "models_bytes": models_bytes,
     }
     settings = ServeSettings.read(command_line=given, properties=properties, environ=os.environ)
     if settings.task != "auto":
@@ -146,7 +154,7 @@ def serve(
 
     what = settings.models_root if settings.multi_model else settings.entry_point or settings.model
     application = Application(settings, name or str(what), read)
-    server = Server(application, settings.host, settings.port, settings.drain_timeout)
+    server = Server(application, settings)
     note(f"serving {what} on {settings.host} port {settings.port}")
     server.run()
     if application.failed:

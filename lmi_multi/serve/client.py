@@ -146,6 +146,10 @@ class EngineClient:
         self.error = self.error or "the server is shutting down"
         self._fail_all(EngineGoneError(self.error))
 
+    def memory(self) -> int:
+        """Bytes of memory that its processes have to themselves; 0 if there are none."""
+        return 0 if self._process is None else self._process.memory()
+
     @property
     def _busy(self) -> bool:
         """Whether it should be heard of: it owes an answer, or does what nobody wants any more."""

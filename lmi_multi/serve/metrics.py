@@ -34,6 +34,9 @@ class Metrics:
         self.shed = Counter(
             "lmi_shed_requests", "Requests refused for lack of room", registry=registry
         )
+        self.evicted = Counter(
+            "lmi_evicted_models", "Engines ended to make room for others", registry=registry
+        )
         self._queue = Histogram(
             "lmi_queue_seconds", "Time in the queue", buckets=_SECONDS, registry=registry
         )

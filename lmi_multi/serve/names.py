@@ -139,6 +139,7 @@ OPTIONS = (
     Option("batch_transform", ("option.batch_transform",), ("SAGEMAKER_BATCH",)),
     Option("multi_model", ("option.multi_model",), ("SAGEMAKER_MULTI_MODEL",)),
     Option("models_root", ("option.models_root",)),
+    Option("models_bytes", ("option.models_bytes",)),
 )
 
 _BATCHES = "requests join and leave the running batch at every step, so none is waited for"

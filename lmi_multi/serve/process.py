@@ -15,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
+import psutil
+
 from lmi_multi.serve import wire
 
 
@@ -56,6 +58,15 @@ class EngineProcess:
     def send(self, message: wire.Message) -> None:
         """Never waits. What a process that has ended is told is lost."""
         self._outbox.put(message)
+
+    def memory(self) -> int:
+        """Bytes that it and its ranks have to themselves, libraries that others share left out."""
+        total = 0
+        with contextlib.suppress(psutil.NoSuchProcess):
+            engine = psutil.Process(self._process.pid)
+            for process in (engine, *engine.children(recursive=True)):
+                total += process.memory_full_info().uss
+        return total
 
     def kill(self) -> None:
         """End it and its ranks at once, and wait for that."""

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterator,
+    Sequence,
+)
 from typing import Any
 
 from fastapi import APIRouter
@@ -110,9 +117,9 @@ async def _invoke(
     """`form`: how a line of a stream looks; None for a whole answer."""
     if service.is_encoder:
         return JSONResponse(await _embeddings(service, asked, request))
-    options, details = lmi.options(asked.parameters)
-    prompts = as_list(asked.inputs)
     if form is not None:
+        options, _ = lmi.options(asked.parameters)
+        prompts = as_list(asked.inputs)
         if len(prompts) != 1 or options.get("num_return_sequences", 1) != 1:
             raise HttpError(
                 400, "stream is True; allowed: with one prompt and one answer", "stream"
@@ -122,16 +129,33 @@ async def _invoke(
         chunks = await first(service.stream(wanted), request)
         kind = _SSE if form == _EVENT else _JSON_LINES
         return StreamingResponse(_events(chunks, wanted[0], form), media_type=kind)
-    if details:
-        options.setdefault("logprobs", 0)
-    wanted = await service.wanted(prompts, options, lmi.NEW_TOKENS)
-    answers = await service.answers(wanted, request)
+    [shown] = await _generated(service, [asked], request)
+    return JSONResponse(shown)
+
+
+async def _generated(service: Service, asked: Sequence[Invocation], request: Request) -> list[Any]:
+    """Whole answers to several bodies, which run beside each other."""
+    wanted: list[list[Wanted]] = []
+    for one in asked:
+        options, details = lmi.options(one.parameters)
+        if details:
+            options.setdefault("logprobs", 0)
+        wanted.append(await service.wanted(as_list(one.inputs), options, lmi.NEW_TOKENS))
+    found = iter(await service.answers([w for own in wanted for w in own], request))
+    return [_shown(service, one, own, found) for one, own in zip(asked, wanted, strict=True)]
+
+
+def _shown(
+    service: Service, asked: Invocation, wanted: Sequence[Wanted], found: Iterator[list[Answer]]
+) -> Any:
+    """One body's answers; `found` has those of each prompt in turn."""
+    _, details = lmi.options(asked.parameters)
     shown = [
         lmi.shown(answer, len(own.ids), service.tokenizer, details)
-        for own, found in zip(wanted, answers, strict=True)
-        for answer in found
+        for own in wanted
+        for answer in next(found)
     ]
-    return JSONResponse(shown[0] if asked.single and len(shown) == 1 else shown)
+    return shown[0] if asked.single and len(shown) == 1 else shown
 
 
 def _form(asked: Invocation, request: Request, settings: ServeSettings) -> str | None:
@@ -157,11 +181,17 @@ async def _lines(service: Service, data: bytes, request: Request) -> Response:
     asked = [body.check(Invocation, body.parse(line)) for line in data.splitlines() if line.strip()]
     if not asked:
         raise HttpError(400, "the body has no lines")
-    results = []
-    for one in asked:
-        answer = await _invoke(service, one, request, None)
-        results.append(bytes(answer.body))
-    return Response(b"\n".join(results) + b"\n", media_type=_JSON_LINES)
+    if any(one.stream for one in asked):
+        raise HttpError(
+            400, "stream is True; allowed: false, as lines are answered whole", "stream"
+        )
+    if service.is_encoder:
+        shown = [await _embeddings(service, one, request) for one in asked]
+    else:
+        service.check_prompts(sum(len(as_list(one.inputs)) for one in asked))
+        shown = await _generated(service, asked, request)
+    lines = [bytes(JSONResponse(one).body) for one in shown]
+    return Response(b"\n".join(lines) + b"\n", media_type=_JSON_LINES)
 
 
 async def _embeddings(service: Service, asked: Invocation, request: Request) -> Any:

@@ -72,11 +72,15 @@ class Service:
         with self._room(prompts):
             return await asyncio.to_thread(self._wanted, prompts, options, length)
 
+    def check_prompts(self, count: int) -> None:
+        """Raise OptionError for more prompts in a request than may ever wait, or none."""
+        most = self.engine.max_requests
+        if not 1 <= count <= most:
+            raise OptionError(f"{count} prompts are given; allowed: 1 to {most}")
+
     def _room(self, prompts: Sequence[Prompt]) -> contextlib.AbstractContextManager[None]:
         """Room for these prompts while they are tokenized."""
-        most = self.engine.max_requests
-        if not 1 <= len(prompts) <= most:
-            raise OptionError(f"{len(prompts)} prompts are given; allowed: 1 to {most}")
+        self.check_prompts(len(prompts))
         size = sum(map(len, prompts)) // BYTES_A_TOKEN
         return self.engine.hold(len(prompts), size)
 

@@ -244,6 +244,9 @@ class ServeSettings(BaseModel):
     batch_transform: _Flag = Field(default=False, description=_FLAG)
     multi_model: _Flag = Field(default=False, description=_FLAG)
     models_root: Path = Field(default=Path("/opt/ml/models"), description="a folder")
+    models_bytes: Annotated[_Integer, Field(ge=MIB, lt=2**63)] | None = Field(
+        default=None, description=f"an integer, at least {MIB} (1 MiB)"
+    )
 
     if not TYPE_CHECKING:  # type checkers see the fields as keywords
 

@@ -7,8 +7,10 @@ Nothing of HTTP happens here, so nothing of HTTP slows a step.
 from __future__ import annotations
 
 import os
+import select
 import signal
 import sys
+import threading
 import time
 import traceback
 from dataclasses import asdict, dataclass
@@ -26,6 +28,8 @@ from lmi_multi.options import GenerateOptions
 from lmi_multi.serve import wire
 from lmi_multi.serve.script import OUT_OF_MEMORY, serve_script
 from lmi_multi.streaming import Chunk, View
+
+PATIENCE = 2.0  # seconds to end in good order once the server is gone
 
 
 @dataclass
@@ -169,6 +173,19 @@ def _leave_a_core() -> None:
         torch.set_num_threads(max(1, torch.get_num_threads() - 1))
 
 
+def _end_with_server(pipe: Connection) -> None:
+    """A thread: once the server is gone, however it ended, so is this process with all that it has
+    started, also in the midst of a call that never returns."""
+    hung_up = select.poll()
+    hung_up.register(pipe.fileno(), 0)  # nothing is read, the end is always told
+    hung_up.poll()
+    time.sleep(PATIENCE)
+    try:
+        os.killpg(os.getpid(), signal.SIGKILL)
+    except ProcessLookupError:  # it leads no group: somebody runs it by hand
+        os._exit(1)
+
+
 def main() -> None:
     """Load what the first message says, then serve."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C and SIGTERM are the server's to handle
@@ -176,6 +193,7 @@ def main() -> None:
     pipe = Connection(int(sys.argv[1]))
     os.set_inheritable(pipe.fileno(), False)
     os.dup2(2, 1)  # whatever is printed here is no answer
+    threading.Thread(target=_end_with_server, args=(pipe,), daemon=True).start()
     _leave_a_core()
     try:
         wanted = wire.receive(pipe)
