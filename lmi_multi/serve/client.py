@@ -147,7 +147,7 @@ class EngineClient:
         self._fail_all(EngineGoneError(self.error))
 
     def memory(self) -> int:
-        """Bytes of memory that its processes have to themselves; 0 if there are none."""
+        """Bytes of memory that its processes take; 0 if there are none."""
         return 0 if self._process is None else self._process.memory()
 
     @property

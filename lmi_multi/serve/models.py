@@ -223,7 +223,7 @@ class Models:
             self._changing.remove(served)
 
     def _taken(self) -> int:
-        """Bytes of memory that all engines have to themselves."""
+        """Bytes of memory that all engines take."""
         return sum(engine.memory() for engine in self.engines())
 
     async def _evict(self) -> bool:

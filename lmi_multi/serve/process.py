@@ -60,12 +60,12 @@ class EngineProcess:
         self._outbox.put(message)
 
     def memory(self) -> int:
-        """Bytes that it and its ranks have to themselves, libraries that others share left out."""
+        """Bytes that it and its ranks take; of what several processes share, their part."""
         total = 0
         with contextlib.suppress(psutil.NoSuchProcess):
             engine = psutil.Process(self._process.pid)
             for process in (engine, *engine.children(recursive=True)):
-                total += process.memory_full_info().uss
+                total += process.memory_full_info().pss
         return total
 
     def kill(self) -> None:

@@ -109,19 +109,18 @@ def real_s5cmd(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LMI_MULTI_S3", "s5cmd")
 
 
-@pytest.mark.usefixtures("real_s5cmd")
-def test_the_real_s5cmd(s3: Door, artifact: Artifact) -> None:
+def test_the_real_s5cmd(s3: Door, artifact: Artifact, real_s5cmd: None) -> None:
     url = s3.put("real s5/über*[a]", artifact.folder)
     opened = open_or_convert(url, verify=True)
     assert names(opened.folder) == names(artifact.folder)
     paths = {request.path for request in s3.data}
     assert len(paths) == len(names(artifact.folder))
+    assert sum(request.if_match is None for request in s3.data) == len(paths) - 1  # the manifest
     s3.requests.clear()
     assert open_or_convert(url, verify=True).folder == opened.folder and not s3.data
 
 
-@pytest.mark.usefixtures("real_s5cmd")
-def test_what_the_real_s5cmd_says(s3: Door, checkpoint: Path) -> None:
+def test_what_the_real_s5cmd_says(s3: Door, checkpoint: Path, real_s5cmd: None) -> None:
     url = s3.put("refused", checkpoint)
     denied = b"<Error><Code>AccessDenied</Code><Message>No</Message></Error>"
     s3.fault = lambda request: Fault(403, denied) if request.name == "config.json" else None
