@@ -80,6 +80,9 @@ def serve(
             rich_help_panel=_SERVER,
         ),
     ] = None,
+    log_format: Annotated[
+        str | None, typer.Option(help="text or json.", rich_help_panel=_SERVER)
+    ] = None,
     backend: Annotated[
         str | None, typer.Option(help="auto, cpu, cuda or neuron.", rich_help_panel=options.LOADING)
     ] = None,
@@ -111,6 +114,7 @@ def serve(
     /docs shows every route; SIGTERM ends the server when what it has begun is answered.
     """
     try:
+        from lmi_multi.serve import logs
         from lmi_multi.serve.app import Application
         from lmi_multi.serve.server import Server
         from lmi_multi.serve.settings import ServeSettings
@@ -118,8 +122,7 @@ def serve(
         raise OptionError(
             f"{error.name} is not installed, which serving needs: pip install 'lmi_multi[serve]'"
         ) from None
-    form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-    logging.basicConfig(level=logging.INFO, format=form)
+    logs.set_up("text")  # until the settings are known
     given = {
         "model": model,
         "host": host,
@@ -140,8 +143,10 @@ def serve(
         "multi_model": multi_model,
         "models_root": models_root,
         "models_bytes": models_bytes,
+        "log_format": log_format,
     }
     settings = ServeSettings.read(command_line=given, properties=properties, environ=os.environ)
+    logs.set_up(settings.log_format)
     if settings.task != "auto":
         log.info("task is %s: no effect, as the model itself tells what it can do", settings.task)
 

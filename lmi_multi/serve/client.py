@@ -102,10 +102,12 @@ class EngineClient:
         max_tokens: int = 1 << 20,
         startup_timeout: float = 3600.0,
         step_timeout: float = 30.0,
+        log_format: str = "text",
     ) -> None:
         self._load = dict(load)
         self.max_requests, self._max_tokens = max_requests, max_tokens
         self._startup_timeout, self._step_timeout = startup_timeout, step_timeout
+        self._log_format = log_format
         self._numbers = itertools.count()
         self._asked: dict[int, _Asked] = {}
         self._held_requests = self._held_tokens = 0
@@ -304,7 +306,7 @@ class EngineClient:
 
     async def _live(self) -> End:
         """Start a process and see it through to its end."""
-        self._process = process = EngineProcess(self._load, self._handle)
+        self._process = process = EngineProcess(self._load, self._handle, self._log_format)
         deadline = time.monotonic() + self._startup_timeout
         try:
             while not process.ended.done():

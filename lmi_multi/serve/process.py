@@ -35,7 +35,9 @@ class EngineProcess:
     is no more.
     """
 
-    def __init__(self, load: wire.Message, handle: Callable[[wire.Message], None]) -> None:
+    def __init__(
+        self, load: wire.Message, handle: Callable[[wire.Message], None], log_format: str
+    ) -> None:
         """`load` is the first message: what the process is to load."""
         self._loop = asyncio.get_running_loop()
         self._handle = handle
@@ -43,7 +45,7 @@ class EngineProcess:
         self._outbox: queue.SimpleQueue[wire.Message | None] = queue.SimpleQueue()
         self.send(load)
         ours, theirs = socket.socketpair()
-        command = [sys.executable, "-m", "lmi_multi.serve.worker", str(theirs.fileno())]
+        command = [sys.executable, "-m", "lmi_multi.serve.worker", str(theirs.fileno()), log_format]
         with theirs:
             self._process = subprocess.Popen(
                 command,

@@ -17,7 +17,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from lmi_multi.errors import LmiError
+from lmi_multi.errors import LmiError, OptionError
 from lmi_multi.prompts import as_list
 from lmi_multi.serve import body, described, lmi, openai
 from lmi_multi.serve.answer import Answer
@@ -178,13 +178,11 @@ def _form(asked: Invocation, request: Request, settings: ServeSettings) -> str |
 
 async def _lines(service: Service, data: bytes, request: Request) -> Response:
     """Batch transform's records, one JSON object a line; the answers in the same order."""
-    asked = [body.check(Invocation, body.parse(line)) for line in data.splitlines() if line.strip()]
+    asked = [
+        _line(number, line) for number, line in enumerate(data.splitlines(), 1) if line.strip()
+    ]
     if not asked:
         raise HttpError(400, "the body has no lines")
-    if any(one.stream for one in asked):
-        raise HttpError(
-            400, "stream is True; allowed: false, as lines are answered whole", "stream"
-        )
     if service.is_encoder:
         shown = [await _embeddings(service, one, request) for one in asked]
     else:
@@ -192,6 +190,19 @@ async def _lines(service: Service, data: bytes, request: Request) -> Response:
         shown = await _generated(service, asked, request)
     lines = [bytes(JSONResponse(one).body) for one in shown]
     return Response(b"\n".join(lines) + b"\n", media_type=_JSON_LINES)
+
+
+def _line(number: int, line: bytes) -> Invocation:
+    """One line's body. Raises HttpError 400, which names the line."""
+    try:
+        asked = body.check(Invocation, body.parse(line))
+        if asked.stream:
+            raise HttpError(400, "stream is True; allowed: false among lines", "stream")
+        lmi.options(asked.parameters)
+    except (HttpError, OptionError) as error:
+        found = error if isinstance(error, HttpError) else HttpError.of(error)
+        raise HttpError(400, f"line {number}: {found.message}", found.param) from None
+    return asked
 
 
 async def _embeddings(service: Service, asked: Invocation, request: Request) -> Any:

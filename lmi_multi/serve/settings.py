@@ -219,6 +219,9 @@ class ServeSettings(BaseModel):
     step_timeout: _Seconds = Field(default=30.0, description=_SECONDS)
     drain_timeout: _Seconds = Field(default=25.0, description=_SECONDS)
 
+    log_format: Annotated[Literal["text", "json"], _words("text", "json")] = Field(
+        default="text", description="text or json"
+    )
     output_formatter: Annotated[
         Literal["json", "jsonlines", "sse"], _words("json", "jsonlines", "sse")
     ] = Field(default="json", description="json, jsonlines or sse")

@@ -1,4 +1,4 @@
-"""The engine in a process of its own: `python -m lmi_multi.serve.worker FD`.
+"""The engine in a process of its own: `python -m lmi_multi.serve.worker FD LOG_FORMAT`.
 
 It reads what the server wants from a pipe between two steps, and writes what each step brought.
 Nothing of HTTP happens here, so nothing of HTTP slows a step.
@@ -6,13 +6,13 @@ Nothing of HTTP happens here, so nothing of HTTP slows a step.
 
 from __future__ import annotations
 
+import logging
 import os
 import select
 import signal
 import sys
 import threading
 import time
-import traceback
 from dataclasses import asdict, dataclass
 from multiprocessing import active_children
 from multiprocessing.connection import Connection, wait
@@ -25,9 +25,11 @@ from lmi_multi.errors import LmiError, OptionError, RankError
 from lmi_multi.model import Model
 from lmi_multi.models.traits import Traits
 from lmi_multi.options import GenerateOptions
-from lmi_multi.serve import wire
+from lmi_multi.serve import logs, wire
 from lmi_multi.serve.script import OUT_OF_MEMORY, serve_script
 from lmi_multi.streaming import Chunk, View
+
+log = logging.getLogger(__name__)
 
 PATIENCE = 2.0  # seconds to end in good order once the server is gone
 
@@ -191,6 +193,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C and SIGTERM are the server's to handle
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     pipe = Connection(int(sys.argv[1]))
+    logs.set_up(sys.argv[2], logging.WARNING)
     os.set_inheritable(pipe.fileno(), False)
     os.dup2(2, 1)  # whatever is printed here is no answer
     threading.Thread(target=_end_with_server, args=(pipe,), daemon=True).start()
@@ -206,7 +209,7 @@ def main() -> None:
     except BaseException as error:
         line = str(error) if isinstance(error, LmiError) else f"{type(error).__name__}: {error}"
         if not isinstance(error, LmiError):
-            traceback.print_exc()
+            log.error("the engine failed", exc_info=error)
         try:
             memory = isinstance(error, OUT_OF_MEMORY)
             wire.send(pipe, {"type": "broken", "error": line, "memory": memory})

@@ -147,7 +147,11 @@ def test_lines_run_beside_each_other(server: Running, offline: Model) -> None:
     assert short["details"]["generated_tokens"] == 3
     stream = json.dumps({"inputs": "ten", "stream": True})
     answer = server.client.post("/invocations", content=stream, headers=headers)
-    assert answer.status_code == 400 and "stream is True" in answer.text
+    assert answer.status_code == 400 and "line 1: stream is True" in answer.text
+    wrong = {"inputs": "ten", "parameters": {"max_new_tokens": -1}}
+    content = "\n".join(map(json.dumps, (bodies[0], wrong)))
+    answer = server.client.post("/invocations", content=content, headers=headers)
+    assert answer.status_code == 400 and "line 2: max_new_tokens is -1" in answer.text
 
 
 def test_many_clients_get_their_own_answers(server: Running, offline: Model) -> None:
