@@ -8,7 +8,6 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
-    Iterator,
     Sequence,
 )
 from typing import Any
@@ -136,26 +135,23 @@ async def _invoke(
 async def _generated(service: Service, asked: Sequence[Invocation], request: Request) -> list[Any]:
     """Whole answers to several bodies, which run beside each other."""
     wanted: list[list[Wanted]] = []
+    detailed: list[bool] = []
     for one in asked:
         options, details = lmi.options(one.parameters)
         if details:
             options.setdefault("logprobs", 0)
         wanted.append(await service.wanted(as_list(one.inputs), options, lmi.NEW_TOKENS))
+        detailed.append(details)
     found = iter(await service.answers([w for own in wanted for w in own], request))
-    return [_shown(service, one, own, found) for one, own in zip(asked, wanted, strict=True)]
-
-
-def _shown(
-    service: Service, asked: Invocation, wanted: Sequence[Wanted], found: Iterator[list[Answer]]
-) -> Any:
-    """One body's answers; `found` has those of each prompt in turn."""
-    _, details = lmi.options(asked.parameters)
-    shown = [
-        lmi.shown(answer, len(own.ids), service.tokenizer, details)
-        for own in wanted
-        for answer in next(found)
-    ]
-    return shown[0] if asked.single and len(shown) == 1 else shown
+    results: list[Any] = []
+    for one, own, details in zip(asked, wanted, detailed, strict=True):
+        shown = [
+            lmi.shown(answer, len(prompt.ids), service.tokenizer, details)
+            for prompt in own
+            for answer in next(found)
+        ]
+        results.append(shown[0] if one.single and len(shown) == 1 else shown)
+    return results
 
 
 def _form(asked: Invocation, request: Request, settings: ServeSettings) -> str | None:
