@@ -87,22 +87,16 @@ class EngineProcess:
 
     def _read(self, pipe: Connection) -> None:
         """A thread: every message goes to the loop, the end of them as well."""
-        reason, lacked_memory = None, False
         with contextlib.suppress(RuntimeError):  # the loop has ended
             try:
-                while True:
-                    message = wire.receive(pipe)
-                    if message["type"] == "broken":
-                        reason = message["error"]
-                        lacked_memory = message["memory"]
-                    else:
-                        self._loop.call_soon_threadsafe(self._handle, message)
+                while (message := wire.receive(pipe))["type"] != "broken":
+                    self._loop.call_soon_threadsafe(self._handle, message)
+                end = End(message["error"], message["memory"])
             except (EOFError, OSError):
-                pipe.close()
                 code = self._process.wait()
-                lacked_memory |= code == -signal.SIGKILL  # the kernel's way to say so
-                end = End(reason or _reason(code), lacked_memory)
-                self._loop.call_soon_threadsafe(self._settle, end)
+                end = End(_reason(code), code == -signal.SIGKILL)  # the kernel's way to say so
+            pipe.close()
+            self._loop.call_soon_threadsafe(self._settle, end)
 
     def _settle(self, end: End) -> None:
         if not self.ended.done():

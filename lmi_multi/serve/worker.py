@@ -203,19 +203,24 @@ def main() -> None:
         if "script" in wanted:
             serve_script(pipe, **wanted)
             return
-        with lmi_multi.load(**wanted) as model:
-            wire.send(pipe, ready(model))
-            Worker(model, pipe).run()
+        model = lmi_multi.load(**wanted)
+        wire.send(pipe, ready(model))
+        Worker(model, pipe).run()
+        model.close()
     except BaseException as error:
-        line = str(error) if isinstance(error, LmiError) else f"{type(error).__name__}: {error}"
-        if not isinstance(error, LmiError):
-            log.error("the engine failed", exc_info=error)
-        try:
-            memory = isinstance(error, OUT_OF_MEMORY)
-            wire.send(pipe, {"type": "broken", "error": line, "memory": memory})
-        except OSError:
-            print(line, file=sys.stderr)
+        _say_broken(pipe, error)  # first of all: what is left the server ends
         sys.exit(1)
+
+
+def _say_broken(pipe: Connection, error: BaseException) -> None:
+    line = str(error) if isinstance(error, LmiError) else f"{type(error).__name__}: {error}"
+    if not isinstance(error, LmiError):
+        log.error("the engine failed", exc_info=error)
+    try:
+        memory = isinstance(error, OUT_OF_MEMORY)
+        wire.send(pipe, {"type": "broken", "error": line, "memory": memory})
+    except OSError:
+        print(line, file=sys.stderr)
 
 
 if __name__ == "__main__":
