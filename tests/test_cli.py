@@ -31,7 +31,17 @@ COMMAND = [sys.executable, "-m", "lmi_multi"]
 PROMPT = "the third of march nineteen ninety nine at half past six in the evening"
 WRITTEN = "1999-03-03 18:30"
 SUMMARY = re.compile(r"^\S.*: \d+ tokens in \d+\.\d\d s, \d+\.\d tokens/s$", re.MULTILINE)
-COMMANDS = ("generate", "perplexity", "convert", "inspect", "plan", "bench", "doctor", "demo")
+COMMANDS = (
+    "generate",
+    "perplexity",
+    "convert",
+    "inspect",
+    "plan",
+    "bench",
+    "cache",
+    "doctor",
+    "demo",
+)
 
 
 def call(args: Sequence[str], stdin: str | bytes | None = None) -> subprocess.CompletedProcess[str]:

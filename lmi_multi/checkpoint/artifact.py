@@ -19,6 +19,7 @@ from lmi_multi.checkpoint.files import MANIFEST, file_size, listed, plain_name
 from lmi_multi.checkpoint.header import NAMES, read_header
 from lmi_multi.checkpoint.layout import DtypeName, QuantizeName, Stored, stored_tensors
 from lmi_multi.checkpoint.shard import Piece, pieces
+from lmi_multi.checkpoint.share import Share
 from lmi_multi.checkpoint.writer import sha256
 from lmi_multi.errors import CheckpointError, OptionError
 from lmi_multi.models.registry import FAMILIES
@@ -151,6 +152,14 @@ class Artifact:
         for rank in chosen:
             artifact._check_header(rank)
         return artifact
+
+    @classmethod
+    def open_share(cls, folder: Path, share: Share | None, verify_hashes: bool = False) -> Artifact:
+        """`open` with what `share` needs, the weights of its rank or of all; None: of all."""
+        ranks = None
+        if share is not None and read_manifest(folder / MANIFEST).tensor_parallel == share.degree:
+            ranks = (share.rank,)
+        return cls.open(folder, verify_hashes, ranks)
 
     @property
     def dtype(self) -> DtypeName:

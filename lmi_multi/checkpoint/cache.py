@@ -13,6 +13,7 @@ from lmi_multi.checkpoint.artifact import FORMAT_VERSION, Artifact, is_artifact
 from lmi_multi.checkpoint.convert import check_options, convert
 from lmi_multi.checkpoint.files import cache_dir
 from lmi_multi.checkpoint.lock import locked
+from lmi_multi.checkpoint.share import Share
 from lmi_multi.checkpoint.source import Source, resolve
 from lmi_multi.checkpoint.writer import Progress
 from lmi_multi.errors import CheckpointError, OptionError
@@ -27,20 +28,26 @@ def open_or_convert(
     dtype: str = "auto",
     quantize: str | None = None,
     tensor_parallel: int = 1,
+    rank: int | None = None,
     verify: bool = False,
     progress: Progress | None = None,
 ) -> Artifact:
     """Open `source` when it is an artifact; else convert it into the cache once, and open that.
 
     The options are those of `convert`; `progress` tells of a download too; `verify` also checks
-    every file's sha256. A cached artifact that is broken is converted again. Raises OptionError
-    when an artifact has another dtype or quantization than asked for, and whatever `convert` and
-    `Artifact.open` raise.
+    every file's sha256. A cached artifact that is broken is converted again.
+
+    `rank` is for a process that runs one of the ranks, as torchrun's do: of an artifact that has
+    files for `tensor_parallel` only this rank's are fetched from S3, checked, and can be loaded.
+
+    Raises OptionError when an artifact has another dtype or quantization than asked for, and
+    whatever `convert` and `Artifact.open` raise.
     """
     check_options(dtype, quantize, tensor_parallel)
-    found = source if isinstance(source, Source) else resolve(source, revision, progress)
+    share = None if rank is None else Share(rank, tensor_parallel)
+    found = source if isinstance(source, Source) else resolve(source, revision, progress, share)
     if is_artifact(found.folder):
-        artifact = Artifact.open(found.folder, verify)
+        artifact = Artifact.open_share(found.folder, share, verify)
         _check_same(artifact, dtype, quantize)
         return artifact
     folder = entry_folder(found, dtype, quantize, tensor_parallel)

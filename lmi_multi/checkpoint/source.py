@@ -11,6 +11,7 @@ from lmi_multi.checkpoint import fastertransformer, hub
 from lmi_multi.checkpoint.files import BIN_FILES, MANIFEST, SIDE_FILES, WEIGHT_FILES, matching
 from lmi_multi.checkpoint.s3.address import Address, is_address
 from lmi_multi.checkpoint.s3.download import download
+from lmi_multi.checkpoint.share import Share
 from lmi_multi.checkpoint.writer import Progress
 from lmi_multi.errors import CheckpointError, OptionError
 
@@ -31,19 +32,23 @@ class Source:
 
 
 def resolve(
-    source: str | Path, revision: str | None = None, progress: Progress | None = None
+    source: str | Path,
+    revision: str | None = None,
+    progress: Progress | None = None,
+    share: Share | None = None,
 ) -> Source:
     """Find `source`: `s3://...`, a local folder, `demo`, or a Hub id; what is remote is downloaded.
 
     `revision` is a branch, tag or commit of the Hub. `progress` is called while a download from S3
-    goes on. Raises CheckpointError, which tells where it was looked for, CapacityError, and
-    OptionError for a revision of something that has none.
+    goes on; with `share` that leaves out what its rank does not need. Raises CheckpointError, which
+    tells where it was looked for, CapacityError, and OptionError for a revision of something that
+    has none.
     """
     text = str(source)
     if not text.strip():
         raise OptionError("source is empty, must be a folder, s3://BUCKET/PREFIX or a Hub id")
     if is_address(source):
-        return _s3(text, revision, progress)
+        return _s3(text, revision, progress, share)
     try:
         path = Path(text).expanduser()
         exists = path.exists()
@@ -74,11 +79,11 @@ def is_local(source: str | Path) -> bool:
         return True
 
 
-def _s3(url: str, revision: str | None, progress: Progress | None) -> Source:
+def _s3(url: str, revision: str | None, progress: Progress | None, share: Share | None) -> Source:
     address = Address.parse(url)
     if revision is not None:
         raise OptionError(f"revision is {revision!r}, but {address} is on S3, which has none")
-    found = download(address, progress=progress)
+    found = download(address, share, progress)
     return Source(str(address), found.folder, found.revision)
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from lmi_multi.cli.bench import bench
+from lmi_multi.cli.cache import cache
 from lmi_multi.cli.compile import compile
 from lmi_multi.cli.convert import convert
 from lmi_multi.cli.demo import demo
@@ -33,7 +34,7 @@ app = typer.Typer(
 for command in (
     *(generate, perplexity, convert, compile, inspect, plan, bench),
     *(serve, deploy, ask, undeploy),
-    *(doctor, demo),
+    *(cache, doctor, demo),
 ):
     app.command()(command)
 

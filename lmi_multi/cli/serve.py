@@ -73,6 +73,16 @@ def serve(
             rich_help_panel=_SERVER,
         ),
     ] = None,
+    models_bytes: Annotated[
+        int | None,
+        typer.Option(
+            help="Memory of all these models; beyond, idle ones make room. Default: what there is.",
+            rich_help_panel=_SERVER,
+        ),
+    ] = None,
+    log_format: Annotated[
+        str | None, typer.Option(help="text or json.", rich_help_panel=_SERVER)
+    ] = None,
     backend: Annotated[
         str | None, typer.Option(help="auto, cpu, cuda or neuron.", rich_help_panel=options.LOADING)
     ] = None,
@@ -105,6 +115,7 @@ def serve(
     /docs shows every route; SIGTERM ends the server when what it has begun is answered.
     """
     try:
+        from lmi_multi.serve import logs
         from lmi_multi.serve.app import Application
         from lmi_multi.serve.server import Server
         from lmi_multi.serve.settings import ServeSettings
@@ -112,8 +123,7 @@ def serve(
         raise OptionError(
             f"{error.name} is not installed, which serving needs: pip install 'lmi_multi[serve]'"
         ) from None
-    form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-    logging.basicConfig(level=logging.INFO, format=form)
+    logs.set_up("text")  # until the settings are known
     given = {
         "model": model,
         "host": host,
@@ -134,8 +144,11 @@ def serve(
         "entry_point": entry_point,
         "multi_model": multi_model,
         "models_root": models_root,
+        "models_bytes": models_bytes,
+        "log_format": log_format,
     }
     settings = ServeSettings.read(command_line=given, properties=properties, environ=os.environ)
+    logs.set_up(settings.log_format)
     if settings.task != "auto":
         log.info("task is %s: no effect, as the model itself tells what it can do", settings.task)
 
@@ -148,7 +161,7 @@ def serve(
 
     what = settings.models_root if settings.multi_model else settings.entry_point or settings.model
     application = Application(settings, name or str(what), read)
-    server = Server(application, settings.host, settings.port, settings.drain_timeout)
+    server = Server(application, settings)
     note(f"serving {what} on {settings.host} port {settings.port}")
     server.run()
     if application.failed:

@@ -36,9 +36,7 @@ class Application:
         self.metrics = Metrics(self._engines, self.tracing)
         self.draining = False
         self._served: Served | None = None
-        self._models = models.Models(
-            settings.models_root, read, self.metrics, settings.drain_timeout
-        )
+        self._models = models.Models(settings, read, self.metrics)
         for router in self._routers(settings, name):
             self.app.include_router(router)
         self.app.add_api_route(

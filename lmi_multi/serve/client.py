@@ -6,19 +6,11 @@ import asyncio
 import contextlib
 import itertools
 import logging
-import os
-import queue
-import signal
-import socket
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from lmi_multi.backends.base import Limits
 from lmi_multi.defaults import GenerationDefaults
@@ -27,6 +19,7 @@ from lmi_multi.models.traits import Traits
 from lmi_multi.options import GenerateOptions
 from lmi_multi.prompts import PromptReader
 from lmi_multi.serve import wire
+from lmi_multi.serve.process import End, EngineProcess
 from lmi_multi.streaming import Chunk
 from lmi_multi.tokenizer import load_tokenizer
 
@@ -57,15 +50,39 @@ class LateError(LmiError):
     """There was no whole answer in time."""
 
 
-_Answer = Any  # a Chunk, a list of vectors, a message of a script, or an exception to raise
+class Watch(Protocol):
+    """Who wants to know how a prompt fares."""
+
+    def started(self, at: int) -> None:
+        """It left the queue; `at` in nanoseconds since 1970."""
+
+    def first(self) -> None:
+        """It has its first token."""
 
 
 @dataclass(frozen=True)
-class _End:
-    """Why a process ended."""
+class Ask:
+    """One prompt for the engine, checked, and how many answers it has."""
 
-    reason: str
-    lacked_memory: bool = False
+    ids: list[int]
+    options: GenerateOptions
+    answers: int
+    watch: Watch
+
+
+_Answer = Any  # Chunks, a list of vectors, a message of a script, or an exception to raise
+_Inbox = asyncio.Queue[_Answer]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What the engine owes an answer: where that goes, which prompt of its request it is, and
+    about how many tokens it has."""
+
+    inbox: _Inbox
+    tokens: int
+    index: int = 0
+    watch: Watch | None = None
 
 
 class EngineClient:
@@ -85,17 +102,16 @@ class EngineClient:
         max_tokens: int = 1 << 20,
         startup_timeout: float = 3600.0,
         step_timeout: float = 30.0,
+        log_format: str = "text",
     ) -> None:
         self._load = dict(load)
         self.max_requests, self._max_tokens = max_requests, max_tokens
         self._startup_timeout, self._step_timeout = startup_timeout, step_timeout
+        self._log_format = log_format
         self._numbers = itertools.count()
-        self._answers: dict[int, asyncio.Queue[_Answer]] = {}
-        self._tokens: dict[int, int] = {}
-        self._started: dict[int, Callable[[int], None]] = {}
+        self._asked: dict[int, _Asked] = {}
         self._held_requests = self._held_tokens = 0
-        self._process: subprocess.Popen[bytes] | None = None
-        self._outbox: queue.SimpleQueue[wire.Message | None] = queue.SimpleQueue()
+        self._process: EngineProcess | None = None
         self._heard = 0.0
         self._answered = False  # the current process, anything
         self._supervisor: asyncio.Task[None] | None = None
@@ -130,18 +146,21 @@ class EngineClient:
                 await self._supervisor
         self.ready.clear()
         self.error = self.error or "the server is shutting down"
-        self._end_process()
         self._fail_all(EngineGoneError(self.error))
+
+    def memory(self) -> int:
+        """Bytes of memory that its processes take; 0 if there are none."""
+        return 0 if self._process is None else self._process.memory()
 
     @property
     def _busy(self) -> bool:
         """Whether it should be heard of: it owes an answer, or does what nobody wants any more."""
-        return bool(self._answers or self.state["rows"])
+        return bool(self._asked or self.state["rows"])
 
     @property
     def requests(self) -> int:
         """How many requests are being answered, or wait to be."""
-        return len(self._answers)
+        return len(self._asked)
 
     def check_room(self, requests: int = 1, tokens: int = 0) -> None:
         """Raise OverloadedError unless so many requests of about so many tokens in all may come
@@ -150,10 +169,10 @@ class EngineClient:
             raise EngineGoneError(self.error)
         if not self.ready.is_set():
             raise OverloadedError("the engine is being started", 5)
-        present = len(self._answers) + self._held_requests
+        present = len(self._asked) + self._held_requests
         if present + requests > self.max_requests:
             raise OverloadedError(f"{present} requests are being answered; try again later")
-        waiting = sum(self._tokens.values()) + self._held_tokens
+        waiting = sum(asked.tokens for asked in self._asked.values()) + self._held_tokens
         if present and waiting + tokens > self._max_tokens:
             raise OverloadedError("too many tokens are waiting; try again later")
 
@@ -170,37 +189,39 @@ class EngineClient:
             self._held_tokens -= tokens
 
     async def generate(
-        self,
-        ids: list[int],
-        options: GenerateOptions,
-        answers: int = 1,
-        started: Callable[[int], None] = lambda began: None,
-    ) -> AsyncGenerator[Chunk]:
-        """Chunks of the `answers` to one prompt, until each has its last one. `started` is called
-        with the time (nanoseconds since 1970) at which the prompt left the queue.
+        self, prompts: Sequence[Ask], timeout: float, stream: bool = True
+    ) -> AsyncGenerator[list[Chunk]]:
+        """Chunks of the answers to all prompts, those that one step brought at a time, until each
+        answer has its last one; a prompt's place is in `Chunk.index`. Without `stream` an answer
+        is one chunk. A chunk has text only where stop strings had to be looked for.
 
-        Raises EngineGoneError, or RefusedError. Closing the iterator frees the prompt's places at
-        the next step.
+        Raises EngineGoneError, RefusedError, or LateError after `timeout` seconds. Closing the
+        iterator frees the prompts' places at the next step.
         """
-        message = {"type": "submit", "ids": ids, "options": options.given()}
-        number, inbox = self._ask(message, len(ids))
-        self._started[number] = started
-        try:
-            while answers:
-                chunk: Chunk = await self._next(inbox)
-                answers -= chunk.finish_reason is not None
-                yield chunk
-            del self._answers[number]  # nothing is left to cancel
-        finally:
-            self._forget(number)
+        inbox: _Inbox = asyncio.Queue()
+        numbers: list[int] = []
+        left = sum(own.answers for own in prompts)
+        with self._timer(inbox, timeout):
+            try:
+                for index, own in enumerate(prompts):
+                    message = {"type": "submit", "ids": own.ids, "stream": stream}
+                    asked = _Asked(inbox, len(own.ids), index, own.watch)
+                    numbers.append(self._ask(message | {"options": own.options.given()}, asked))
+                while left:
+                    chunks: list[Chunk] = await _next(inbox)
+                    left -= sum(chunk.finish_reason is not None for chunk in chunks)
+                    yield chunks
+            finally:
+                for number in numbers:
+                    self._forget(number)
 
     async def embed(self, ids: list[list[int]], pooling: str, normalize: bool) -> list[list[float]]:
         """One vector a text. Raises EngineGoneError, or RefusedError."""
         message = {"type": "embed", "ids": ids, "pooling": pooling, "normalize": normalize}
-        number, answers = self._ask(message, sum(map(len, ids)))
+        inbox: _Inbox = asyncio.Queue()
+        number = self._ask(message, _Asked(inbox, sum(map(len, ids))))
         try:
-            vectors: list[list[float]] = await self._next(answers)
-            del self._answers[number]
+            vectors: list[list[float]] = await _next(inbox)
             return vectors
         finally:
             self._forget(number)
@@ -214,51 +235,55 @@ class EngineClient:
         stream at its next part, and keeps a call that has not begun from doing so.
         """
         message = {"type": "invoke", "content": wire.text(content), "properties": dict(properties)}
-        number, answers = self._ask(message, len(content) // BYTES_A_TOKEN)
-        late = LateError(f"no whole answer within {timeout:g} s")
-        timer = asyncio.get_running_loop().call_later(timeout, answers.put_nowait, late)
-        try:
-            last = False
-            while not last:
-                part: wire.Message = await self._next(answers)
-                last = part["last"]
-                yield part
-            del self._answers[number]
-        finally:
-            timer.cancel()
-            self._forget(number)
+        inbox: _Inbox = asyncio.Queue()
+        number = self._ask(message, _Asked(inbox, len(content) // BYTES_A_TOKEN))
+        with self._timer(inbox, timeout):
+            try:
+                last = False
+                while not last:
+                    part: wire.Message = await _next(inbox)
+                    last = part["last"]
+                    yield part
+            finally:
+                self._forget(number)
 
     def cut(self, reason: str) -> None:
         """Fail everything that is being answered, as the server has no more time for it."""
-        for number in [*self._answers]:
-            self._outbox.put({"type": "cancel", "id": number})
+        for number in self._asked:
+            self._send({"type": "cancel", "id": number})
         self._fail_all(EngineGoneError(reason))
 
-    def _ask(self, message: wire.Message, tokens: int) -> tuple[int, asyncio.Queue[_Answer]]:
-        self.check_room(1, tokens)
+    @contextlib.contextmanager
+    def _timer(self, inbox: _Inbox, timeout: float) -> Iterator[None]:
+        """Not asyncio.wait_for: before Python 3.12 it loses a cancellation that comes with an
+        answer."""
+        late = LateError(f"no whole answer within {timeout:g} s")
+        timer = asyncio.get_running_loop().call_later(timeout, inbox.put_nowait, late)
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _ask(self, message: wire.Message, asked: _Asked) -> int:
+        self.check_room(1, asked.tokens)
         number = next(self._numbers)
-        answers: asyncio.Queue[_Answer] = asyncio.Queue()
         if not self._busy:
             self._heard = time.monotonic()  # it was silent because it had nothing to do
-        self._answers[number], self._tokens[number] = answers, tokens
-        self._outbox.put(message | {"id": number})
-        return number, answers
-
-    async def _next(self, answers: asyncio.Queue[_Answer]) -> Any:
-        answer = await answers.get()
-        if isinstance(answer, BaseException):
-            raise answer
-        return answer
+        self._asked[number] = asked
+        self._send(message | {"id": number})
+        return number
 
     def _forget(self, number: int) -> None:
-        self._started.pop(number, None)
-        self._tokens.pop(number, None)
-        if self._answers.pop(number, None) is not None:
-            self._outbox.put({"type": "cancel", "id": number})
+        if self._asked.pop(number, None) is not None:  # else it has its whole answer
+            self._send({"type": "cancel", "id": number})
+
+    def _send(self, message: wire.Message) -> None:
+        if self._process is not None:
+            self._process.send(message)
 
     def _fail_all(self, error: LmiError) -> None:
-        for answers in self._answers.values():
-            answers.put_nowait(error)
+        for asked in self._asked.values():
+            asked.inbox.put_nowait(error)
 
     # --- the process
 
@@ -279,78 +304,23 @@ class EngineClient:
             self.restarts += 1
             await asyncio.sleep(PATIENCE * 2.0 ** max(failures - 1, 0))
 
-    async def _live(self) -> _End:
+    async def _live(self) -> End:
         """Start a process and see it through to its end."""
-        ended: asyncio.Future[_End] = asyncio.get_running_loop().create_future()
-        self._start_process(ended)
+        self._process = process = EngineProcess(self._load, self._handle, self._log_format)
         deadline = time.monotonic() + self._startup_timeout
         try:
-            while not ended.done():
-                await asyncio.wait([ended], timeout=0.25)
+            while not process.ended.done():
+                await asyncio.wait([process.ended], timeout=0.25)
                 now = time.monotonic()
                 if not self.ready.is_set() and now > deadline:
-                    return _End(f"it was not ready within {self._startup_timeout:g} s")
+                    return End(f"it was not ready within {self._startup_timeout:g} s")
                 if self._busy and self.ready.is_set() and now - self._heard > self._step_timeout:
-                    return _End(f"it said nothing for {self._step_timeout:g} s")
-            return ended.result()
+                    return End(f"it said nothing for {self._step_timeout:g} s")
+            return process.ended.result()
         finally:
-            self._end_process()
+            process.kill()
+            self._process = None
             self.state = dict.fromkeys(self.state, 0)
-
-    def _start_process(self, ended: asyncio.Future[_End]) -> None:
-        ours, theirs = socket.socketpair()
-        command = [sys.executable, "-m", "lmi_multi.serve.worker", str(theirs.fileno())]
-        with theirs:
-            self._process = subprocess.Popen(
-                command,
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,  # so that it can be ended together with its ranks
-            )
-        pipe = Connection(ours.detach())
-        outbox: queue.SimpleQueue[wire.Message | None] = queue.SimpleQueue()
-        self._outbox = outbox
-        self.state = dict.fromkeys(self.state, 0)
-        outbox.put(self._load)
-        loop = asyncio.get_running_loop()
-        for target, arguments in (
-            (_write, (pipe, outbox)),
-            (self._read, (pipe, self._process, loop, ended)),
-        ):
-            threading.Thread(target=target, args=arguments, daemon=True).start()
-
-    def _end_process(self) -> None:
-        self._outbox.put(None)
-        if self._process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)  # ranks hang as well as they die
-            self._process.wait()
-        self._process = None
-
-    def _read(
-        self,
-        pipe: Connection,
-        process: subprocess.Popen[bytes],
-        loop: asyncio.AbstractEventLoop,
-        ended: asyncio.Future[_End],
-    ) -> None:
-        """A thread: every message goes to the loop, the end of them as well."""
-        reason, lacked_memory = None, False
-        try:
-            while True:
-                message = wire.receive(pipe)
-                if message["type"] == "broken":
-                    reason = message["error"]
-                    lacked_memory = message["memory"]
-                else:
-                    loop.call_soon_threadsafe(self._handle, message)
-        except (EOFError, OSError):
-            pipe.close()
-            code = process.wait()
-            lacked_memory |= code == -signal.SIGKILL  # the kernel's way to say so
-            end = _End(reason or _reason(code), lacked_memory)
-        with contextlib.suppress(RuntimeError):  # the loop has ended
-            loop.call_soon_threadsafe(_settle, ended, end)
 
     def _handle(self, message: wire.Message) -> None:
         self._heard = time.monotonic()
@@ -359,29 +329,52 @@ class EngineClient:
             self._prepare(message)
         elif kind == "step":
             self._note_state(message)
-            for number in message["started"]:
-                if number in self._started:  # else its caller has gone
-                    self._started.pop(number)(message["began"])
-            for number, chunk in message["chunks"]:
-                self._pass_on(number, wire.unpack(chunk))
+            self._note_step(message)
         elif kind == "state":
             self._note_state(message)
         elif kind == "embedded":
             self._answered = True
-            self._pass_on(message["id"], message["vectors"])
+            self._finish(message["id"], message["vectors"])
         elif kind == "output":
             self._answered = True
-            self._pass_on(message["id"], message)
+            pass_on = self._finish if message["last"] else self._pass_on
+            pass_on(message["id"], message)
         elif kind == "refused":
-            self._pass_on(message["id"], RefusedError(message["error"]))
+            self._finish(message["id"], RefusedError(message["error"]))
 
     def _note_state(self, message: wire.Message) -> None:
         self._answered = True
         self.state = {name: message[name] for name in self.state}
 
+    def _note_step(self, message: wire.Message) -> None:
+        """Pass on what a step brought: one list of chunks for each request."""
+        for number in message["started"]:
+            if (watch := self._watch(number)) is not None:
+                watch.started(message["began"])
+        for number in message["first"]:
+            if (watch := self._watch(number)) is not None:
+                watch.first()
+        chunks: dict[_Inbox, list[Chunk]] = {}
+        for number, chunk in message["chunks"]:
+            if (asked := self._asked.get(number)) is not None:  # else its caller has gone
+                chunks.setdefault(asked.inbox, []).append(wire.unpack(chunk, asked.index))
+        for inbox, own in chunks.items():
+            inbox.put_nowait(own)
+        for number in message["ended"]:
+            self._asked.pop(number, None)
+
+    def _watch(self, number: int) -> Watch | None:
+        asked = self._asked.get(number)
+        return None if asked is None else asked.watch
+
     def _pass_on(self, number: int, answer: _Answer) -> None:
-        if number in self._answers:  # else its caller has gone
-            self._answers[number].put_nowait(answer)
+        if number in self._asked:  # else its caller has gone
+            self._asked[number].inbox.put_nowait(answer)
+
+    def _finish(self, number: int, answer: _Answer) -> None:
+        """Pass on the last that comes for it."""
+        self._pass_on(number, answer)
+        self._asked.pop(number, None)
 
     def _prepare(self, message: wire.Message) -> None:
         if "folder" in message:  # a script keeps to itself what it reads
@@ -396,19 +389,8 @@ class EngineClient:
         self.ready.set()
 
 
-def _write(pipe: Connection, outbox: queue.SimpleQueue[wire.Message | None]) -> None:
-    """A thread: what is put in the outbox goes to the engine; None ends it."""
-    while (message := outbox.get()) is not None:
-        try:
-            wire.send(pipe, message)
-        except OSError:
-            return  # the reader says why
-
-
-def _settle(ended: asyncio.Future[_End], end: _End) -> None:
-    if not ended.done():
-        ended.set_result(end)
-
-
-def _reason(code: int) -> str:
-    return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+async def _next(inbox: _Inbox) -> Any:
+    answer = await inbox.get()
+    if isinstance(answer, BaseException):
+        raise answer
+    return answer

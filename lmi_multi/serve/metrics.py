@@ -34,6 +34,9 @@ class Metrics:
         self.shed = Counter(
             "lmi_shed_requests", "Requests refused for lack of room", registry=registry
         )
+        self.evicted = Counter(
+            "lmi_evicted_models", "Engines ended to make room for others", registry=registry
+        )
         self._queue = Histogram(
             "lmi_queue_seconds", "Time in the queue", buckets=_SECONDS, registry=registry
         )
@@ -41,7 +44,7 @@ class Metrics:
             "lmi_time_to_first_token_seconds", "", buckets=_SECONDS, registry=registry
         )
         self._between = Histogram(
-            "lmi_inter_token_seconds", "Time between chunks", buckets=_FINE, registry=registry
+            "lmi_inter_token_seconds", "Time between tokens", buckets=_FINE, registry=registry
         )
         self._whole = Histogram(
             "lmi_request_seconds", "Time to the last token", buckets=_SECONDS, registry=registry
@@ -62,10 +65,10 @@ class Metrics:
         """All of them in Prometheus's text format."""
         return generate_latest(self._registry)
 
-    def request(self, prompt_tokens: int) -> Watch:
-        """Begin to watch a prompt."""
+    def request(self, prompt_tokens: int, answers: int = 1) -> Watch:
+        """Begin to watch a prompt that is to have so many answers."""
         self._prompt_tokens.inc(prompt_tokens)
-        return Watch(self, self._tracing.prompt(prompt_tokens))
+        return Watch(self, self._tracing.prompt(prompt_tokens), answers)
 
 
 def _total(
@@ -75,12 +78,15 @@ def _total(
 
 
 class Watch:
-    """One prompt's times and how it ended."""
+    """One prompt's times and how it ended, which counts once."""
 
-    def __init__(self, metrics: Metrics, phases: Phases) -> None:
-        self._metrics, self._phases = metrics, phases
+    def __init__(self, metrics: Metrics, phases: Phases, answers: int) -> None:
+        self._metrics, self._phases, self._left = metrics, phases, answers
+        self._ended = False
         self._came = time.time_ns()
-        self._start = self._last = time.perf_counter()
+        self._start = time.perf_counter()
+        self._first: float | None = None
+        self._last: dict[int, float] = {}  # when an answer's last chunk came
         self._tokens = 0
 
     def started(self, at: int) -> None:
@@ -88,30 +94,45 @@ class Watch:
         self._metrics._queue.observe(max(0, at - self._came) / 1e9)
         self._phases.enter("prefill", at)
 
-    def chunk(self, chunk: Chunk) -> None:
-        """A chunk came."""
+    def first(self) -> None:
+        """Its first token is there."""
         self._phases.enter("decode")
-        now, metrics = time.perf_counter(), self._metrics
-        (metrics._between if self._tokens else metrics._first).observe(now - self._last)
-        self._last = now
-        self._tokens += len(chunk.token_ids)
-        metrics._tokens.inc(len(chunk.token_ids))
+        self._first = time.perf_counter()
+        self._metrics._first.observe(self._first - self._start)
+
+    def chunk(self, chunk: Chunk) -> None:
+        """A chunk came; the mean time between its tokens counts once."""
+        now, metrics, tokens = time.perf_counter(), self._metrics, len(chunk.token_ids)
+        last = self._last.get(chunk.answer, self._first)
+        gaps = tokens - (chunk.answer not in self._last)  # none before an answer's first token
+        if last is not None and gaps > 0 and chunk.score is None:  # beams come all at once
+            metrics._between.observe((now - last) / gaps)
+        self._last[chunk.answer] = now
+        self._tokens += tokens
+        metrics._tokens.inc(tokens)
         if chunk.finish_reason == "numerical_error":
             metrics._numerical.inc()
+        self._left -= chunk.finish_reason is not None
+        if not self._left:
+            self.done()
 
     def done(self) -> None:
         """Every answer is whole."""
-        self._metrics._whole.observe(time.perf_counter() - self._start)
         self._end("done")
 
     def failed(self) -> None:
-        """The engine failed it."""
+        """The engine failed it, or its time was up."""
         self._end("failed")
 
     def aborted(self) -> None:
-        """Its client went away, or its time was up."""
+        """Its client went away."""
         self._end("aborted")
 
     def _end(self, outcome: str) -> None:
+        if self._ended:
+            return
+        self._ended = True
         self._phases.done(outcome, self._tokens)
         self._metrics._requests.labels(outcome).inc()
+        if outcome == "done":
+            self._metrics._whole.observe(time.perf_counter() - self._start)

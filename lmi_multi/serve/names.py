@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 from lmi_multi.errors import OptionError
 
@@ -128,6 +129,7 @@ OPTIONS = (
     ),
     Option("step_timeout", ("option.step_timeout",)),
     Option("drain_timeout", ("option.drain_timeout",)),
+    Option("log_format", ("option.log_format",), ("LMI_MULTI_LOG_FORMAT",)),
     Option("output_formatter", ("option.output_formatter",)),
     Option("enable_streaming", ("option.enable_streaming",)),
     Option("default_accept", ("option.default_accept",), ("SAGEMAKER_DEFAULT_INVOCATIONS_ACCEPT",)),
@@ -140,6 +142,7 @@ OPTIONS = (
     Option("batch_transform", ("option.batch_transform",), ("SAGEMAKER_BATCH",)),
     Option("multi_model", ("option.multi_model",), ("SAGEMAKER_MULTI_MODEL",)),
     Option("models_root", ("option.models_root",)),
+    Option("models_bytes", ("option.models_bytes",)),
 )
 
 _BATCHES = "requests join and leave the running batch at every step, so none is waited for"
@@ -248,7 +251,7 @@ def of_environment(environ: Mapping[str, str]) -> dict[str, Given]:
 
 def shown(value: object) -> str:
     """`repr` on one line, cut where it gets long."""
-    text = " ".join(repr(value).split())
+    text = " ".join(repr(str(value) if isinstance(value, Path) else value).split())
     return text if len(text) <= 120 else text[:117] + "..."
 
 

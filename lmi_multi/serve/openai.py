@@ -299,23 +299,24 @@ async def _respond(
 
 
 async def _events(
-    chunks: AsyncGenerator[Chunk], shape: _Text, with_usage: bool
+    found: AsyncGenerator[list[Chunk]], shape: _Text, with_usage: bool
 ) -> AsyncIterator[str]:
     begun: set[int] = set()
     tokens = 0
     starts = [sum(own.answers for own in shape.wanted[:i]) for i in range(len(shape.wanted))]
     head = shape.head(shape.chunk_kind)
     try:
-        async for chunk in chunks:
-            if chunk.error is not None:
-                raise HttpError(500, f"{chunk.finish_reason}: {chunk.error}")
-            index = starts[chunk.index] + chunk.answer
-            tokens += len(chunk.token_ids)
-            reason = None if chunk.finish_reason is None else _reason(chunk.finish_reason)
-            choice = shape.delta(chunk, index not in begun)
-            begun.add(index)
-            choices = [{"index": index, **choice, "finish_reason": reason}]
-            yield f"data: {json.dumps(head | {'choices': choices})}\n\n"
+        async for chunks in found:
+            for chunk in chunks:
+                if chunk.error is not None:
+                    raise HttpError(500, f"{chunk.finish_reason}: {chunk.error}")
+                index = starts[chunk.index] + chunk.answer
+                tokens += len(chunk.token_ids)
+                reason = None if chunk.finish_reason is None else _reason(chunk.finish_reason)
+                choice = shape.delta(chunk, index not in begun)
+                begun.add(index)
+                choices = [{"index": index, **choice, "finish_reason": reason}]
+                yield f"data: {json.dumps(head | {'choices': choices})}\n\n"
     except (LmiError, HttpError) as error:
         failure = error if isinstance(error, HttpError) else HttpError.of(error)
         yield f"data: {json.dumps(failure.openai())}\n\n"

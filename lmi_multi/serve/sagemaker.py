@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from lmi_multi.errors import LmiError
+from lmi_multi.errors import LmiError, OptionError
 from lmi_multi.prompts import as_list
 from lmi_multi.serve import body, described, lmi, openai
 from lmi_multi.serve.answer import Answer
@@ -110,9 +110,9 @@ async def _invoke(
     """`form`: how a line of a stream looks; None for a whole answer."""
     if service.is_encoder:
         return JSONResponse(await _embeddings(service, asked, request))
-    options, details = lmi.options(asked.parameters)
-    prompts = as_list(asked.inputs)
     if form is not None:
+        options, _ = lmi.options(asked.parameters)
+        prompts = as_list(asked.inputs)
         if len(prompts) != 1 or options.get("num_return_sequences", 1) != 1:
             raise HttpError(
                 400, "stream is True; allowed: with one prompt and one answer", "stream"
@@ -122,16 +122,30 @@ async def _invoke(
         chunks = await first(service.stream(wanted), request)
         kind = _SSE if form == _EVENT else _JSON_LINES
         return StreamingResponse(_events(chunks, wanted[0], form), media_type=kind)
-    if details:
-        options.setdefault("logprobs", 0)
-    wanted = await service.wanted(prompts, options, lmi.NEW_TOKENS)
-    answers = await service.answers(wanted, request)
-    shown = [
-        lmi.shown(answer, len(own.ids), service.tokenizer, details)
-        for own, found in zip(wanted, answers, strict=True)
-        for answer in found
-    ]
-    return JSONResponse(shown[0] if asked.single and len(shown) == 1 else shown)
+    [shown] = await _generated(service, [asked], request)
+    return JSONResponse(shown)
+
+
+async def _generated(service: Service, asked: Sequence[Invocation], request: Request) -> list[Any]:
+    """Whole answers to several bodies, which run beside each other."""
+    wanted: list[list[Wanted]] = []
+    detailed: list[bool] = []
+    for one in asked:
+        options, details = lmi.options(one.parameters)
+        if details:
+            options.setdefault("logprobs", 0)
+        wanted.append(await service.wanted(as_list(one.inputs), options, lmi.NEW_TOKENS))
+        detailed.append(details)
+    found = iter(await service.answers([w for own in wanted for w in own], request))
+    results: list[Any] = []
+    for one, own, details in zip(asked, wanted, detailed, strict=True):
+        shown = [
+            lmi.shown(answer, len(prompt.ids), service.tokenizer, details)
+            for prompt in own
+            for answer in next(found)
+        ]
+        results.append(shown[0] if one.single and len(shown) == 1 else shown)
+    return results
 
 
 def _form(asked: Invocation, request: Request, settings: ServeSettings) -> str | None:
@@ -154,14 +168,31 @@ def _form(asked: Invocation, request: Request, settings: ServeSettings) -> str |
 
 async def _lines(service: Service, data: bytes, request: Request) -> Response:
     """Batch transform's records, one JSON object a line; the answers in the same order."""
-    asked = [body.check(Invocation, body.parse(line)) for line in data.splitlines() if line.strip()]
+    asked = [
+        _line(number, line) for number, line in enumerate(data.splitlines(), 1) if line.strip()
+    ]
     if not asked:
         raise HttpError(400, "the body has no lines")
-    results = []
-    for one in asked:
-        answer = await _invoke(service, one, request, None)
-        results.append(bytes(answer.body))
-    return Response(b"\n".join(results) + b"\n", media_type=_JSON_LINES)
+    if service.is_encoder:
+        shown = [await _embeddings(service, one, request) for one in asked]
+    else:
+        service.check_prompts(sum(len(as_list(one.inputs)) for one in asked))
+        shown = await _generated(service, asked, request)
+    lines = [bytes(JSONResponse(one).body) for one in shown]
+    return Response(b"\n".join(lines) + b"\n", media_type=_JSON_LINES)
+
+
+def _line(number: int, line: bytes) -> Invocation:
+    """One line's body. Raises HttpError 400, which names the line."""
+    try:
+        asked = body.check(Invocation, body.parse(line))
+        if asked.stream:
+            raise HttpError(400, "stream is True; allowed: false among lines", "stream")
+        lmi.options(asked.parameters)
+    except (HttpError, OptionError) as error:
+        found = error if isinstance(error, HttpError) else HttpError.of(error)
+        raise HttpError(400, f"line {number}: {found.message}", found.param) from None
+    return asked
 
 
 async def _embeddings(service: Service, asked: Invocation, request: Request) -> Any:
@@ -170,14 +201,18 @@ async def _embeddings(service: Service, asked: Invocation, request: Request) -> 
     return vectors[0] if asked.single else vectors
 
 
-async def _events(chunks: AsyncGenerator[Chunk], wanted: Wanted, form: str) -> AsyncIterator[str]:
+async def _events(
+    found: AsyncGenerator[list[Chunk]], wanted: Wanted, form: str
+) -> AsyncIterator[str]:
     """A line for each token; the last one has the whole text and details beside it."""
     answer = Answer(wanted.text)
     try:
-        async for chunk in chunks:
-            answer.add(chunk)
-            for event in lmi.events(chunk, answer, len(wanted.ids)):
-                yield form % json.dumps(event)
+        async for chunks in found:
+            lines = []
+            for chunk in chunks:
+                answer.add(chunk)
+                lines += lmi.events(chunk, answer, len(wanted.ids))
+            yield "".join(form % json.dumps(line) for line in lines)
     except (LmiError, HttpError) as error:
         failure = error if isinstance(error, HttpError) else HttpError.of(error)
         yield form % json.dumps({"error": failure.message, "code": failure.status})

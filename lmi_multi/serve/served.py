@@ -25,6 +25,7 @@ class Served:
             max_requests=settings.max_queue,
             max_tokens=settings.max_queue_tokens,
             startup_timeout=settings.startup_timeout,
+            log_format=settings.log_format,
             # A script says nothing until it has answered.
             step_timeout=settings.request_timeout if script else settings.step_timeout,
         )

@@ -9,6 +9,8 @@ import socket
 import uvicorn
 
 from lmi_multi.serve.app import Application
+from lmi_multi.serve.connections import bounded
+from lmi_multi.serve.settings import ServeSettings
 
 LAST_WORDS = 2.0  # seconds of the drain that are left to tell clients that they are cut
 
@@ -17,19 +19,21 @@ class Server(uvicorn.Server):
     """uvicorn, ended by SIGTERM or SIGINT: no new connection, then up to `drain` seconds for the
     requests that run; what is left then gets an error. A second signal ends it at once."""
 
-    def __init__(self, application: Application, host: str, port: int, drain: float) -> None:
+    def __init__(self, application: Application, settings: ServeSettings) -> None:
         super().__init__(
             uvicorn.Config(
                 application.app,
-                host=host,
-                port=port,
-                timeout_graceful_shutdown=max(1, int(drain)),
+                host=settings.host,
+                port=settings.port,
+                http=bounded(settings.max_queue),
+                ws="none",
+                timeout_graceful_shutdown=max(1, int(settings.drain_timeout)),
                 log_config=None,
                 access_log=False,
                 server_header=False,
             )
         )
-        self._application, self._drain = application, drain
+        self._application, self._drain = application, settings.drain_timeout
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve until a signal comes, or the engine cannot be had."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.requests import Request
@@ -15,8 +15,8 @@ from lmi_multi import chat
 from lmi_multi.errors import LmiError, OptionError
 from lmi_multi.options import GenerateOptions
 from lmi_multi.prompts import Prompt, PromptReader
-from lmi_multi.serve.answer import Answer
-from lmi_multi.serve.client import BYTES_A_TOKEN, EngineClient, EngineGoneError
+from lmi_multi.serve.answer import Answer, GrowingTexts
+from lmi_multi.serve.client import BYTES_A_TOKEN, Ask, EngineClient, EngineGoneError
 from lmi_multi.serve.errors import HttpError
 from lmi_multi.serve.metrics import Metrics
 from lmi_multi.streaming import Chunk
@@ -72,11 +72,15 @@ class Service:
         with self._room(prompts):
             return await asyncio.to_thread(self._wanted, prompts, options, length)
 
+    def check_prompts(self, count: int) -> None:
+        """Raise OptionError for more prompts in a request than may ever wait, or none."""
+        most = self.engine.max_requests
+        if not 1 <= count <= most:
+            raise OptionError(f"{count} prompts are given; allowed: 1 to {most}")
+
     def _room(self, prompts: Sequence[Prompt]) -> contextlib.AbstractContextManager[None]:
         """Room for these prompts while they are tokenized."""
-        most = self.engine.max_requests
-        if not 1 <= len(prompts) <= most:
-            raise OptionError(f"{len(prompts)} prompts are given; allowed: 1 to {most}")
+        self.check_prompts(len(prompts))
         size = sum(map(len, prompts)) // BYTES_A_TOKEN
         return self.engine.hold(len(prompts), size)
 
@@ -111,53 +115,34 @@ class Service:
             ids = await asyncio.to_thread(chat.render, self.tokenizer, messages)
             return await asyncio.to_thread(self._wanted, [ids], options, None)
 
-    async def stream(self, wanted: Sequence[Wanted]) -> AsyncGenerator[Chunk]:
-        """Chunks of all prompts' answers as they come; a prompt's place is in `Chunk.index`.
+    async def stream(
+        self, wanted: Sequence[Wanted], whole: bool = False
+    ) -> AsyncGenerator[list[Chunk]]:
+        """Chunks of all prompts' answers, those at a time that came together; a prompt's place is
+        in `Chunk.index`. `whole`: an answer is one chunk.
 
-        Raises HttpError when the time is up. Closing it frees the prompts' places.
+        Raises EngineGoneError, RefusedError or LateError. Closing it frees the prompts' places.
         """
-        inbox: asyncio.Queue[Chunk | BaseException | None] = asyncio.Queue()
-        tasks = [
-            asyncio.create_task(self._feed(index, own, inbox)) for index, own in enumerate(wanted)
+        watches = [self.metrics.request(len(own.ids), own.answers) for own in wanted]
+        asks = [
+            Ask(own.ids, own.options, own.answers, watch)
+            for own, watch in zip(wanted, watches, strict=True)
         ]
-        left = len(tasks)
-        # Not asyncio.wait_for: before Python 3.12 it loses a cancellation that comes with a chunk.
-        late = HttpError(504, f"no whole answer within {self._timeout:g} s")
-        timer = asyncio.get_running_loop().call_later(self._timeout, inbox.put_nowait, late)
+        texts = GrowingTexts(self.tokenizer)
+        found = self.engine.generate(asks, self._timeout, stream=not whole)
         try:
-            while left:
-                found = await inbox.get()
-                if isinstance(found, BaseException):
-                    raise found
-                if found is None:
-                    left -= 1
-                else:
-                    yield found
-        finally:
-            timer.cancel()
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-    async def _feed(
-        self, index: int, wanted: Wanted, inbox: asyncio.Queue[Chunk | BaseException | None]
-    ) -> None:
-        watch = self.metrics.request(len(wanted.ids))
-        chunks = self.engine.generate(
-            wanted.ids, wanted.options, wanted.answers, started=watch.started
-        )
-        try:
-            async with contextlib.aclosing(chunks):
-                async for chunk in chunks:
-                    watch.chunk(chunk)
-                    inbox.put_nowait(replace(chunk, index=index))
-            watch.done()
-            inbox.put_nowait(None)
-        except LmiError as error:
-            watch.failed()
-            inbox.put_nowait(error)
-        except asyncio.CancelledError:
-            watch.aborted()
+            async with contextlib.aclosing(found):
+                async for chunks in found:
+                    for chunk in chunks:
+                        watches[chunk.index].chunk(chunk)
+                    yield [texts.with_text(chunk) for chunk in chunks]
+        except LmiError:
+            for watch in watches:
+                watch.failed()
+            raise
+        except BaseException:
+            for watch in watches:
+                watch.aborted()
             raise
 
     async def answers(self, wanted: Sequence[Wanted], request: Request) -> list[list[Answer]]:
@@ -166,10 +151,11 @@ class Service:
         found = [[Answer(own.text) for _ in range(own.answers)] for own in wanted]
 
         async def collect() -> None:
-            chunks = self.stream(wanted)
-            async with contextlib.aclosing(chunks):
-                async for chunk in chunks:
-                    found[chunk.index][chunk.answer].add(chunk)
+            stream = self.stream(wanted, whole=True)
+            async with contextlib.aclosing(stream):
+                async for chunks in stream:
+                    for chunk in chunks:
+                        found[chunk.index][chunk.answer].add(chunk)
 
         await while_connected(request, collect())
         return found
@@ -213,18 +199,20 @@ async def _disconnected(request: Request) -> None:
             return
 
 
-async def first(chunks: AsyncGenerator[Chunk], request: Request) -> AsyncGenerator[Chunk]:
-    """The same chunks, with the first one already there: what is wrong at once is raised now.
+async def first(
+    chunks: AsyncGenerator[list[Chunk]], request: Request
+) -> AsyncGenerator[list[Chunk]]:
+    """The same chunks, with the first ones already there: what is wrong at once is raised now.
 
     A client that goes away before that frees its prompts' places, and HttpError 499 is raised.
     """
     head = await while_connected(request, anext(chunks, None))
 
-    async def rest() -> AsyncIterator[Chunk]:
+    async def rest() -> AsyncGenerator[list[Chunk]]:
         async with contextlib.aclosing(chunks):
             if head is not None:
                 yield head
-                async for chunk in chunks:
-                    yield chunk
+                async for more in chunks:
+                    yield more
 
-    return rest()  # type: ignore[return-value]
+    return rest()

@@ -222,6 +222,9 @@ class ServeSettings(BaseModel):
     step_timeout: _Seconds = Field(default=30.0, description=_SECONDS)
     drain_timeout: _Seconds = Field(default=25.0, description=_SECONDS)
 
+    log_format: Annotated[Literal["text", "json"], _words("text", "json")] = Field(
+        default="text", description="text or json"
+    )
     output_formatter: Annotated[
         Literal["json", "jsonlines", "sse"], _words("json", "jsonlines", "sse")
     ] = Field(default="json", description="json, jsonlines or sse")
@@ -247,6 +250,9 @@ class ServeSettings(BaseModel):
     batch_transform: _Flag = Field(default=False, description=_FLAG)
     multi_model: _Flag = Field(default=False, description=_FLAG)
     models_root: Path = Field(default=Path("/opt/ml/models"), description="a folder")
+    models_bytes: Annotated[_Integer, Field(ge=MIB, lt=2**63)] | None = Field(
+        default=None, description=f"an integer, at least {MIB} (1 MiB)"
+    )
 
     if not TYPE_CHECKING:  # type checkers see the fields as keywords
 

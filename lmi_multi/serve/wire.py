@@ -2,9 +2,9 @@
 
 JSON, not pickle: whatever one side says, the other only gets data. From the server come `submit`,
 `embed` and `cancel`, to a script `invoke`; from the engine `ready` once, then a message for each
-step with its chunks and when (nanoseconds since 1970) whose prompts left the queue, its `state`
-after a `cancel`, answers to `embed` and `invoke`, refusals, and `broken` before it ends as it
-cannot go on.
+step with its chunks, whose prompts left the queue and when (nanoseconds since 1970), whose have
+their first token, and whose have ended; its `state` after a `cancel`, answers to `embed` and
+`invoke`, refusals, and `broken` before it ends as it cannot go on.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ def content(text: str) -> bytes:
 
 
 def pack(chunk: Chunk) -> list[Any]:
-    """A chunk as JSON values; `unpack` is its inverse."""
+    """A chunk as JSON values, but for its index; `unpack` is its inverse."""
     logprobs = None
     if chunk.logprobs is not None:
         logprobs = [[e.token_id, e.logprob, list(e.top.items())] for e in chunk.logprobs]
     return [
-        *(chunk.index, chunk.text, chunk.token_ids, chunk.finish_reason, chunk.error),
+        *(chunk.text, chunk.token_ids, chunk.finish_reason, chunk.error),
         *(chunk.answer, logprobs, chunk.score),
     ]
 
 
-def unpack(values: list[Any]) -> Chunk:
-    """The chunk that was packed."""
-    index, text, token_ids, finish_reason, error, answer, logprobs, score = values
+def unpack(values: list[Any], index: int) -> Chunk:
+    """The chunk that was packed, of prompt `index`."""
+    text, token_ids, finish_reason, error, answer, logprobs, score = values
     entries = None
     if logprobs is not None:
         entries = [TokenLogprob(token, own, dict(top)) for token, own, top in logprobs]

@@ -1,4 +1,4 @@
-"""The engine in a process of its own: `python -m lmi_multi.serve.worker FD`.
+"""The engine in a process of its own: `python -m lmi_multi.serve.worker FD LOG_FORMAT`.
 
 It reads what the server wants from a pipe between two steps, and writes what each step brought.
 Nothing of HTTP happens here, so nothing of HTTP slows a step.
@@ -6,15 +6,16 @@ Nothing of HTTP happens here, so nothing of HTTP slows a step.
 
 from __future__ import annotations
 
+import logging
 import os
+import select
 import signal
 import sys
+import threading
 import time
-import traceback
 from dataclasses import asdict, dataclass
 from multiprocessing import active_children
 from multiprocessing.connection import Connection, wait
-from typing import Any
 
 import torch
 
@@ -24,16 +25,46 @@ from lmi_multi.errors import LmiError, OptionError, RankError
 from lmi_multi.model import Model
 from lmi_multi.models.traits import Traits
 from lmi_multi.options import GenerateOptions
-from lmi_multi.serve import wire
+from lmi_multi.serve import logs, wire
 from lmi_multi.serve.script import OUT_OF_MEMORY, serve_script
-from lmi_multi.streaming import View
+from lmi_multi.streaming import Chunk, View
+
+log = logging.getLogger(__name__)
+
+PATIENCE = 2.0  # seconds to end in good order once the server is gone
 
 
 @dataclass
 class _Answering:
+    """A prompt, and how much of its answers was told. Without `stream` that is all at the end."""
+
     job: Job
     views: list[View]
+    stream: bool
     started: bool = False
+    first: bool = False
+
+    def starts(self) -> bool:
+        """Whether it has left the queue since the last call."""
+        begins = not self.started and self.job.requests[0].computed > 0
+        self.started |= begins
+        return begins
+
+    def begins(self) -> bool:
+        """Whether it has got its first token since the last call."""
+        begins = not self.first and any(len(a.tokens) > a.given for a in self.job.answers)
+        self.first |= begins
+        return begins
+
+    def fresh(self) -> list[Chunk]:
+        """What its answers have that was not told yet."""
+        views = (v for v in self.views if self.stream or v.sequence.finish_reason is not None)
+        return [chunk for view in views if (chunk := view.fresh())]
+
+    @property
+    def ended(self) -> bool:
+        """Whether everything was told."""
+        return all(view.ended for view in self.views)
 
 
 class Worker:
@@ -81,10 +112,11 @@ class Worker:
 
     def _submit(self, message: wire.Message) -> None:
         options = GenerateOptions.of(message["options"])
-        job = self._model._reader.job(0, message["ids"], options, streaming=True)
+        # Not `streaming`: text is the server's to make, but for stop strings.
+        job = self._model._reader.job(0, message["ids"], options)
         self._engine.submit(job.requests)
         views = [View(0, answer) for answer in job.answers]
-        self._answering[message["id"]] = _Answering(job, views)
+        self._answering[message["id"]] = _Answering(job, views, message["stream"])
 
     def _drop(self, number: int) -> None:
         answering = self._answering.pop(number, None)
@@ -101,18 +133,17 @@ class Worker:
         began = time.time_ns()
         self._engine.step()
         self._steps += 1
-        chunks: list[tuple[int, list[Any]]] = []
-        started: list[int] = []
-        for number, answering in [*self._answering.items()]:
-            if not answering.started and answering.job.requests[0].computed:
-                answering.started = True
-                started.append(number)
-            for view in answering.views:
-                if chunk := view.fresh():
-                    chunks.append((number, wire.pack(chunk)))
-            if all(view.ended for view in answering.views):
-                self._drop(number)
-        message = {"type": "step", "chunks": chunks, "started": started, "began": began}
+        own = [*self._answering.items()]
+        message: wire.Message = {
+            "type": "step",
+            "began": began,
+            "started": [number for number, answering in own if answering.starts()],
+            "first": [number for number, answering in own if answering.begins()],
+            "chunks": [(number, wire.pack(c)) for number, a in own for c in a.fresh()],
+            "ended": [number for number, answering in own if answering.ended],
+        }
+        for number in message["ended"]:
+            self._drop(number)
         wire.send(self._pipe, message | self._state())
 
     def _state(self) -> dict[str, int]:
@@ -144,32 +175,52 @@ def _leave_a_core() -> None:
         torch.set_num_threads(max(1, torch.get_num_threads() - 1))
 
 
+def _end_with_server(pipe: Connection) -> None:
+    """A thread: once the server is gone, however it ended, so is this process with all that it has
+    started, also in the midst of a call that never returns."""
+    hung_up = select.poll()
+    hung_up.register(pipe.fileno(), 0)  # nothing is read, the end is always told
+    hung_up.poll()
+    time.sleep(PATIENCE)
+    try:
+        os.killpg(os.getpid(), signal.SIGKILL)
+    except ProcessLookupError:  # it leads no group: somebody runs it by hand
+        os._exit(1)
+
+
 def main() -> None:
     """Load what the first message says, then serve."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C and SIGTERM are the server's to handle
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     pipe = Connection(int(sys.argv[1]))
+    logs.set_up(sys.argv[2], logging.WARNING)
     os.set_inheritable(pipe.fileno(), False)
     os.dup2(2, 1)  # whatever is printed here is no answer
+    threading.Thread(target=_end_with_server, args=(pipe,), daemon=True).start()
     _leave_a_core()
     try:
         wanted = wire.receive(pipe)
         if "script" in wanted:
             serve_script(pipe, **wanted)
             return
-        with lmi_multi.load(**wanted) as model:
-            wire.send(pipe, ready(model))
-            Worker(model, pipe).run()
+        model = lmi_multi.load(**wanted)
+        wire.send(pipe, ready(model))
+        Worker(model, pipe).run()
+        model.close()
     except BaseException as error:
-        line = str(error) if isinstance(error, LmiError) else f"{type(error).__name__}: {error}"
-        if not isinstance(error, LmiError):
-            traceback.print_exc()
-        try:
-            memory = isinstance(error, OUT_OF_MEMORY)
-            wire.send(pipe, {"type": "broken", "error": line, "memory": memory})
-        except OSError:
-            print(line, file=sys.stderr)
+        _say_broken(pipe, error)  # first of all: what is left the server ends
         sys.exit(1)
+
+
+def _say_broken(pipe: Connection, error: BaseException) -> None:
+    line = str(error) if isinstance(error, LmiError) else f"{type(error).__name__}: {error}"
+    if not isinstance(error, LmiError):
+        log.error("the engine failed", exc_info=error)
+    try:
+        memory = isinstance(error, OUT_OF_MEMORY)
+        wire.send(pipe, {"type": "broken", "error": line, "memory": memory})
+    except OSError:
+        print(line, file=sys.stderr)
 
 
 if __name__ == "__main__":

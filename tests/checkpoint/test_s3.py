@@ -18,7 +18,7 @@ from lmi_multi.checkpoint.artifact import Artifact
 from lmi_multi.checkpoint.cache import open_or_convert
 from lmi_multi.checkpoint.inspect import describe
 from lmi_multi.checkpoint.s3.address import Address
-from lmi_multi.checkpoint.s3.download import download, download_rank
+from lmi_multi.checkpoint.s3.download import download
 from lmi_multi.checkpoint.source import resolve
 from lmi_multi.cli.main import run
 from lmi_multi.errors import CheckpointError, OptionError
@@ -247,8 +247,8 @@ def test_malformed_manifest(s3: Door, artifact: Artifact) -> None:
 
 
 def test_one_rank_fetches_only_its_shard(s3: Door, artifact: Artifact) -> None:
-    address = Address.parse(s3.put("a", artifact.folder))
-    own = download_rank(address, 1)
+    url = s3.put("a", artifact.folder)
+    own = open_or_convert(url, tensor_parallel=2, rank=1, verify=True)
     assert "rank-0-of-2.safetensors" not in fetched(s3) | names(own.folder)
     assert "rank-1-of-2.safetensors" in names(own.folder)
     expected = artifact.load_rank(1, 2)
@@ -256,12 +256,31 @@ def test_one_rank_fetches_only_its_shard(s3: Door, artifact: Artifact) -> None:
     assert loaded.keys() == expected.keys()
     assert all(torch.equal(loaded[name], expected[name]) for name in expected)
     s3.requests.clear()
-    download_rank(address, 1)
+    open_or_convert(url, tensor_parallel=2, rank=1)
     assert not s3.data
     with pytest.raises(CheckpointError, match="changed while it was read"):
         own.load_rank(0, 2)
     with pytest.raises(CheckpointError, match=r"the artifact has no rank-2-of-2.safetensors"):
-        download_rank(address, 2)
+        open_or_convert(url, tensor_parallel=2, rank=2)
+
+
+@pytest.mark.parametrize("degree", [1, 4])
+def test_a_rank_of_another_degree_fetches_all(s3: Door, artifact: Artifact, degree: int) -> None:
+    url = s3.put("a", artifact.folder)
+    own = open_or_convert(url, tensor_parallel=degree, rank=degree - 1)
+    assert {"rank-0-of-2.safetensors", "rank-1-of-2.safetensors"} <= fetched(s3)
+    expected = artifact.load_rank(degree - 1, degree)
+    loaded = own.load_rank(degree - 1, degree)
+    assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+    s3.requests.clear()
+    assert open_or_convert(url).folder == own.folder and not s3.data
+
+
+def test_a_rank_of_what_is_no_artifact_converts_it(s3: Door, checkpoint: Path) -> None:
+    url = s3.put("m", checkpoint)
+    own = open_or_convert(url, tensor_parallel=2, rank=1)
+    assert own.tensor_parallel == 2 and own.load_rank(0, 2)
+    assert open_or_convert(url, tensor_parallel=2, rank=0).folder == own.folder
 
 
 # The command line, and what an import costs

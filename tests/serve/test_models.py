@@ -106,13 +106,13 @@ def test_models_come_answer_and_go(server: Running, root: Path) -> None:
     wrong = server.post("/models/tiny/invoke", {"inputs": "a", "parameters": {"num_beams": 4}})
     assert wrong.status_code == 400 and "at most 3" in wrong.text  # its own file's limit
     # One is told to go, and first ends what it was asked.
-    parameters = LONG | {"max_new_tokens": 300, "min_new_tokens": 300, "details": True}
+    parameters = LONG | {"max_new_tokens": 100, "min_new_tokens": 100, "details": True}
     with ThreadPoolExecutor(1) as pool:
         late = {"inputs": "ten", "parameters": parameters}
         pending = pool.submit(server.post, "/models/numbers/invoke", late)
         server.until(lambda: server.gauge("lmi_in_flight") == 1)
         assert server.client.delete("/models/numbers").status_code == 200
-        assert pending.result(30).json()["details"]["generated_tokens"] == 300
+        assert pending.result(30).json()["details"]["generated_tokens"] == 100
     assert names(server) == ["tiny"] and len(engines(server)) == 1
     assert server.post("/models/numbers/invoke", body).status_code == 404
     # What an engine's death takes along comes back by itself.
@@ -148,12 +148,12 @@ def test_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without engines: only the names count."""
     monkeypatch.setattr(models, "PAGE", 2)
     metrics = Metrics(list, Tracing(FastAPI()))
-    several = models.Models(tmp_path, lambda folder: ServeSettings(), metrics, 1.0)
+    several = models.Models(ServeSettings(), lambda folder: ServeSettings(), metrics)
     engine = SimpleNamespace(error=None)
     gone = SimpleNamespace(error="it ended three times")
     for name in "dbeac":
         own = SimpleNamespace(engine=gone if name == "b" else engine)
-        several._loaded[name] = (f"/{name}", own)  # type: ignore[assignment]
+        several._loaded[name] = models._Model(f"/{name}", tmp_path, own)  # type: ignore[arg-type]
     found, token = [], ""
     while True:
         page = several.page(token)
@@ -203,6 +203,62 @@ def test_what_cannot_be_loaded(
 )
 def test_bodies_that_say_too_little(body: dict[str, Any], server: Running) -> None:
     assert server.post("/models", body).status_code == 400
+
+
+@pytest.fixture(scope="module")
+def room(server: Running, root: Path) -> int:
+    """Bytes in which two engines with the tiny model fit, but not three."""
+    taken = []
+    for name in ("a", "b", "c"):
+        assert load(server, root, name, "tiny").status_code == 200
+        taken.append(sum(engine.memory_full_info().pss for engine in engines(server)))
+    for name in ("a", "b", "c"):
+        assert server.client.delete(f"/models/{name}").status_code == 200
+    return (taken[1] + taken[2]) // 2
+
+
+def invoke(server: Running, name: str) -> int:
+    return server.post(f"/models/{name}/invoke", {"inputs": "ten"}).status_code
+
+
+def test_memory_evicts_what_was_idle_for_longest(room: int, root: Path, tmp_path: Path) -> None:
+    """Room for two engines: the third model, and each one asked again, costs another its own."""
+    options = ("--models-root", str(root), "--backend=cpu", f"--models-bytes={room}")
+    with serving(tmp_path, "--multi-model", *options) as server:
+        server.wait_ready()
+        for name in ("a", "b"):
+            assert load(server, root, name, "tiny").status_code == 200
+        assert invoke(server, "a") == 200
+        first = {engine.pid for engine in engines(server)}
+        assert load(server, root, "c", "tiny").status_code == 200
+        assert server.gauge("lmi_evicted_models_total") == 1 and len(engines(server)) == 2
+        assert names(server) == ["a", "b", "c"]  # as SageMaker knows them
+        assert len(first & {engine.pid for engine in engines(server)}) == 1
+        assert invoke(server, "a") == 200 and server.gauge("lmi_evicted_models_total") == 1
+        assert invoke(server, "b") == 200 and server.gauge("lmi_evicted_models_total") == 2
+        assert invoke(server, "a") == 200 and server.gauge("lmi_evicted_models_total") == 2
+        # Nothing goes that somebody is asking: "a" and "b" both are.
+        with ThreadPoolExecutor(2) as pool:
+            long = {"inputs": "ten", "parameters": LONG}
+            pending = [
+                pool.submit(server.post, f"/models/{name}/invoke", long) for name in ("a", "b")
+            ]
+            server.until(lambda: server.gauge("lmi_in_flight") == 2)
+            answer = server.post("/models/c/invoke", {"inputs": "ten"})
+            assert answer.status_code == 507 and "models_bytes" in answer.json()["error"]
+            assert [own.result(60).status_code for own in pending] == [200, 200]
+        assert invoke(server, "c") == 200
+        assert server.client.delete("/models/a").status_code == 200
+        assert names(server) == ["b", "c"] and invoke(server, "a") == 404
+
+
+def test_alone_a_model_may_be_too_large(root: Path, tmp_path: Path) -> None:
+    options = ("--models-root", str(root), "--backend=cpu", f"--models-bytes={64 * 2**20}")
+    with serving(tmp_path, "--multi-model", *options) as server:
+        server.wait_ready()
+        answer = load(server, root, "tiny")
+        assert answer.status_code == 507 and "models_bytes" in answer.json()["error"]
+        assert names(server) == [] and engines(server) == []
 
 
 def test_the_server_ends_with_its_models(server: Running, root: Path) -> None:

@@ -127,6 +127,33 @@ def test_lines_of_batch_transform(server: Running, offline: Model) -> None:
     assert set(shown) == {"MaxConcurrentTransforms", "BatchStrategy", "MaxPayloadInMB"}
 
 
+def test_lines_run_beside_each_other(server: Running, offline: Model) -> None:
+    """Each with parameters of its own; four of 40 tokens take hardly more steps than one."""
+    lengths = {"min_new_tokens": 40, "max_new_tokens": 40, "ignore_eos": True}
+    bodies: list[dict[str, Any]] = [
+        {"inputs": PROMPTS[0], "parameters": lengths},
+        {"inputs": PROMPTS[:2], "parameters": lengths},
+        {"inputs": PROMPTS[1], "parameters": {"max_new_tokens": 3, "details": True}},
+    ]
+    before = server.gauge("lmi_engine_steps")
+    headers = {"content-type": "application/jsonlines"}
+    content = "\n".join(map(json.dumps, bodies))
+    answer = server.client.post("/invocations", content=content, headers=headers)
+    assert server.gauge("lmi_engine_steps") - before < 60
+    first, both, short = map(json.loads, answer.text.splitlines())
+    expected = [c.text for c in offline.generate(PROMPTS[:2], lengths)]
+    assert [entry["generated_text"] for entry in both] == expected
+    assert first["generated_text"] == expected[0]
+    assert short["details"]["generated_tokens"] == 3
+    stream = json.dumps({"inputs": "ten", "stream": True})
+    answer = server.client.post("/invocations", content=stream, headers=headers)
+    assert answer.status_code == 400 and "line 1: stream is True" in answer.text
+    wrong = {"inputs": "ten", "parameters": {"max_new_tokens": -1}}
+    content = "\n".join(map(json.dumps, (bodies[0], wrong)))
+    answer = server.client.post("/invocations", content=content, headers=headers)
+    assert answer.status_code == 400 and "line 2: max_new_tokens is -1" in answer.text
+
+
 def test_many_clients_get_their_own_answers(server: Running, offline: Model) -> None:
     numbers = [f"{n} dollars" for n in ("one", "two", "three", "four", "five", "six")] * 8
     expected = {p: c.text for p, c in zip(numbers, offline.generate(numbers), strict=True)}

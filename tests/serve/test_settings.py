@@ -52,6 +52,8 @@ VALUES: dict[str, tuple[str, object]] = {
     "batch_transform": ("true", True),
     "multi_model": ("1", True),
     "models_root": ("/models", Path("/models")),
+    "models_bytes": ("3000000", 3_000_000),
+    "log_format": ("json", "json"),
 }
 PROPERTIES = [(o.field, name) for o in names.OPTIONS for name in o.properties]
 VARIABLES = [(o.field, name) for o in names.OPTIONS for name in names.variables(o)]

@@ -7,13 +7,12 @@ import hashlib
 import logging
 import re
 import shutil
-from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lmi_multi.checkpoint.artifact import Artifact, read_manifest
+from lmi_multi.checkpoint.artifact import read_manifest
 from lmi_multi.checkpoint.atomic import sync
 from lmi_multi.checkpoint.files import MANIFEST, cache_dir, gib
 from lmi_multi.checkpoint.lock import locked
@@ -24,6 +23,7 @@ from lmi_multi.checkpoint.s3.listing import Object
 from lmi_multi.checkpoint.s3.parts import PartFile, journal_of
 from lmi_multi.checkpoint.s3.pool import Pool
 from lmi_multi.checkpoint.s3.ranges import Transport
+from lmi_multi.checkpoint.share import Share
 from lmi_multi.checkpoint.writer import Progress, sha256
 from lmi_multi.errors import CapacityError, CheckpointError
 
@@ -41,27 +41,28 @@ class Downloaded:
 
 
 def download(
-    address: Address, ranks: Iterable[int] | None = None, progress: Progress | None = None
+    address: Address, share: Share | None = None, progress: Progress | None = None
 ) -> Downloaded:
     """Bring what a checkpoint or artifact needs into the cache, unless it is there already.
 
-    Of an artifact, `ranks` leaves out the weights of all other ranks. `progress` is called with
+    With `share` that is what one rank needs, in a folder of its own. `progress` is called with
     bytes done, bytes in all, and the object's name; it counts what an earlier attempt brought.
     Raises CheckpointError, naming the object, what was expected and what came, and CapacityError.
     """
     choice = transports.choice()
     client = make_client(transports.THREADS, "s3v4" if choice == "crt" else None)
     objects = listing.select(address, listing.list_folder(client, address))
-    if ranks is not None:
-        ranks = sorted(set(ranks))
-        objects = listing.of_ranks(objects, ranks)
-    place = _place(address, ranks)
+    if share is not None and not listing.is_shared(objects, share):
+        share = None
+    if share is not None:
+        objects = listing.of_share(objects, share)
+    place = _place(address, share)
     found = Downloaded(place / listing.revision(objects), listing.revision(objects))
     if _complete(found.folder, objects):
         return found
     with locked(place, f"downloads {address}"):
         if not _complete(found.folder, objects):  # by now another process may have brought it
-            job = _Job(client, address, objects, ranks, place / "partial", progress)
+            job = _Job(client, address, objects, share, place / "partial", progress)
             job.run(choice)
             shutil.rmtree(found.folder, ignore_errors=True)
             job.folder.rename(found.folder)
@@ -69,17 +70,9 @@ def download(
     return found
 
 
-def download_rank(address: Address, rank: int, progress: Progress | None = None) -> Artifact:
-    """Bring one rank's share of an artifact, and open it: only that rank can be loaded from it.
-
-    For a process that serves one rank on a machine of its own.
-    """
-    return Artifact.open(download(address, (rank,), progress).folder, ranks=(rank,))
-
-
-def _place(address: Address, ranks: Iterable[int] | None) -> Path:
-    """The folder of everything that came from one address."""
-    text = str(address) if ranks is None else f"{address} {list(ranks)}"
+def _place(address: Address, share: Share | None) -> Path:
+    """The folder of everything that came from one address, or of one rank's share of it."""
+    text = str(address) if share is None else f"{address} {share.rank} of {share.degree}"
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     readable = re.sub(r"[^A-Za-z0-9._-]+", "--", f"{address.bucket}/{address.prefix}")
     return cache_dir() / "s3" / f"{readable.strip('.-')[-80:]}-{digest}"
@@ -113,12 +106,12 @@ class _Job:
         client: Any,
         address: Address,
         objects: list[Object],
-        ranks: Iterable[int] | None,
+        share: Share | None,
         folder: Path,
         progress: Progress | None,
     ) -> None:
         self.client, self.address, self.objects = client, address, objects
-        self.ranks, self.folder, self.progress = ranks, folder, progress
+        self.share, self.folder, self.progress = share, folder, progress
         self.hashes: dict[str, str] = {}
 
     def run(self, choice: str) -> None:
@@ -153,7 +146,7 @@ class _Job:
         except CheckpointError as error:
             reason = str(error).replace(str(self.folder / MANIFEST), self.address.url(MANIFEST))
             raise CheckpointError(reason) from None
-        files = manifest.files if self.ranks is None else manifest.only(self.ranks)
+        files = manifest.files if self.share is None else manifest.only((self.share.rank,))
         self.objects = listing.match_files(self.address, self.objects, files)
         self.hashes = {name: entry.sha256 for name, entry in files.items()}
 

@@ -21,10 +21,11 @@ from lmi_multi.checkpoint.files import (
 )
 from lmi_multi.checkpoint.s3.address import Address
 from lmi_multi.checkpoint.s3.client import failure
+from lmi_multi.checkpoint.share import Share
 from lmi_multi.errors import CheckpointError
 
 _RAW_FILES = ("config.ini", "*.bin")  # FasterTransformer's
-_RANK = re.compile(r"rank-(\d+)-of-\d+\.safetensors")
+_RANK = re.compile(r"rank-(\d+)-of-(\d+)\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -98,10 +99,20 @@ def is_artifact_listing(objects: Iterable[Object]) -> bool:
     return any(item.name == MANIFEST for item in objects)
 
 
-def of_ranks(objects: Iterable[Object], ranks: Iterable[int]) -> list[Object]:
-    """`objects` without the weights of any but `ranks`."""
-    kept = set(ranks)
-    return [o for o in objects if not (found := _RANK.fullmatch(o.name)) or int(found[1]) in kept]
+def of_share(objects: Iterable[Object], share: Share) -> list[Object]:
+    """`objects` without the weights that other ranks of the same degree need alone."""
+    return [o for o in objects if not (rank := _rank(o, share)) or int(rank) == share.rank]
+
+
+def is_shared(objects: Iterable[Object], share: Share) -> bool:
+    """Whether these are an artifact's of the share's degree."""
+    return any(_rank(item, share) for item in objects)
+
+
+def _rank(item: Object, share: Share) -> str | None:
+    """The rank, as it is written, that a file of the share's degree belongs to."""
+    found = _RANK.fullmatch(item.name)
+    return found[1] if found and int(found[2]) == share.degree else None
 
 
 def revision(objects: Iterable[Object]) -> str:
