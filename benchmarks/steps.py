@@ -17,7 +17,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from lmi_multi.backends.cuda.program import MOST_ROWS
 
 from benchmarks.machine import copy_bandwidth, machine, versions
 from benchmarks.random_model import random_model
@@ -45,8 +44,8 @@ def main(
     peer: Annotated[bool, typer.Option(help="transformers with a static, compiled cache")] = False,
     eager: Annotated[bool, typer.Option(help="ours without captured steps as well")] = False,
     program_rows: Annotated[
-        int, typer.Option(help="rows up to which a step's layers are one kernel", min=0)
-    ] = MOST_ROWS,
+        int | None, typer.Option(help="rows up to which a step's layers are one kernel", min=0)
+    ] = None,
     results: Annotated[Path | None, typer.Option(help="folder to add a JSON file to")] = None,
 ) -> None:
     """Print a line for every shape, number of rows and contender."""
@@ -84,7 +83,7 @@ def main(
 
 def _timings(
     name: str, dtype: str, quantize: str, batches: list[int], prompt: int, tokens: int,
-    rounds: int, peer: bool, eager: bool, program_rows: int,
+    rounds: int, peer: bool, eager: bool, program_rows: int | None,
 ) -> Iterator[tuple[str, ModelSpec, Timing]]:  # fmt: skip
     from lmi_multi.backends.cuda.executor import CudaExecutor
     from lmi_multi.backends.cuda.ops import Scratch

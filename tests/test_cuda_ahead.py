@@ -101,7 +101,8 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, out: Tensor
 def linear(
     x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None,
     norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float,
-    residual: Tensor | None, activation: int, gated: bool, work: Tensor, counters: Tensor, out: Tensor,
+    residual: Tensor | None, activation: int, gated: bool, work: Tensor, counters: Tensor,
+    out: Tensor,
 ) -> None:  # fmt: skip
     ops, kind = Reference(), next(k for k, number in ACTIVATIONS.items() if number == activation)
     if norm_weight is not None:

@@ -24,7 +24,8 @@ from .inputs import StepInputs, upload
 from .ops import CudaOps, Scratch
 from .prefill import Prefill
 from .prefill_graphs import PrefillGraphs
-from .program import MOST_ROWS, NotCoveredError
+from .program import NotCoveredError
+from .program import program_rows as best_program_rows
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ class CudaExecutor(TorchExecutor):
 
     Single-token rows run as captured steps where the network allows (`captured` False: never), and
     ahead of the host where their options do; up to `program_rows` of them have their layers as one
-    kernel. Short prompts run as captured prefills.
+    kernel (None: as many as that pays for). Short prompts run as captured prefills.
     """
 
     spare_blocks = 1
@@ -47,7 +48,7 @@ class CudaExecutor(TorchExecutor):
         scratch: Scratch,
         collectives: Collectives,
         captured: bool = True,
-        program_rows: int = MOST_ROWS,
+        program_rows: int | None = None,
     ) -> None:
         super().__init__(spec, tensors, limits, CudaOps(scratch), collectives)
         self._kernel = DecodeAttention(self._cache, scratch)
@@ -59,6 +60,9 @@ class CudaExecutor(TorchExecutor):
         if captured and can_capture(self._network):
             encoded = spec.kind == "encoder-decoder"
             angles = Angles.of(spec, limits.max_tokens, self._device)
+            if program_rows is None:
+                decoder = self._network.weights.decoder
+                program_rows = best_program_rows(decoder.layers if decoder else ())
             self._fed, ahead = (
                 StepGraphs(
                     self._network,

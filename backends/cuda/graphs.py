@@ -23,7 +23,7 @@ from .draws import DrawInputs, DrawKind
 from .inputs import StepInputs
 from .ops import MOST_ROWS as OF_ROWS
 from .ops import CudaOps, Scratch
-from .program import MOST_ROWS, NotCoveredError, Recorder, StepProgram
+from .program import NotCoveredError, Recorder, StepProgram
 
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 # Clients choose among some thousand kinds of draw, and each graph stops all rows while it is made.
@@ -111,7 +111,7 @@ class StepGraphs:
         scratch: Scratch,
         inputs: StepInputs,
         angles: Angles | None,
-        most_program_rows: int = MOST_ROWS,
+        most_program_rows: int,
     ) -> None:
         self.inputs, self.draws = inputs, DrawInputs(inputs.most, inputs.ids.device)
         self._network, self._kernel, self._scratch = network, kernel, scratch

@@ -13,7 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lmi_multi.models.weights import Layer, Linear
+
 MOST_ROWS = 8  # of a program
+# Bytes of a product's weights, in the mean, from which on a program is the faster one: it wins by
+# not letting memory idle, and loses by its barriers. Measured at 2.7 MB (loses) and 38 to 76 (wins).
+LEAST_PRODUCT = 8 << 20
 PHASE_BYTES = 256  # see csrc/step.h
 # Rows up to which every block normalizes x by itself, in front of a product. With more it takes
 # longer than a phase of its own.
@@ -22,6 +27,13 @@ FUSED_NORM_ROWS = 4
 
 class NotCoveredError(Exception):
     """The kernels do not cover this network: its steps cannot be captured, or not so."""
+
+
+def program_rows(layers: Sequence[Layer]) -> int:
+    """Up to how many rows the steps of these layers are best made programs."""
+    linears = [v for layer in layers for v in vars(layer).values() if isinstance(v, Linear)]
+    total = sum(linear.weight.nbytes for linear in linears)
+    return MOST_ROWS if linears and total / len(linears) >= LEAST_PRODUCT else 0
 
 
 class Recorder:

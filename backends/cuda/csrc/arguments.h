@@ -131,7 +131,6 @@ inline std::optional<AttentionParams> attention_params(
       .table_width = static_cast<int>(table.size(1)),
       .block_shift = shift,
       .splits = static_cast<int>(splits),
-      .least_share = 128,
       .chunks = 0,
       .width = 0};
 }

@@ -13,6 +13,7 @@ namespace lmi {
 // Keys at once in a lane, for so many heads; as many more are under way.
 template <typename T, int G>
 constexpr int KEYS = (G == 4 ? 4 : 8) / sizeof(T);
+constexpr int LEAST_SHARE = 128;  // tokens of a split: with fewer it costs more than it saves
 constexpr float LOG2E = 1.44269504f;
 
 // exp2(from - to), where nothing at all (-inf) stays nothing.
@@ -142,7 +143,7 @@ struct Item {
     // Lengths change from one replay of a graph to the next, so the splits that have work are
     // counted here.
     const int start = p.window ? max(0, length - p.window) : 0;
-    const int share = max((length - start + p.splits - 1) / p.splits, p.least_share);
+    const int share = max((length - start + p.splits - 1) / p.splits, LEAST_SHARE);
     splits = max((length - start + share - 1) / share, 1);
     begin = start + split * share, end = min(length, begin + share);
     newest = p.new_k && end == length && begin < end;

@@ -27,7 +27,6 @@ struct AttentionParams {
   float eps, scale;
   int rows, heads, kv_heads, dim, pairs, distances, window, table_width, block_shift;
   int splits;  // blocks that may share a row's tokens
-  int least_share;  // tokens: with fewer, a split costs more than it saves
   int chunks;  // of a kv head's query heads; a block does one
   int width;   // lanes a key: dim / 8, rounded up to a power of two
 };

@@ -53,7 +53,6 @@ bool record_attention(Tensor q, Tensor k, Tensor v, Tensor table, Tensor lengths
                             bias, slopes, window, scale, splits, work, counters, out);
   if (!p) return false;
   arrange(*p, STEP_HEADS);
-  p->least_share = STEP_SHARE;
   return put_phase(phase, Work::attention, &Phase::attention, *p, barrier);
 }
 

@@ -44,7 +44,11 @@ __device__ void stage(const LinearParams& p, int begin, int end, X* to, float* s
     const int r = first + group, row = min(r, p.rows - 1);
     const From* x = static_cast<const From*>(p.x.data) + static_cast<int64_t>(row) * inputs;
     Normal by;
-    if (weight) by = normal(x, inputs, bias, p.eps, width, scratch);
+    Raw<X> weights;  // the first ones are on their way while statistics are made
+    if (weight) {
+      if (begin + own < end) weights.read(weight + begin + own);
+      by = normal(x, inputs, bias, p.eps, width, scratch);
+    }
     if (r >= p.rows) continue;
 #pragma unroll 2
     for (int at = own; at < padded; at += width * 8) {
@@ -52,7 +56,10 @@ __device__ void stage(const LinearParams& p, int begin, int end, X* to, float* s
       const int feature = begin + at;
       if (feature < end) {
         load8(x + feature, values);
-        if (weight) apply(by, weight + feature, bias ? bias + feature : nullptr, values);
+        if (weight) {
+          if (at > own) weights.read(weight + feature);
+          apply(by, weights, bias ? bias + feature : nullptr, values);
+        }
       }
       store8(to + r * stride + place<X, W>(at), values);
     }

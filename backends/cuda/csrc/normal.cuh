@@ -37,7 +37,7 @@ __device__ Normal normal(const T* x, int features, bool centred, float eps, int 
   float values[8];
   if (centred) {
     float sum = 0;
-#pragma unroll 1
+#pragma unroll 4
     for (int at = own; at < features; at += width * 8) {
       load8(x + at, values);
 #pragma unroll
@@ -46,7 +46,7 @@ __device__ Normal normal(const T* x, int features, bool centred, float eps, int 
     found.shift = __fdividef(row_sum(sum, width, scratch), features);
   }
   float squares = 0;
-#pragma unroll 2
+#pragma unroll 4
   for (int at = own; at < features; at += width * 8) {
     load8(x + at, values);
 #pragma unroll
@@ -61,9 +61,9 @@ __device__ Normal normal(const T* x, int features, bool centred, float eps, int 
 
 // Eight features of a normalized row, which have these weights and biases.
 template <typename T>
-__device__ void apply(const Normal& by, const T* weight, const T* bias, float (&x)[8]) {
+__device__ void apply(const Normal& by, const Raw<T>& weight, const T* bias, float (&x)[8]) {
   float w[8], b[8] = {};
-  load8(weight, w);
+  weight.unpack(w);
   if (bias) load8(bias, b);
 #pragma unroll
   for (int i = 0; i < 8; ++i) x[i] = (x[i] - by.shift) * by.factor * w[i] + b[i];

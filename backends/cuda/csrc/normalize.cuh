@@ -18,7 +18,9 @@ __device__ void normalize(const NormParams& p, int index) {
   for (int at = threadIdx.x * 8; at < p.features; at += blockDim.x * 8) {
     float values[8];
     load8(x + at, values);
-    apply(by, weight + at, bias ? bias + at : nullptr, values);
+    Raw<W> own;
+    own.read(weight + at);
+    apply(by, own, bias ? bias + at : nullptr, values);
     store8(static_cast<W*>(p.out) + row + at, values);
   }
 }

@@ -85,7 +85,7 @@ bool plan_program(Program& program, Phase* phases, Weights* weights, const Devic
   beside += program.products * static_cast<int>(sizeof(Weights));
   program.slots = ring_slots((gpu.shared_per_block - MARGIN - beside) / RING_SLOTS);
   program.shared_bytes = program.slots * RING_SLOTS + beside;
-  return program.products > 0 && program.slots > 0;
+  return gpu.major >= 9 && program.products > 0 && program.slots > 0;
 }
 
 }  // namespace lmi

@@ -24,24 +24,6 @@ __device__ inline void prefetch(Operand vector, int count) {
   }
 }
 
-// Have L2 read this block's first weights of a product that is still to come: memory would idle
-// while everybody waits, and rings hold less than it could read meanwhile.
-template <typename W>
-__device__ void prefetch_weights(const Weights& w) {
-#if __CUDA_ARCH__ >= 900
-  constexpr int MOST = 192 << 10;  // bytes: L2 holds as much of all blocks, and keeps it
-  const Part part(w, blockIdx.x, gridDim.x);
-  const int bytes = (part.end - part.begin) * static_cast<int>(sizeof(W));
-  const int first = part.tile + threadIdx.x / TILE * part.tile_step, r = threadIdx.x % TILE;
-  if (first >= w.tiles || threadIdx.x / TILE * TILE * bytes >= MOST) return;
-  const int outputs = w.gated ? w.outputs / 2 : w.outputs;
-  const int row = w.gated ? r / 8 * outputs + min(first * 8 + r % 8, outputs - 1)
-                          : min(first * TILE + r, outputs - 1);
-  const W* from = static_cast<const W*>(w.data) + static_cast<int64_t>(row) * w.inputs;
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from + part.begin), "r"(bytes));
-#endif
-}
-
 // The fewer items, the more warps have one.
 __device__ inline int team_warps(const AttentionParams& p) {
   const int items = items_of(p), blocks = gridDim.x;
@@ -52,6 +34,7 @@ __device__ inline int team_warps(const AttentionParams& p) {
 
 template <typename Product>
 __global__ void __launch_bounds__(STEP_THREADS, 1) step_kernel(const StepParams s) {
+#if __CUDA_ARCH__ >= 900  // on others there is too little shared memory, and no kernel to launch
   using X = typename Product::X;
   using W = typename Product::W;
   // The warps' rings; the partial sums and x, whose place attention has for itself; and what all
@@ -72,7 +55,6 @@ __global__ void __launch_bounds__(STEP_THREADS, 1) step_kernel(const StepParams 
   __syncthreads();
   Stream<W, STEP_WARPS> weights(products, s.products, shared, s.slots);
   weights.fill();
-  int done = 0;  // products
 #pragma unroll 1
   for (int i = 0; i < s.count; ++i) {
     const Phase& phase = reinterpret_cast<const Phase&>(held[i % 2]);
@@ -89,7 +71,6 @@ __global__ void __launch_bounds__(STEP_THREADS, 1) step_kernel(const StepParams 
         __syncthreads();
         multiply<Product, 1, STEP_WARPS>(p, part, weights, x, partial);
       }
-      if (++done < s.products) prefetch_weights<W>(products[done]);
     } else if (phase.work == Work::attention) {
       const AttentionParams& p = phase.attention;
       attend_all<X, STEP_HEADS, 4 / sizeof(X)>(p, team_warps(p), partial, [&] {
@@ -106,6 +87,7 @@ __global__ void __launch_bounds__(STEP_THREADS, 1) step_kernel(const StepParams 
     __syncthreads();
     if (reinterpret_cast<const Phase&>(held[(i + 1) % 2]).barrier) barrier.arrive();
   }
+#endif
 }
 
 template <typename Product>

@@ -11,7 +11,6 @@ constexpr int PHASE_BYTES = 256;
 constexpr int MOST_STEP_ROWS = 8;
 constexpr int STEP_WARPS = 16, STEP_THREADS = STEP_WARPS * 32;  // of a block, one a processor
 constexpr int STEP_HEADS = 1;  // of a chunk: registers are too few for more
-constexpr int STEP_SHARE = 48;  // tokens of a split, at least: other blocks would do nothing
 
 enum class Work : int { linear, attention, norm };
 
