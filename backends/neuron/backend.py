@@ -53,10 +53,16 @@ class NeuronBackend:
         artifact: Artifact,
         *,
         tensor_parallel: int,
+        pipeline_parallel: int = 1,
         max_batch: int | None,
         max_tokens: int | None,
     ) -> Executor:
         """See `Backend.load`. Raises BackendError for what a runtime cannot carry."""
+        if pipeline_parallel != 1:
+            raise BackendError(
+                f"pipeline_parallel is {pipeline_parallel}; allowed on NeuronCores: 1, with a "
+                "higher tensor_parallel"
+            )
         name, instance = runtimes.choose(), _instance()
         network = Network.of(artifact, str(artifact.folder))
         if name == "emulator" and instance is None:

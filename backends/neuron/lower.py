@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lmi_multi.errors import BackendError
+from lmi_multi.parallel.pipeline import OneStage
 
 from .program import Trace
 
@@ -54,6 +55,7 @@ class TraceCollectives:
     """
 
     rank = 0
+    pipeline = OneStage()
 
     def __init__(self, size: int) -> None:
         self.size = size

@@ -84,7 +84,10 @@ class Backend(Protocol):
         artifact: Artifact,
         *,
         tensor_parallel: int,
+        pipeline_parallel: int = 1,
         max_batch: int | None,
         max_tokens: int | None,
     ) -> Executor:
-        """Load the model. None lets the backend choose. Raises CapacityError if it cannot fit."""
+        """Load the model over tensor_parallel x pipeline_parallel ranks. None lets the backend
+        choose. Raises CapacityError if it cannot fit, OptionError or BackendError for a way to
+        split it that the network or the hardware does not allow."""

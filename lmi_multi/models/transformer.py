@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lmi_multi import progress
 from lmi_multi.models.schema import Split
 from lmi_multi.models.spec import ModelSpec
 from lmi_multi.models.weights import Layer, Linear, Stack, Weights
@@ -15,6 +16,9 @@ from lmi_multi.parallel.collectives import Collectives
 
 class Transformer:
     """One rank's share of the network, on packed tokens: activations are [tokens, features].
+
+    In a pipeline every stage calls the same methods in the same order: `encode` and `decode` take
+    activations from the stage before, and hand theirs to the next.
 
     It holds no state: keys and values live behind the `Attention` that each call is given.
     """
@@ -26,23 +30,29 @@ class Transformer:
         vocabulary = Split(0, (spec.vocab,), padded=True)
         [(first, _)] = vocabulary.ranges(collectives.size, collectives.rank)
         self._first_id: int | Tensor = first if weights.first_id is None else weights.first_id
-        wide = spec.wide_residual and weights.embed.dtype == torch.float16
-        self._residual_dtype = torch.float32 if wide else weights.embed.dtype
+        self._pipeline = collectives.pipeline
+        wide = spec.wide_residual and weights.dtype == torch.float16
+        self._residual_dtype = torch.float32 if wide else weights.dtype
 
     def encode(
         self, token_ids: Tensor, positions: Tensor, segments: Tensor | None, attention: Attention
     ) -> Tensor:
-        """The encoder's output [tokens, hidden] for packed int64 ids and positions [tokens]."""
+        """The encoder's output [tokens, hidden] for packed int64 ids and positions [tokens].
+
+        An encoder-decoder's is whole on every stage, an encoder's on the last.
+        """
         if self.weights.encoder is None:
             raise ValueError(f"a {self.spec.kind} has no encoder")
-        x = self._embed(token_ids, positions, segments)
-        return self._run(self.weights.encoder, x, attention)
+        x = self._enter(token_ids, positions, segments)
+        x = self._run(self.weights.encoder, x, attention)
+        return x if self.weights.decoder is None else self._pipeline.share(x.to(self.weights.dtype))
 
     def decode(self, token_ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
-        """The decoder's output [tokens, hidden], before the head."""
+        """The decoder's output [tokens, hidden], before the head: the whole one's on the last
+        stage, only its own on another."""
         if self.weights.decoder is None:
             raise ValueError(f"an {self.spec.kind} has no decoder")
-        x = self._embed(token_ids, positions, None)
+        x = self._enter(token_ids, positions, None)
         return self._run(self.weights.decoder, x, attention)
 
     def cross_kv(self, layer: Layer, memory: Tensor) -> Tensor:
@@ -52,7 +62,10 @@ class Transformer:
         return self.ops.linear(memory, layer.cross_kv)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Scores float32 [tokens, vocab] of `decode`'s output, whole on every rank."""
+        """Scores float32 [tokens, vocab] of `decode`'s output, whole on every rank of the last
+        stage, which alone has them."""
+        if self.weights.head is None:
+            raise ValueError("only a pipeline's last stage has a head")
         hidden = self.project_out(hidden)
         if self.spec.logit_scale != 1.0:
             hidden = hidden * self.spec.logit_scale
@@ -68,6 +81,14 @@ class Transformer:
         """BERT's pooler on the first token of each row [rows, hidden]; None where there is none."""
         pooler = self.weights.pooler
         return None if pooler is None else torch.tanh(self.ops.linear(hidden, pooler))
+
+    def _enter(self, token_ids: Tensor, positions: Tensor, segments: Tensor | None) -> Tensor:
+        """What the rank's first layer reads: [tokens, hidden]."""
+        if self._pipeline.first:
+            return self._embed(token_ids, positions, segments)
+        shape = (len(token_ids), self.spec.hidden)
+        x = torch.empty(shape, dtype=self._residual_dtype, device=token_ids.device)
+        return self._pipeline.receive(x)
 
     def _embed(self, token_ids: Tensor, positions: Tensor, segments: Tensor | None) -> Tensor:
         w = self.weights
@@ -85,6 +106,8 @@ class Transformer:
 
     def _lookup(self, token_ids: Tensor) -> Tensor:
         table = self.weights.embed
+        if table is None:
+            raise ValueError("only a pipeline's first stage embeds")
         if self.collectives.size == 1:
             return F.embedding(token_ids, table)
         local = token_ids - self._first_id
@@ -95,7 +118,10 @@ class Transformer:
     def _run(self, stack: Stack, x: Tensor, attention: Attention) -> Tensor:
         block = {"pre": self._pre, "post": self._post, "parallel": self._parallel}[self.spec.block]
         for layer in stack.layers:
+            progress.tick()
             x = block(layer, x, attention)
+        if not self._pipeline.last:
+            self._pipeline.send(x)
         if stack.norm is None:
             return x
         return self.ops.norm(x, stack.norm, self.spec.norm_eps)
