@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import socket
 import struct
+import threading
 import time
 import weakref
 from collections.abc import Sequence
@@ -23,7 +24,8 @@ GRACE = 1.0  # seconds to hear from the other ranks once one has failed, or has 
 
 @dataclass
 class Rank:
-    """One rank as its caller sees it: a pipe to it, and the process if it is a child of this one.
+    """One rank as its caller sees it: a pipe to it, and the process if it is a child of this one,
+    or the thread if it is in this one.
 
     `where` it is, in words, if not on this host.
     """
@@ -31,6 +33,7 @@ class Rank:
     number: int
     pipe: Connection
     process: Any = None
+    thread: threading.Thread | None = None
     where: str = ""
 
     def __post_init__(self) -> None:
@@ -49,10 +52,14 @@ class Rank:
         return None if self.process.is_alive() else _reason(self.process.exitcode)
 
     def end(self, deadline: float) -> None:
-        """See that its process has ended: by itself until `deadline`, then by force."""
+        """See that it has ended: by itself until `deadline`, then by force. A thread has none, and
+        may wait in a collective until the end of this process."""
+        left = max(0.0, deadline - time.monotonic())
+        if self.thread is not None:
+            self.thread.join(left)
         if self.process is None:
             return
-        self.process.join(max(0.0, deadline - time.monotonic()))
+        self.process.join(left)
         if self.process.is_alive():
             self.process.kill()
             self.process.join(GRACE)

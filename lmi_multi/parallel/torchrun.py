@@ -30,7 +30,7 @@ from torch.distributed.rendezvous import rendezvous
 from lmi_multi.backends.base import Executor, Limits
 from lmi_multi.errors import OptionError, RankError
 from lmi_multi.parallel.local import COLLECTIVE_TIMEOUT
-from lmi_multi.parallel.ranks import GRACE, Rank, Ranks, bound
+from lmi_multi.parallel.ranks import Rank, Ranks, bound
 from lmi_multi.parallel.serving import leave, serve
 from lmi_multi.parallel.watch import BUILD, Patience
 
@@ -135,22 +135,17 @@ class TorchrunRanks(Ranks):
 
     def __init__(self, others: list[Rank], answering: int, build: Callable[[], Executor]) -> None:
         ours, theirs = Pipe()
-        super().__init__(sorted([Rank(0, ours), *others], key=lambda r: r.number), answering)
-        self._thread = threading.Thread(
+        own = threading.Thread(
             target=_run, args=(theirs, build, answering == 0), name="lmi_multi-rank-0", daemon=True
         )
-        self._thread.start()
+        ranks = [Rank(0, ours, thread=own), *others]
+        super().__init__(sorted(ranks, key=lambda rank: rank.number), answering)
+        own.start()
         try:
             self._collect(Patience.building())
         except BaseException:
             self.close()
             raise
-
-    def close(self) -> None:
-        """See `Ranks.close`. After a failure the thread may wait in a collective until the end of
-        this process."""
-        super().close()
-        self._thread.join(GRACE)
 
 
 def _run(pipe: Connection, build: Callable[[], Executor], answers: bool) -> None:
