@@ -37,7 +37,7 @@ class Rank:
     where: str = ""
 
     def __post_init__(self) -> None:
-        bound(self.pipe, configured() / 2)
+        bound(self.pipe, configured() / 3)  # a message can stall twice: some of it had room
 
     @property
     def watched(self) -> list[Any]:
