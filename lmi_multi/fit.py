@@ -3,9 +3,9 @@
 These are estimates. What is exact: the bytes of weights that a rank holds, and the bytes of a cache
 block. What is assumed: `RESERVED` bytes of every device are taken by driver, runtime, libraries and
 communication; of what the weights leave, `CACHE_SHARE` is for the cache and the rest for
-activations, as the CUDA backend has it, and the same on NeuronCores; the host holds all ranks'
-weights once while they load, and `HOST_RESERVED` bytes beside them. Nothing of this was measured on
-the instances.
+activations, as the CUDA backend has it, and the same on NeuronCores; while weights load the host
+holds `BUFFERS` bytes for each GPU, or the weights of all NeuronCores once, and `HOST_RESERVED`
+bytes beside them. Nothing of this was measured on the instances.
 """
 
 from __future__ import annotations
@@ -29,10 +29,12 @@ from lmi_multi.errors import CapacityError
 from lmi_multi.instances import GIB, INSTANCES, Instance
 from lmi_multi.models.schema import valid_degrees
 from lmi_multi.models.spec import ModelSpec
+from lmi_multi.models.stages import check_stages, plan_stages
 
 RESERVED = 1 * GIB
 HOST_RESERVED = 2 * GIB
 CACHE_SHARE = 0.8
+BUFFERS = 256 * 2**20  # through which the CUDA backend reads
 _ROWS = 2**40  # more than any memory holds: the memory is to be the limit
 
 
@@ -78,6 +80,20 @@ class Network:
             self._known[key] = sum(tensor.nbytes(degree) for tensor in stored)
         return self._known[key]
 
+    def stage_bytes(
+        self, dtype: DtypeName, quantize: QuantizeName | None, degree: int, count: int
+    ) -> tuple[int, int]:
+        """Of the largest of `count` pipeline stages: the bytes of weights on each of its `degree`
+        ranks; and the most decoder layers of a stage. Raises OptionError if there cannot be as
+        many stages."""
+        if count == 1:
+            return self.weight_bytes(dtype, quantize, degree), self.spec.decoder_layers
+        stored = stored_tensors(self.spec, self.tensors, dtype, quantize)
+        sizes = {tensor.name: tensor.nbytes(degree) for tensor in stored}
+        stages = plan_stages(self.spec, {t.name: t.nbytes(1) for t in stored}, count)
+        held = [sum(sizes[name] for name in stage.tensors(sizes)) for stage in stages]
+        return max(held), max(len(stage.decoder) for stage in stages)
+
 
 def read_network(source: str | Path, revision: str | None = None) -> Network:
     """Read what `source` is from its config and headers, or its manifest; no tensor is read.
@@ -94,7 +110,8 @@ def read_network(source: str | Path, revision: str | None = None) -> Network:
 
 
 class Option(BaseModel):
-    """One way to load the model on one instance. Bytes are those of one rank.
+    """One way to load the model on one instance. Bytes are those of one rank, of pipeline stages
+    the largest.
 
     `batch` sequences of `max_tokens` tokens each fit at once (of an encoder-decoder: so many prompt
     and so many generated tokens), or one of `longest` tokens; they are None for an encoder, which
@@ -104,6 +121,7 @@ class Option(BaseModel):
     dtype: DtypeName
     quantize: QuantizeName | None
     tensor_parallel: int
+    pipeline_parallel: int
     weight_bytes: int
     cache_bytes: int
     fits: bool
@@ -138,6 +156,7 @@ class Smallest(BaseModel):
     dtype: DtypeName
     quantize: QuantizeName | None
     tensor_parallel: int
+    pipeline_parallel: int
 
 
 class Report(BaseModel):
@@ -169,14 +188,21 @@ class Report(BaseModel):
 
 
 def report(
-    network: Network, instances: Iterable[Instance] = INSTANCES, max_tokens: int | None = None
+    network: Network,
+    instances: Iterable[Instance] = INSTANCES,
+    max_tokens: int | None = None,
+    pipeline_parallel: int = 1,
 ) -> Report:
-    """Estimate `network` on every instance; `max_tokens` as in `load` (None: its default).
+    """Estimate `network` on every instance, over so many pipeline stages, which only GPUs can be;
+    `max_tokens` as in `load` (None: its default).
 
-    Raises OptionError for a `max_tokens` beyond the model's positions.
+    Raises OptionError for a `max_tokens` beyond the model's positions, and for more stages than
+    there are layers.
     """
-    fits = [_on(network, i, max_tokens) for i in sorted(instances, key=lambda i: i.size)]
     spec = network.spec
+    check_stages(spec, pipeline_parallel)
+    ordered = sorted(instances, key=lambda i: i.size)
+    fits = [_on(network, i, max_tokens, pipeline_parallel) for i in ordered]
     return Report(
         source=network.source,
         family=spec.family,
@@ -201,14 +227,16 @@ def _smallest(network: Network, fits: list[InstanceFit]) -> list[Smallest]:
                         dtype=dtype,
                         quantize=quantize,
                         tensor_parallel=option.tensor_parallel,
+                        pipeline_parallel=option.pipeline_parallel,
                     )
                 )
                 break
     return result
 
 
-def _on(network: Network, instance: Instance, max_tokens: int | None) -> InstanceFit:
-    possible = set(valid_degrees(network.spec, instance.devices))
+def _on(network: Network, instance: Instance, max_tokens: int | None, stages: int) -> InstanceFit:
+    most = instance.devices // stages if stages == 1 or instance.backend == "cuda" else 0
+    possible = set(valid_degrees(network.spec, most))
     degrees = [degree for degree in instance.degrees if degree in possible]
     return InstanceFit(
         name=instance.name,
@@ -218,7 +246,7 @@ def _on(network: Network, instance: Instance, max_tokens: int | None) -> Instanc
         device_bytes=instance.device_bytes,
         host_bytes=instance.host_bytes,
         options=[
-            estimate(network, instance, dtype, quantize, degree, max_tokens)
+            estimate(network, instance, dtype, quantize, degree, max_tokens, stages)
             for dtype, quantize in network.formats()
             for degree in degrees
         ],
@@ -232,14 +260,16 @@ def estimate(
     quantize: QuantizeName | None,
     degree: int,
     max_tokens: int | None = None,
+    stages: int = 1,
 ) -> Option:
-    """One format at one degree on one instance."""
-    weights = network.weight_bytes(dtype, quantize, degree)
+    """One format at one degree, over so many pipeline stages, on one instance."""
+    weights, layers = network.stage_bytes(dtype, quantize, degree, stages)
     left = instance.device_bytes - RESERVED - weights
     option = Option(
         dtype=dtype,
         quantize=quantize,
         tensor_parallel=degree,
+        pipeline_parallel=stages,
         weight_bytes=weights,
         cache_bytes=max(0, int(left * CACHE_SHARE)),
         fits=False,
@@ -248,17 +278,18 @@ def estimate(
         max_tokens=None,
         longest=None,
     )
-    host = HOST_RESERVED + degree * weights
+    loading = BUFFERS if instance.backend == "cuda" else weights
+    host = HOST_RESERVED + degree * stages * loading
     if left < 0:
         option.reason = f"{gib(-left)} of device memory are missing for the weights"
     elif host > instance.host_bytes:
         option.reason = f"{gib(host - instance.host_bytes)} of host memory are missing to load it"
     else:
-        _fill(option, network.spec, max_tokens)
+        _fill(option, network.spec, layers, max_tokens)
     return option
 
 
-def _fill(option: Option, spec: ModelSpec, max_tokens: int | None) -> None:
+def _fill(option: Option, spec: ModelSpec, layers: int, max_tokens: int | None) -> None:
     """What fits into the cache; nothing where there is none to fill."""
     try:
         limits = plan_limits(
@@ -266,6 +297,7 @@ def _fill(option: Option, spec: ModelSpec, max_tokens: int | None) -> None:
             item_bytes=4 if option.dtype == "fp32" else 2,
             ranks=option.tensor_parallel,
             memory=option.cache_bytes,
+            layers=layers,
             max_batch=_ROWS,
             max_tokens=max_tokens,
         )

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lmi_multi.backends.cuda import backend as cuda
+from lmi_multi.backends.cuda import loading
 
 from lmi_multi import fit
 from lmi_multi.checkpoint.convert import convert
@@ -145,6 +146,33 @@ def test_why_it_does_not_fit(llama: Path) -> None:
 
 def test_the_share_is_the_backends() -> None:
     assert fit.CACHE_SHARE == cuda.CACHE_SHARE
+    assert fit.BUFFERS == 2 * loading.THREADS * loading.CHUNK
+
+
+def test_stages_by_hand(llama: Path) -> None:
+    """Two layers, one a stage: the last stage has the final norm and the head besides."""
+    network = read_network(llama)
+    whole = network.weight_bytes("bf16", None, 1)
+    hidden, vocab = 16, 37
+    ends = 2 * vocab * hidden
+    layer = (whole - 2 * ends - 2 * hidden) // 2
+    assert network.stage_bytes("bf16", None, 1, 2) == (layer + ends + 2 * hidden, 1)
+    weights, _ = network.stage_bytes("bf16", None, 1, 2)
+    one = machine(fit.RESERVED + weights + 2**20)
+    staged = estimate(network, one, "bf16", None, 1, max_tokens=64, stages=2)
+    assert staged.weight_bytes == weights and staged.pipeline_parallel == 2
+    halved = 16 * 2 * 1 * 2 * 4 * 2  # a block of one layer
+    assert staged.batch == staged.cache_bytes // halved // 4
+
+
+def test_stages_need_devices_of_their_own(llama: Path) -> None:
+    network = read_network(llama)
+    found = report(network, [find("g5.12xlarge"), find("inf2.24xlarge")], pipeline_parallel=2)
+    degrees = {i.name: {o.tensor_parallel for o in i.options} for i in found.instances}
+    assert degrees == {"g5.12xlarge": {1, 2}, "inf2.24xlarge": set()}
+    assert {s.pipeline_parallel for s in found.smallest} == {2}
+    with pytest.raises(OptionError, match="pipeline_parallel is 3, but the decoder has 2 layers"):
+        report(network, pipeline_parallel=3)
 
 
 # Rules
@@ -270,6 +298,13 @@ def test_one_instance(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert shown.count("bf16") == 6  # degrees 1, 2, 4; plain and int8
 
 
+def test_stages_are_shown(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", str(llama), "--instance", "g5.12xlarge", "--pipeline-parallel", "2"]) == 0
+    shown = capsys.readouterr()
+    assert "2 stages" in shown.out
+    assert "smallest for bf16: g5.12xlarge at tp 1 pp 2" in shown.err
+
+
 def test_json(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["plan", str(llama), "--instance", "p5.48xlarge", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
@@ -282,7 +317,7 @@ def test_json(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert {o["tensor_parallel"] for o in instance["options"]} == {1, 2, 4}
     assert set(instance["options"][0]) == {
         *("dtype", "quantize", "tensor_parallel", "weight_bytes", "cache_bytes", "fits"),
-        *("reason", "batch", "max_tokens", "longest"),
+        *("pipeline_parallel", "reason", "batch", "max_tokens", "longest"),
     }
     assert shown["assumptions"]["cache_share_of_the_rest"] == 0.8
 
@@ -293,6 +328,7 @@ def test_json(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--instance", "g7.big"], 2, "instance is 'g7.big'; did you mean"),
         (["--max-tokens", "0"], 2, "max_tokens is 0, must be an integer, at least 1"),
         (["--max-tokens", "9999"], 2, "but the model's positions end at 2048"),
+        (["--pipeline-parallel", "3"], 2, "pipeline_parallel is 3, but the decoder has 2 layers"),
         (["--revision", "x"], 2, "is a local folder without any"),
     ],
 )

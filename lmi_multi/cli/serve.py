@@ -83,7 +83,14 @@ def serve(
     quantize: options.Quantize = None,
     tensor_parallel: Annotated[
         str | None,
-        typer.Option(help="Ranks that share the model, or max.", rich_help_panel=options.LOADING),
+        typer.Option(help="Ranks that share each layer, or max.", rich_help_panel=options.LOADING),
+    ] = None,
+    pipeline_parallel: Annotated[
+        int | None,
+        typer.Option(
+            help="Stages that share the layers; each takes --tensor-parallel ranks.",
+            rich_help_panel=options.LOADING,
+        ),
     ] = None,
     max_batch: options.MaxBatch = None,
     max_tokens: options.MaxTokens = None,
@@ -125,6 +132,7 @@ def serve(
         "dtype": dtype,
         "quantize": quantize,
         "tensor_parallel": tensor_parallel,
+        "pipeline_parallel": pipeline_parallel,
         "max_batch": max_batch,
         "max_tokens": max_tokens,
         "revision": revision,
