@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 import lmi_multi
+from lmi_multi.backends import microbatches
 from lmi_multi.backends.base import Executor, Limits
 from lmi_multi.backends.limits import block_bytes
+from lmi_multi.backends.microbatches import micro_batches
 from lmi_multi.backends.torch_executor import TorchExecutor
 from lmi_multi.checkpoint.artifact import Artifact
 from lmi_multi.checkpoint.convert import convert
-from lmi_multi.engine.batch import Batch, Passage, Prompt, StepResult
+from lmi_multi.engine.batch import Batch, Passage, Prompt, Row, StepResult
 from lmi_multi.errors import OptionError
 from lmi_multi.model import Model
 from lmi_multi.models.spec import ModelSpec
@@ -47,6 +49,7 @@ class Shelf:
     def __init__(self, grid: Grid, rank: int, size: int) -> None:
         self.grid, self.rank = grid, rank
         self.executor: TorchExecutor | None = None
+        microbatches.TOKENS = 20  # less than a step's, so that steps are split
 
     def open(self, folder: Path) -> None:
         artifact = Artifact.open(folder)
@@ -171,6 +174,31 @@ def test_other_types(
     else:  # sums in another order: the same network, not the same bits
         for a, b in zip(*(m.score([[5]], [[6, 7, 8]]) for m in (one, staged)), strict=True):
             torch.testing.assert_close(torch.tensor(a), torch.tensor(b), rtol=0.05, atol=0.2)
+
+
+# --- how a step is cut
+
+
+def _row(start: int, tokens: int, *blocks: int) -> Row:
+    ids = list(range(start, start + tokens))
+    return Row(token_ids=ids, start=start, blocks=blocks, prompt_length=start + tokens)
+
+
+def test_parts_of_a_step() -> None:
+    rows = [_row(5, 1, 0, 1), _row(9, 1, 2, 3, 4), _row(4, 7, 5, 6, 7), _row(0, 3, 8)]
+    assert micro_batches(rows, 4, 12) == [rows]
+    parts = micro_batches(rows, 4, 5)
+    shape = [[(row.blocks[0], row.start, len(row.token_ids)) for row in part] for part in parts]
+    assert shape == [[(0, 5, 1), (2, 9, 1), (5, 4, 3)], [(5, 7, 4), (8, 0, 1)], [(8, 1, 2)]]
+    ids = [token for part in parts for row in part for token in row.token_ids]
+    assert ids == [token for row in rows for token in row.token_ids]
+
+
+def test_rows_that_read_what_others_write() -> None:
+    """A block that an earlier row fills may be read, not one that a later row fills."""
+    filling, reading = _row(0, 8, 0, 1), _row(8, 4, 0, 1, 2)
+    assert len(micro_batches([filling, reading], 4, 6)) == 2
+    assert micro_batches([reading, filling], 4, 6) == [[reading, filling]]
 
 
 # --- how a network is cut

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from lmi_multi.backends import microbatches
 from lmi_multi.backends.base import Limits
 from lmi_multi.backends.drawing import draw
 from lmi_multi.engine.batch import Batch, Passage, Prompt, Row, StepResult
@@ -44,6 +45,8 @@ class TorchExecutor:
         self._network = Transformer(spec, weights, ops, collectives)
         self._device = weights.device
         self._draws = pipeline.last
+        # With dynamic rope scaling a token's keys depend on the length that its row has in the end.
+        self._staged = pipeline.stage is not None and not spec.length_dependent
         self._heads = ops.heads(spec, collectives.size)
         self._cache = PagedCache(
             self._heads,
@@ -125,6 +128,17 @@ class TorchExecutor:
 
     def _decode(self, rows: Sequence[Row]) -> Tensor:
         """The decoder's output [tokens, hidden] for the rows' tokens."""
+        if not self._staged:
+            return self._decode_part(rows)
+        parts = [
+            self._decode_part(part)
+            for part in microbatches.micro_batches(
+                rows, self.limits.block_size, microbatches.TOKENS
+            )
+        ]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _decode_part(self, rows: Sequence[Row]) -> Tensor:
         ids = torch.tensor([t for row in rows for t in row.token_ids], device=self._device)
         attention = self._attention(rows)
         return self._network.decode(ids, attention.positions, attention)
