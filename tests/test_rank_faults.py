@@ -221,11 +221,26 @@ def test_who_hangs(watches: list[Any], expected: str | None) -> None:
     assert fault({i: _watch(*w) for i, w in enumerate(watches)}, Patience.of(1)) == expected
 
 
+def test_a_rank_that_starts() -> None:
+    """Its first word may be long in coming: it has libraries to load before."""
+    new, begun = Watch(), _watch(0, 0)
+    for watch in (new, begun):
+        watch.passed(61)
+    assert fault({0: new}, Patience.building()) is None
+    assert fault({0: begun}, Patience.building()) == "rank 0 hangs: nothing was heard for 60 s"
+    new.passed(240)
+    assert fault({0: new}, Patience.building()) == "rank 0 hangs: nothing was heard for 300 s"
+    new = Watch()
+    new.passed(16)
+    assert fault({0: new}, Patience.of(1)) == "rank 0 hangs: nothing was heard for 15 s"
+
+
 def test_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert Patience.of(1) == Patience.of(3000) == Patience(15, 30)
-    assert Patience.of(10_000) == Patience(15, 100)
+    assert Patience.of(1) == Patience.of(3000) == Patience(15, 30, 15)
+    assert Patience.of(10_000) == Patience(15, 100, 15)
+    assert Patience.building() == Patience(60, 300, 300)
     monkeypatch.setenv(VARIABLE, "120")
-    assert Patience.of(10_000) == Patience(60, 120)
+    assert Patience.of(10_000) == Patience(60, 120, 60)
     for value in ("0", "-3", "soon", "1e9", "nan"):
         monkeypatch.setenv(VARIABLE, value)
         with pytest.raises(OptionError, match=rf"{VARIABLE} is '{value}'; allowed: seconds"):

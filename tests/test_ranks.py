@@ -210,7 +210,12 @@ def run_script(folder: Path, text: str, *arguments: str) -> subprocess.Popen[str
         stderr=subprocess.PIPE,
         text=True,
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "PYTHONUNBUFFERED": "1",
+            "TMPDIR": str(folder),
+        },
         start_new_session=True,
     )
 
@@ -293,8 +298,51 @@ def test_a_whole_run_with_two_ranks(checkpoints: Path, tmp_path: Path) -> None:
         # The ranks look ten times a second; that the system has taken such processes
         # apart and collected them took up to 2.5 s on a busy machine.
         assert until(lambda: not any(child.is_running() for child in children), 15)
+        assert not list(tmp_path.glob("lmi_multi-ranks-*"))
     finally:
         process.kill()
+        process.communicate()
+
+
+IDLE = """
+import os, time
+from lmi_multi.parallel.local import LocalRanks
+
+class Nothing:
+    def __init__(self, rank, size):
+        pass
+
+if __name__ == "__main__":
+    ranks = LocalRanks(2, Nothing)
+    fork = os.fork()
+    if not fork:
+        time.sleep(60)
+        os._exit(0)
+    print(fork, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_parent_that_is_killed_while_its_fork_lives(tmp_path: Path) -> None:
+    """The ranks are idle, and their pipes stay open: the fork has inherited the other ends."""
+    process = run_script(tmp_path, IDLE)
+    fork = None
+    try:
+        assert process.stdout is not None and process.stderr is not None
+        line = process.stdout.readline()
+        assert line.strip().isdigit(), process.stderr.read()
+        fork = psutil.Process(int(line))
+        ranks = [child for child in rank_processes(process.pid) if child.pid != fork.pid]
+        assert len(ranks) == 2
+        process.kill()
+        process.wait()
+        assert until(lambda: not any(rank.is_running() for rank in ranks), 15)
+        assert fork.is_running()
+        assert not list(tmp_path.glob("lmi_multi-ranks-*"))
+    finally:
+        process.kill()
+        if fork is not None:
+            fork.kill()
         process.communicate()
 
 

@@ -18,27 +18,34 @@ BEAT = 1.0  # seconds between two messages of a rank that works
 VARIABLE = "LMI_MULTI_RANK_TIMEOUT"
 DEFAULT = 30.0  # seconds
 BUILD = 300.0  # seconds for what building has no count for: imports, devices, joining the others
+STARTING = 60.0  # seconds that libraries may keep everything else in a process from running
 TOKEN = 0.01  # seconds that one token may take in one layer: 100 times a slow CPU's for 7B
 
 
 @dataclass(frozen=True)
 class Patience:
-    """Seconds until a rank counts as hung: when it is `silent`, or its count `still`."""
+    """Seconds until a rank counts as hung: when it is `silent`, or its count `still`; `first`: when
+    it has not spoken yet."""
 
     silent: float
     still: float
+    first: float
 
     @classmethod
     def of(cls, tokens: int) -> Patience:
         """For a call that computes `tokens` tokens. Raises OptionError for an invalid variable."""
         seconds = configured()
-        return cls(seconds / 2, max(seconds, tokens * TOKEN))
+        return cls(seconds / 2, max(seconds, tokens * TOKEN), seconds / 2)
 
     @classmethod
     def building(cls) -> Patience:
         """For loading a rank's share of a model."""
         seconds = configured()
-        return cls(max(BUILD, seconds), max(BUILD, seconds))
+        return cls(max(STARTING, seconds / 2), max(BUILD, seconds), max(BUILD, seconds))
+
+    def silence(self, watch: Watch) -> float:
+        """How long `watch`'s rank may be silent."""
+        return self.silent if watch.spoke else self.first
 
 
 def configured() -> float:
@@ -60,13 +67,13 @@ class Watch:
     that was itself stopped, or suspended, has not waited."""
 
     def __init__(self) -> None:
-        self.waiting = False
+        self.waiting = self.spoke = False
         self.silent = self.still = 0.0
         self._counted = -1
 
     def heard(self, reading: Reading) -> None:
         """The rank has said how far it is."""
-        self.silent = 0.0
+        self.silent, self.spoke = 0.0, True
         if reading.counted != self._counted or reading.waiting != self.waiting:
             self.still = 0.0
         self._counted, self.waiting = reading
@@ -82,9 +89,10 @@ def fault(watches: Mapping[int, Watch], patience: Patience) -> str | None:
 
     Of those that do not get on, the ones that wait for others are not named, unless all do.
     """
-    silent = [rank for rank, watch in watches.items() if watch.silent > patience.silent]
+    silent = [rank for rank, watch in watches.items() if watch.silent > patience.silence(watch)]
     if silent:
-        return f"{_named(silent)}: nothing was heard for {patience.silent:.0f} s"
+        limit = patience.silence(watches[silent[0]])
+        return f"{_named(silent)}: nothing was heard for {limit:.0f} s"
     still = [rank for rank, watch in watches.items() if watch.still > patience.still]
     if not still:
         return None
