@@ -43,10 +43,10 @@ class Toy:
             time.sleep(every)
         return "done"
 
-    def meet(self, late: int, seconds: float) -> str:
-        """Meet the other rank; rank `late` keeps it waiting."""
+    def meet(self, late: int, seconds: float, every: float) -> str:
+        """Meet the other rank, which waits while rank `late` works."""
         if self.rank == late:
-            time.sleep(seconds)
+            self.work(seconds, every)
         with progress.waiting():
             dist.barrier()
         return "met"
@@ -80,12 +80,13 @@ def test_a_slow_call_that_gets_on(two: LocalRanks, short: None) -> None:
 
 
 def test_a_long_call_may_be_still_for_longer(two: LocalRanks, short: None) -> None:
-    """A piece of 700 tokens may take 7 s."""
-    assert two.call("work", 1, LIMIT + 1.5, tokens=700) == "done"
+    """A piece of 140 tokens may take 7 s."""
+    assert two.call("work", 1, LIMIT + 1.5, tokens=140) == "done"
 
 
 def test_waiting_for_a_slow_rank(two: LocalRanks, short: None) -> None:
-    assert two.call("meet", 0, LIMIT - 2) == "met"
+    """For longer than a rank may stand still, while the other one gets on."""
+    assert two.call("meet", 0, 1.7 * LIMIT, 0.5) == "met"
 
 
 @pytest.mark.parametrize("late", [1])
@@ -94,12 +95,12 @@ def test_a_rank_that_does_not_get_on(two: LocalRanks, short: None, late: int) ->
     processes = [psutil.Process(rank.process.pid) for rank in two.ranks]
     began = time.monotonic()
     with pytest.raises(RankError) as caught:
-        two.call("meet", late, 600)
+        two.call("meet", late, 600, 600)
     assert LIMIT <= time.monotonic() - began < LIMIT + 4
     assert str(caught.value) == f"rank {late} hangs: no progress for {LIMIT} s"
     assert gone(processes)
     with pytest.raises(RankError, match="hangs"):
-        two.call("meet", late, 0)
+        two.call("meet", late, 0, 0)
 
 
 def test_a_rank_that_is_stopped(checkpoints: Path) -> None:
@@ -214,7 +215,9 @@ def _watch(silent: float, still: float, waiting: bool = False) -> Watch:
         ([(16, 31), (1, 31)], "rank 0 hangs: nothing was heard for 15 s"),
         ([(1, 31, True), (1, 31)], "rank 1 hangs: no progress for 30 s"),
         ([(1, 31, True), (1, 31, True)], "ranks 0, 1 hang: no progress for 30 s"),
-        ([(1, 31, True), (1, 2)], "rank 0 hangs: no progress for 30 s"),
+        ([(1, 31, True), (1, 2)], None),  # it waits for one that gets on
+        ([(1, 31, True), (1, 2, True)], None),
+        ([(1, 31, True)], "rank 0 hangs: no progress for 30 s"),  # the others have answered
     ],
 )
 def test_who_hangs(watches: list[Any], expected: str | None) -> None:
@@ -236,11 +239,11 @@ def test_a_rank_that_starts() -> None:
 
 
 def test_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert Patience.of(1) == Patience.of(3000) == Patience(15, 30, 15)
-    assert Patience.of(10_000) == Patience(15, 100, 15)
+    assert Patience.of(1) == Patience.of(600) == Patience(15, 30, 15)
+    assert Patience.of(2048) == Patience(15, 0.05 * 2048, 15)
     assert Patience.building() == Patience(60, 300, 300)
     monkeypatch.setenv(VARIABLE, "120")
-    assert Patience.of(10_000) == Patience(60, 120, 60)
+    assert Patience.of(2048) == Patience(60, 120, 60)
     for value in ("0", "-3", "soon", "1e9", "nan"):
         monkeypatch.setenv(VARIABLE, value)
         with pytest.raises(OptionError, match=rf"{VARIABLE} is '{value}'; allowed: seconds"):
