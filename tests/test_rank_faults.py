@@ -21,6 +21,7 @@ from lmi_multi import progress
 from lmi_multi.errors import OptionError, RankError
 from lmi_multi.parallel.local import LocalRanks
 from lmi_multi.parallel.ranks import Rank, Ranks
+from lmi_multi.parallel.serving import CallerGoneError, serve
 from lmi_multi.parallel.watch import VARIABLE, Patience, Watch, fault
 from lmi_multi.progress import Reading
 from tests.test_ranks import rank_processes
@@ -164,6 +165,24 @@ def test_a_connection_that_ends(short: None) -> None:
     with pytest.raises(EOFError):
         while True:
             first.recv()  # the call, and then the end: nobody waits for it any more
+
+
+def test_an_end_of_file_in_a_rank_is_not_a_lost_caller() -> None:
+    """What a rank raises is told, whatever it is."""
+    ours, theirs = Pipe()
+    lost: list[bool] = []
+
+    def build() -> None:
+        raise EOFError("a short file")
+
+    assert isinstance(serve(theirs, build, True, lambda: lost.append(True)), EOFError)
+    number, kind, text = ours.recv()
+    assert (number, kind) == (0, "traceback") and "EOFError: a short file" in text
+    assert not lost
+    ours.close()
+    assert isinstance(serve(theirs, list, True, lambda: lost.append(True)), CallerGoneError)
+    assert lost
+    theirs.close()
 
 
 def test_a_caller_that_was_stopped_has_not_waited(

@@ -21,6 +21,10 @@ CLOSE = "close"  # the message that ends a rank in order, in place of a method's
 _LOST = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
 
 
+class CallerGoneError(Exception):
+    """There is nobody at the other end of the pipe."""
+
+
 def serve(
     pipe: Connection,
     build: Callable[[], Any],
@@ -41,23 +45,32 @@ def serve(
             target = build()
         pulse.send(number, "ok", None)
         while True:
-            number, method, arguments = pipe.recv()
+            number, method, arguments = _receive(pipe)
             if method == CLOSE:
                 return None
             with pulse.beating(number):
                 value = getattr(target, method)(*arguments)
             pulse.send(number, "ok", value if answers else None)
-    except (EOFError, BrokenPipeError, ConnectionResetError) as error:
+    except CallerGoneError as error:
         lost()
         return error
     except BaseException as error:
         known = isinstance(error, LmiError)
         text = str(error) if known else traceback.format_exc()
-        with suppress(OSError):
+        with suppress(CallerGoneError):
             pulse.send(number, type(error).__name__ if known else "traceback", text)
         return error
     finally:
         pulse.end()
+
+
+def _receive(pipe: Connection) -> tuple[int, str, tuple[Any, ...]]:
+    """The next call."""
+    try:
+        message: tuple[int, str, tuple[Any, ...]] = pipe.recv()
+    except (EOFError, OSError) as error:
+        raise CallerGoneError(str(error)) from None
+    return message
 
 
 def leave(status: int) -> None:
@@ -78,9 +91,12 @@ class Pulse:
         threading.Thread(target=self._run, name="lmi_multi-pulse", daemon=True).start()
 
     def send(self, number: int, kind: str, value: Any) -> None:
-        """One message, whole. Raises OSError if the caller is gone."""
-        with self._sending:
-            self._pipe.send((number, kind, value))
+        """One message, whole. Raises CallerGoneError."""
+        try:
+            with self._sending:
+                self._pipe.send((number, kind, value))
+        except OSError as error:
+            raise CallerGoneError(str(error)) from None
 
     @contextmanager
     def beating(self, number: int) -> Iterator[None]:
@@ -115,6 +131,6 @@ class Pulse:
         """Whether there is somebody to hear it."""
         try:
             self.send(number, "beat", progress.read())
-        except OSError:
+        except CallerGoneError:
             return False
         return True
