@@ -24,6 +24,7 @@ from torch._C._distributed_c10d import HashStore
 
 import lmi_multi
 from lmi_multi.backends.base import Limits
+from lmi_multi.cli import main as cli
 from lmi_multi.errors import OptionError, RankError
 from lmi_multi.parallel import torchrun
 from tests.tiny_models import checkpoint
@@ -265,7 +266,7 @@ def _set(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
 
 
 def test_how_many_processes_there_must_be(
-    monkeypatch: pytest.MonkeyPatch, checkpoints: Path
+    monkeypatch: pytest.MonkeyPatch, checkpoints: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert torchrun.job(2, 2) is None
     _set(monkeypatch, _variables())
@@ -273,6 +274,8 @@ def test_how_many_processes_there_must_be(
     assert torchrun.job(1, 1) is None  # every process has a model of its own
     with pytest.raises(OptionError, match=r"2 x pipeline_parallel 1 is 2, but torchrun started 4"):
         lmi_multi.load(checkpoint(checkpoints, "gpt2"), backend="cpu", tensor_parallel=2)
+    assert cli.run(["serve", "demo"]) == 2
+    assert "a server does not run under torchrun" in capsys.readouterr().err
     _set(monkeypatch, _variables(WORLD_SIZE="1", RANK="0"))
     assert torchrun.job(2, 2) is None
     _set(monkeypatch, _variables(RANK="one"))

@@ -12,6 +12,7 @@ import typer
 from lmi_multi.cli import options
 from lmi_multi.cli.console import note
 from lmi_multi.errors import LmiError, OptionError
+from lmi_multi.parallel import job
 
 if TYPE_CHECKING:
     from lmi_multi.serve.settings import ServeSettings
@@ -118,6 +119,11 @@ def serve(
         raise OptionError(
             f"{error.name} is not installed, which serving needs: pip install 'lmi_multi[serve]'"
         ) from None
+    if job.read(os.environ) is not None:
+        raise OptionError(
+            "a server does not run under torchrun: it starts ranks of its own, on its host; start "
+            "it by itself, with --tensor-parallel and --pipeline-parallel"
+        )
     form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
     logging.basicConfig(level=logging.INFO, format=form)
     given = {

@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -29,26 +29,15 @@ from torch.distributed.rendezvous import rendezvous
 
 from lmi_multi.backends.base import Executor, Limits
 from lmi_multi.errors import OptionError, RankError
+from lmi_multi.parallel.job import Job, read
 from lmi_multi.parallel.local import COLLECTIVE_TIMEOUT
 from lmi_multi.parallel.ranks import Rank, Ranks, bound
 from lmi_multi.parallel.serving import leave, serve
 from lmi_multi.parallel.watch import BUILD, Patience
 
-VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _HANDSHAKE = 10.0  # seconds for one that connects to prove itself
 _joined = False
-
-
-@dataclass(frozen=True)
-class Job:
-    """What torchrun tells a process: its number, how many there are, its number on this host, and
-    the address of rank 0's host."""
-
-    rank: int
-    size: int
-    local_rank: int
-    address: str
 
 
 def job(tensor_parallel: int, pipeline_parallel: int) -> Job | None:
@@ -56,7 +45,7 @@ def job(tensor_parallel: int, pipeline_parallel: int) -> Job | None:
 
     Raises OptionError if there are another number of them than the model is to be split over.
     """
-    found = _read(os.environ)
+    found = read(os.environ)
     ranks = tensor_parallel * pipeline_parallel
     if found is None or ranks == 1:  # a model of its own in every process
         return None
@@ -72,21 +61,6 @@ def job(tensor_parallel: int, pipeline_parallel: int) -> Job | None:
             "as all but the first end with it"
         )
     return found
-
-
-def _read(environ: Mapping[str, str]) -> Job | None:
-    if any(not environ.get(name) for name in VARIABLES):
-        return None
-    numbers = []
-    for name in VARIABLES[:3]:
-        text = environ[name]
-        if not (text.isascii() and text.isdigit()):
-            raise OptionError(f"the variable {name} is {text!r:.80}; allowed: an integer, from 0")
-        numbers.append(int(text))
-    rank, size, local_rank = numbers
-    if size < 2:
-        return None
-    return Job(rank, size, local_rank, environ["MASTER_ADDR"])
 
 
 @dataclass(frozen=True)
