@@ -7,18 +7,19 @@ import math
 import torch
 from torch import Tensor
 
-from benchmarks.shapes import DTYPES, SHAPES
+from benchmarks.shapes import DTYPES, Shape
 from lmi_multi.checkpoint.layout import DtypeName, QuantizeName, stored_tensors
 from lmi_multi.models.config import Config
 from lmi_multi.models.registry import family_of
 from lmi_multi.models.spec import ModelSpec
+from lmi_multi.models.weights import LARGEST
 
 
 def random_model(
-    name: str, dtype: DtypeName, quantize: QuantizeName | None, device: torch.device
+    shape: Shape, dtype: DtypeName, quantize: QuantizeName | None, device: torch.device
 ) -> tuple[ModelSpec, dict[str, Tensor]]:
-    """The spec of shape `name`, and the tensors that an artifact of it would hold."""
-    model = SHAPES[name].build(DTYPES["bf16"], "meta")
+    """The spec of a shape, and the tensors that an artifact of it would hold."""
+    model = shape.build(DTYPES["bf16"], "meta")
     fields = model.config.to_dict() | {"architectures": [type(model).__name__]}
     family = family_of(fields["architectures"][0])
     spec = family.spec(Config(fields))
@@ -38,8 +39,9 @@ def random_model(
 
 def _random(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """As large as trained ones are about: norms near one, products that keep the size of x."""
-    if dtype == torch.int8:
-        return torch.randint(-127, 128, shape, dtype=dtype, device=device)
+    if dtype in LARGEST:
+        codes = torch.randint(-127, 128, shape, dtype=torch.int8, device=device)
+        return codes if dtype == torch.int8 else codes.to(torch.bfloat16).to(dtype)
     if len(shape) == 1:
         return torch.rand(shape, dtype=dtype, device=device) / 64
     made = torch.empty(shape, dtype=dtype, device=device)

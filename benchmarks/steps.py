@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from lmi_multi.backends.cuda.program import MOST_ROWS
 
 from benchmarks.machine import copy_bandwidth, machine, versions
 from benchmarks.random_model import random_model
@@ -36,13 +37,16 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def main(
     shape: Annotated[list[str], typer.Option(help=f"of {', '.join(SHAPES)}")],
     dtype: Annotated[str, typer.Option(help=f"of {', '.join(DTYPES)}")] = "bf16",
-    quantize: Annotated[str, typer.Option(help="int8, or nothing")] = "",
+    quantize: Annotated[str, typer.Option(help="int8, fp8, or nothing")] = "",
     batch: Annotated[list[int], typer.Option(help="rows at once", min=1)] = [1, 4, 16, 64],  # noqa: B006
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 128,
     new_tokens: Annotated[int, typer.Option(min=2)] = 128,
     rounds: Annotated[int, typer.Option(min=1)] = 3,
     peer: Annotated[bool, typer.Option(help="transformers with a static, compiled cache")] = False,
     eager: Annotated[bool, typer.Option(help="ours without captured steps as well")] = False,
+    program_rows: Annotated[
+        int, typer.Option(help="rows up to which a step's layers are one kernel", min=0)
+    ] = MOST_ROWS,
     results: Annotated[Path | None, typer.Option(help="folder to add a JSON file to")] = None,
 ) -> None:
     """Print a line for every shape, number of rows and contender."""
@@ -53,7 +57,16 @@ def main(
     entries = []
     for name in shape:
         for who, spec, timing in _timings(
-            name, dtype, quantize, batch, prompt_tokens, new_tokens, rounds, peer, eager
+            name,
+            dtype,
+            quantize,
+            batch,
+            prompt_tokens,
+            new_tokens,
+            rounds,
+            peer,
+            eager,
+            program_rows,
         ):
             floor = _floor(spec, dtype, quantize, timing.rows, prompt_tokens, new_tokens, bandwidth)
             entry = {"shape": name, "dtype": quantize or dtype, "who": who, "roofline": floor}
@@ -71,13 +84,13 @@ def main(
 
 def _timings(
     name: str, dtype: str, quantize: str, batches: list[int], prompt: int, tokens: int,
-    rounds: int, peer: bool, eager: bool,
+    rounds: int, peer: bool, eager: bool, program_rows: int,
 ) -> Iterator[tuple[str, ModelSpec, Timing]]:  # fmt: skip
     from lmi_multi.backends.cuda.executor import CudaExecutor
     from lmi_multi.backends.cuda.ops import Scratch
 
     device = torch.device("cuda", 0)
-    spec, tensors = random_model(name, dtype, quantize or None, device)  # type: ignore[arg-type]
+    spec, tensors = random_model(SHAPES[name], dtype, quantize or None, device)  # type: ignore[arg-type]
     most = prompt + tokens + 16
     limits = Limits(
         max_batch=max(batches),
@@ -87,7 +100,9 @@ def _timings(
         block_size=16,
     )
     for captured in (True, False) if eager else (True,):
-        executor = CudaExecutor(spec, tensors, limits, Scratch(device), SingleRank(), captured)
+        executor = CudaExecutor(
+            spec, tensors, limits, Scratch(device), SingleRank(), captured, program_rows
+        )
         engine = Engine(executor)
         for rows in batches:
             timing = time_generation(engine, spec, rows, prompt, tokens, rounds)

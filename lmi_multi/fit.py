@@ -2,40 +2,61 @@
 
 These are estimates. What is exact: the bytes of weights that a rank holds, and the bytes of a cache
 block. What is assumed: `RESERVED` bytes of every device are taken by driver, runtime, libraries and
-communication; of what the weights leave, `CACHE_SHARE` is for the cache and the rest for
-activations, as the CUDA backend has it, and the same on NeuronCores; while weights load the host
-holds `BUFFERS` bytes for each GPU, or the weights of all NeuronCores once, and `HOST_RESERVED`
-bytes beside them. Nothing of this was measured on the instances.
+communication. On a GPU the model takes `MEMORY_SHARE` of the memory, of which the cache gets what
+weights and `workspace_bytes` leave; on NeuronCores the cache gets `CACHE_SHARE` of what the weights
+leave. While weights load the host holds `BUFFERS` bytes for each GPU, or the weights of all
+NeuronCores once, and `HOST_RESERVED` bytes beside them. Nothing of this was measured on the
+instances.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import get_args
 
 from pydantic import BaseModel, computed_field
 
-from lmi_multi.backends.limits import plan_limits, row_blocks
+from lmi_multi.backends.limits import default_tokens, plan_limits, row_blocks
+from lmi_multi.backends.memory import DEFAULT_BATCH, MEMORY_SHARE, Device, Need, workspace_bytes
 from lmi_multi.checkpoint.artifact import Artifact, is_artifact
 from lmi_multi.checkpoint.convert import chosen_dtype
 from lmi_multi.checkpoint.files import gib
 from lmi_multi.checkpoint.formats import open_reader
-from lmi_multi.checkpoint.layout import DtypeName, QuantizeName, Stored, parameters, stored_tensors
+from lmi_multi.checkpoint.layout import (
+    DTYPES,
+    DtypeName,
+    QuantizeName,
+    Stored,
+    parameters,
+    stored_tensors,
+)
 from lmi_multi.checkpoint.outline import outlined
 from lmi_multi.checkpoint.plan import make_plan
 from lmi_multi.errors import CapacityError
-from lmi_multi.instances import GIB, INSTANCES, Instance
+from lmi_multi.instances import GIB, INSTANCES, REFUSED, Instance
 from lmi_multi.models.schema import valid_degrees
 from lmi_multi.models.spec import ModelSpec
-from lmi_multi.models.stages import check_stages, plan_stages
+from lmi_multi.models.stages import Stage, check_stages, plan_stages
+from lmi_multi.models.weights import LARGEST
 
 RESERVED = 1 * GIB
 HOST_RESERVED = 2 * GIB
 CACHE_SHARE = 0.8
 BUFFERS = 256 * 2**20  # through which the CUDA backend reads
 _ROWS = 2**40  # more than any memory holds: the memory is to be the limit
+
+
+@dataclass(frozen=True)
+class _Held:
+    """What each rank of a stage holds: bytes of weights, and the elements of its largest quantized
+    one."""
+
+    stage: Stage
+    weights: int
+    widest: int
 
 
 @dataclass(frozen=True)
@@ -51,7 +72,7 @@ class Network:
     dtype: DtypeName
     quantize: QuantizeName | None
     is_artifact: bool
-    _known: dict[tuple[DtypeName, QuantizeName | None, int], int] = field(
+    _known: dict[tuple[DtypeName, QuantizeName | None, int, int], list[_Held]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -68,31 +89,72 @@ class Network:
         kinds: tuple[QuantizeName | None, ...] = (None, *get_args(QuantizeName))
         return [(dtype, kind) for kind in kinds for dtype in get_args(DtypeName)]
 
+    def convertible(self) -> Network:
+        """The same if its source were converted again: to any format."""
+        return replace(self, is_artifact=False)
+
     def stored(self) -> list[Stored]:
         """The tensors in the source's own format."""
         return stored_tensors(self.spec, self.tensors, self.dtype, self.quantize)
 
     def weight_bytes(self, dtype: DtypeName, quantize: QuantizeName | None, degree: int) -> int:
         """Bytes of weights on each of `degree` ranks."""
-        key = (dtype, quantize, degree)
+        return self._held(dtype, quantize, degree, 1)[0].weights
+
+    def workspace_bytes(
+        self,
+        dtype: DtypeName,
+        quantize: QuantizeName | None,
+        degree: int,
+        max_batch: int | None,
+        max_tokens: int | None,
+    ) -> int:
+        """Bytes that each of `degree` GPUs needs beside weights and cache; None as in `load`."""
+        return self.needs(dtype, quantize, degree, 1, max_batch, max_tokens)[0].workspace
+
+    def needs(
+        self,
+        dtype: DtypeName,
+        quantize: QuantizeName | None,
+        degree: int,
+        stages: int,
+        max_batch: int | None,
+        max_tokens: int | None,
+    ) -> list[Need]:
+        """What each of a stage's `degree` ranks needs, for every one of the pipeline `stages`;
+        None as in `load`. Raises OptionError if there cannot be as many stages."""
+        return [
+            Need(
+                weights=held.weights,
+                workspace=workspace_bytes(
+                    self.spec,
+                    widest=held.widest,
+                    item_bytes=DTYPES[dtype].itemsize,
+                    ranks=degree,
+                    max_batch=max_batch or DEFAULT_BATCH,
+                    max_tokens=max_tokens or default_tokens(self.spec),
+                    stage=held.stage,
+                ),
+                layers=len(held.stage.decoder),
+            )
+            for held in self._held(dtype, quantize, degree, stages)
+        ]
+
+    def _held(
+        self, dtype: DtypeName, quantize: QuantizeName | None, degree: int, stages: int
+    ) -> list[_Held]:
+        key = (dtype, quantize, degree, stages)
         if key not in self._known:  # the same for every instance
             stored = stored_tensors(self.spec, self.tensors, dtype, quantize)
-            self._known[key] = sum(tensor.nbytes(degree) for tensor in stored)
+            sizes = {tensor.name: tensor.nbytes(1) for tensor in stored}
+            self._known[key] = []
+            for stage in plan_stages(self.spec, sizes, stages):
+                names = stage.tensors(sizes)
+                own = [tensor for tensor in stored if tensor.name in names]
+                codes = (prod(t.local_shape(degree)) for t in own if t.dtype in LARGEST)
+                weights = sum(tensor.nbytes(degree) for tensor in own)
+                self._known[key].append(_Held(stage, weights, max(codes, default=0)))
         return self._known[key]
-
-    def stage_bytes(
-        self, dtype: DtypeName, quantize: QuantizeName | None, degree: int, count: int
-    ) -> tuple[int, int]:
-        """Of the largest of `count` pipeline stages: the bytes of weights on each of its `degree`
-        ranks; and the most decoder layers of a stage. Raises OptionError if there cannot be as
-        many stages."""
-        if count == 1:
-            return self.weight_bytes(dtype, quantize, degree), self.spec.decoder_layers
-        stored = stored_tensors(self.spec, self.tensors, dtype, quantize)
-        sizes = {tensor.name: tensor.nbytes(degree) for tensor in stored}
-        stages = plan_stages(self.spec, {t.name: t.nbytes(1) for t in stored}, count)
-        held = [sum(sizes[name] for name in stage.tensors(sizes)) for stage in stages]
-        return max(held), max(len(stage.decoder) for stage in stages)
 
 
 def read_network(source: str | Path, revision: str | None = None) -> Network:
@@ -110,8 +172,8 @@ def read_network(source: str | Path, revision: str | None = None) -> Network:
 
 
 class Option(BaseModel):
-    """One way to load the model on one instance. Bytes are those of one rank, of pipeline stages
-    the largest.
+    """One way to load the model on one instance. Bytes are those of one rank, of the pipeline stage
+    that has least room for its cache.
 
     `batch` sequences of `max_tokens` tokens each fit at once (of an encoder-decoder: so many prompt
     and so many generated tokens), or one of `longest` tokens; they are None for an encoder, which
@@ -183,7 +245,8 @@ class Report(BaseModel):
         return {
             "reserved_bytes_per_device": RESERVED,
             "reserved_bytes_of_host": HOST_RESERVED,
-            "cache_share_of_the_rest": CACHE_SHARE,
+            "memory_share_of_a_gpu": MEMORY_SHARE,
+            "cache_share_of_the_rest_on_neuron": CACHE_SHARE,
         }
 
 
@@ -191,10 +254,11 @@ def report(
     network: Network,
     instances: Iterable[Instance] = INSTANCES,
     max_tokens: int | None = None,
+    memory_share: float | None = None,
     pipeline_parallel: int = 1,
 ) -> Report:
     """Estimate `network` on every instance, over so many pipeline stages, which only GPUs can be;
-    `max_tokens` as in `load` (None: its default).
+    `max_tokens` and `memory_share` as in `load` (None: the defaults).
 
     Raises OptionError for a `max_tokens` beyond the model's positions, and for more stages than
     there are layers.
@@ -202,7 +266,7 @@ def report(
     spec = network.spec
     check_stages(spec, pipeline_parallel)
     ordered = sorted(instances, key=lambda i: i.size)
-    fits = [_on(network, i, max_tokens, pipeline_parallel) for i in ordered]
+    fits = [_on(network, i, max_tokens, memory_share, pipeline_parallel) for i in ordered]
     return Report(
         source=network.source,
         family=spec.family,
@@ -234,7 +298,13 @@ def _smallest(network: Network, fits: list[InstanceFit]) -> list[Smallest]:
     return result
 
 
-def _on(network: Network, instance: Instance, max_tokens: int | None, stages: int) -> InstanceFit:
+def _on(
+    network: Network,
+    instance: Instance,
+    max_tokens: int | None,
+    memory_share: float | None,
+    stages: int,
+) -> InstanceFit:
     most = instance.devices // stages if stages == 1 or instance.backend == "cuda" else 0
     possible = set(valid_degrees(network.spec, most))
     degrees = [degree for degree in instance.degrees if degree in possible]
@@ -246,7 +316,7 @@ def _on(network: Network, instance: Instance, max_tokens: int | None, stages: in
         device_bytes=instance.device_bytes,
         host_bytes=instance.host_bytes,
         options=[
-            estimate(network, instance, dtype, quantize, degree, max_tokens, stages)
+            estimate(network, instance, dtype, quantize, degree, max_tokens, memory_share, stages)
             for dtype, quantize in network.formats()
             for degree in degrees
         ],
@@ -260,32 +330,46 @@ def estimate(
     quantize: QuantizeName | None,
     degree: int,
     max_tokens: int | None = None,
+    memory_share: float | None = None,
     stages: int = 1,
 ) -> Option:
-    """One format at one degree, over so many pipeline stages, on one instance."""
-    weights, layers = network.stage_bytes(dtype, quantize, degree, stages)
-    left = instance.device_bytes - RESERVED - weights
+    """One format at one degree, over so many pipeline stages, on one instance; `memory_share` is
+    for GPUs."""
+    free = instance.device_bytes - RESERVED
+    needs = network.needs(dtype, quantize, degree, stages, None, max_tokens)
+    if instance.backend == "cuda":
+        device = Device(instance.device, instance.device_bytes, free)
+        budget = device.budget(memory_share or MEMORY_SHARE)
+        need = min(needs, key=lambda need: need.room(budget))
+        cache = left = need.left(budget)
+        beside = " and what a step needs beside them"
+    else:
+        [need] = needs
+        left = free - need.weights
+        cache, beside = int(left * CACHE_SHARE), ""
     option = Option(
         dtype=dtype,
         quantize=quantize,
         tensor_parallel=degree,
         pipeline_parallel=stages,
-        weight_bytes=weights,
-        cache_bytes=max(0, int(left * CACHE_SHARE)),
+        weight_bytes=need.weights,
+        cache_bytes=max(0, cache),
         fits=False,
         reason=None,
         batch=None,
         max_tokens=None,
         longest=None,
     )
-    loading = BUFFERS if instance.backend == "cuda" else weights
+    loading = BUFFERS if instance.backend == "cuda" else need.weights
     host = HOST_RESERVED + degree * stages * loading
-    if left < 0:
-        option.reason = f"{gib(-left)} of device memory are missing for the weights"
+    if quantize and (refusal := REFUSED.get((instance.backend, quantize))):
+        option.reason = refusal
+    elif left < 0:
+        option.reason = f"{gib(-left)} of device memory are missing for the weights{beside}"
     elif host > instance.host_bytes:
         option.reason = f"{gib(host - instance.host_bytes)} of host memory are missing to load it"
     else:
-        _fill(option, network.spec, layers, max_tokens)
+        _fill(option, network.spec, need.layers, max_tokens)
     return option
 
 

@@ -13,11 +13,19 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from lmi_multi.errors import OptionError
 
+if TYPE_CHECKING:
+    from lmi_multi.checkpoint.layout import QuantizeName
+
 GIB = 2**30
+Accelerator = Literal["cuda", "neuron"]
+# What a backend cannot run, and why.
+REFUSED: dict[tuple[Accelerator, QuantizeName], str] = {
+    ("neuron", "fp8"): "NeuronCores run no fp8 weights, as their e4m3 is another type than e4m3fn",
+}
 _MIB = 2**20
 
 
@@ -31,7 +39,7 @@ class Instance:
     """
 
     name: str
-    backend: Literal["cuda", "neuron"]
+    backend: Accelerator
     device: str
     devices: int
     device_bytes: int

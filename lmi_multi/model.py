@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lmi_multi import backends, chat, embedding, streaming
 from lmi_multi.backends.base import Executor
+from lmi_multi.backends.memory import check_share
 from lmi_multi.checkpoint.artifact import Artifact
 from lmi_multi.checkpoint.cache import open_or_convert
 from lmi_multi.checkpoint.convert import Progress, check_options
@@ -76,6 +77,7 @@ def load(
     pipeline_parallel: int = 1,
     max_batch: int | None = None,
     max_tokens: int | None = None,
+    memory_share: float | None = None,
     revision: str | None = None,
     verify: bool = False,
     prefix_caching: bool = True,
@@ -86,11 +88,13 @@ def load(
 
     Anything but an artifact is converted once into a cache folder. `backend` is
     "auto", "cuda", "neuron" or "cpu"; `dtype` "auto" (the checkpoint's own, bf16 for T5 in place
-    of fp16), "fp32", "fp16" or "bf16"; `quantize` None or "int8". `tensor_parallel` ranks share
-    every layer, `pipeline_parallel` stages share the layers, each rank is a process; under torchrun
-    its processes are the ranks (docs/parallelism.md). `max_batch` rows run at once; `max_tokens`
-    bounds prompt plus generated tokens of a decoder, and each of the two for an encoder-decoder.
-    `verify` compares the artifact's files with their sha256 first. With
+    of fp16), "fp32", "fp16" or "bf16"; `quantize` None, "int8" or "fp8" (e4m3). `tensor_parallel`
+    ranks share every layer, `pipeline_parallel` stages share the layers, each rank is a process;
+    under torchrun its processes are the ranks (docs/parallelism.md). `max_batch` rows run at once;
+    `max_tokens` bounds prompt plus generated tokens of a decoder, and each of the two for an
+    encoder-decoder. `memory_share`, above 0 and at most 1, is the part of a GPU's memory (CPU: of
+    the host's) that the model may take in all, None for 0.9: the cache gets what weights and steps
+    leave of it. `verify` compares the artifact's files with their sha256 first. With
     `prefix_caching` prompts of a decoder-only model that begin alike, in one call or in several,
     share what has been computed of them. `fallback="transformers"`: what no family declares, of
     transformers' own causal and sequence-to-sequence architectures, runs through transformers, one
@@ -103,6 +107,7 @@ def load(
     for name, flag in (("verify", verify), ("prefix_caching", prefix_caching)):
         if not isinstance(flag, bool):
             raise OptionError(f"{name} is {flag!r:.80}; allowed: True or False")
+    check_share(memory_share)
     found: str | Path | Source = source
     if fallback is not None:
         foreign.check_options(
@@ -112,6 +117,7 @@ def load(
             pipeline_parallel=pipeline_parallel,
             max_batch=max_batch,
             verify=verify,
+            memory_share=memory_share,
         )
         found = resolve(source, revision, progress)
         if not foreign.is_declared(found.folder):
@@ -139,6 +145,7 @@ def load(
         pipeline_parallel=pipeline_parallel,
         max_batch=max_batch,
         max_tokens=max_tokens,
+        memory_share=memory_share,
     )
     return Model(artifact, chosen.name, executor, prefix_caching)
 

@@ -23,6 +23,7 @@ class Tiny:
     settings: dict[str, Any] = field(default_factory=dict)
     degrees: tuple[int, ...] = (1, 2)
     untie: bool = False  # transformers 5 ties T5's head whatever the config says
+    std: float = 0.15  # of the weights: about the inverse root of the hidden size
 
     def build(self, seed: int = 0, vocab: int = VOCAB) -> PreTrainedModel:
         """The model with random float32 weights, large enough for greedy ties to be rare.
@@ -38,7 +39,8 @@ class Tiny:
             model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
         for name, parameter in model.named_parameters():
             norm = "norm" in name or "ln_" in name or "LayerNorm" in name
-            std = 0.3 if norm else 0.15 / 4 if name.endswith("Attention.q.weight") else 0.15
+            query = name.endswith("Attention.q.weight")
+            std = 0.3 if norm else self.std / config.d_kv**0.5 if query else self.std
             mean = 1.0 if norm and name.endswith("weight") else 0.0
             torch.nn.init.normal_(parameter, mean=mean, std=std)
         return model

@@ -201,9 +201,17 @@ def test_bench(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["bench", "demo", "--batch", "0"]) == 2
 
 
-def test_generate_int8(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["generate", "demo", PROMPT, "--quantize", "int8"]) == 0
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_generate_quantized(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["generate", "demo", PROMPT, "--quantize", kind]) == 0
     assert capsys.readouterr().out == f"{WRITTEN}\n"
+
+
+def test_a_share_of_the_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["generate", "demo", PROMPT, "--memory-share", "0.9"]) == 0
+    assert capsys.readouterr().out == f"{WRITTEN}\n"
+    assert run(["generate", "demo", PROMPT, "--memory-share", "90"]) == 2
+    assert "memory_share is 90.0, must be None or a number above 0" in capsys.readouterr().err
 
 
 def test_generate_with_token_ids(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from lmi_multi.checkpoint.layout import CODES, QuantizeName
+from lmi_multi.checkpoint.quantize import quantize
 from lmi_multi.models.spec import Learned, ModelSpec
 from lmi_multi.models.weights import Linear
 from lmi_multi.ops import cpu
@@ -28,6 +30,35 @@ def test_a_product_is_that_of_float64(
     assert y.is_contiguous() and y.shape == (rows, 80) and y.dtype == dtype
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     assert (y.double() - want).abs().max() <= tolerance * want.abs().max()
+
+
+@pytest.mark.parametrize("kind", CODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_a_product_with_a_quantized_weight(
+    kind: QuantizeName, dtype: torch.dtype, rows: int
+) -> None:
+    torch.manual_seed(rows)
+    x = torch.randn(rows, 48).to(dtype)
+    # Rows of all sizes that trained weights have, and less.
+    exact = torch.randn(80, 48) * torch.logspace(-4, 1, 80)[:, None]
+    codes, scale = quantize(exact, CODES[kind])
+    bias = torch.randn(80).to(dtype)
+    y = cpu.CpuOps().linear(x, Linear(codes, bias, scale))
+    want = x.double() @ (codes.double() * scale.double()[:, None]).t()
+    assert y.dtype == dtype
+    error = (y.double() - bias.double() - want).abs().amax(0)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
+    assert (error <= tolerance * want.abs().amax(0).clamp_min(1.0)).all()
+
+
+@pytest.mark.parametrize("kind", CODES)
+def test_sums_of_codes_stay_in_the_range_of_fp16(kind: QuantizeName) -> None:
+    weight = torch.full((1, 1024), 0.01)
+    codes, scale = quantize(weight, CODES[kind])
+    x = torch.full((40, 1024), 4.0, dtype=torch.float16)  # in codes: 4 * 1024 * 448
+    y = cpu.CpuOps().linear(x, Linear(codes, None, scale))
+    assert y.float() == pytest.approx(torch.full((40, 1), 40.96), rel=2e-3)
 
 
 @pytest.mark.parametrize(

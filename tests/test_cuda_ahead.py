@@ -8,22 +8,37 @@ with real graphs and kernels is in test_cuda_graphs.py.
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from lmi_multi.backends.cuda import ahead, attention, draws, executor, graphs, inputs
-from lmi_multi.backends.cuda.ops import Scratch
+from lmi_multi.backends.cuda import (
+    ahead,
+    attention,
+    draws,
+    executor,
+    graphs,
+    inputs,
+    prefill,
+    prefill_graphs,
+    prefill_inputs,
+)
+from lmi_multi.backends.cuda.ops import ACTIVATIONS, Scratch
 from torch import Tensor
 
 from lmi_multi.backends.base import Executor
 from lmi_multi.engine.batch import Row
 from lmi_multi.model import Model
+from lmi_multi.models.weights import Linear, Norm
+from lmi_multi.ops.reference import Reference
 from lmi_multi.parallel.collectives import SingleRank
-from tests import tiny_models
+from tests import prefill_kernel, tiny_models
+from tests.families import VOCAB
 from tests.test_cuda_graphs import LIMITS, assert_same_as_cpu, cpu_model, prompts
 
 FAMILIES = ("t5", "gpt2", "llama-gqa", "bloom", "mistral-window")
@@ -79,6 +94,47 @@ def greedy(
     return True
 
 
+def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, out: Tensor) -> None:
+    out.copy_(Reference().norm(x, Norm(weight, bias), eps))
+
+
+def linear(
+    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None,
+    norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float,
+    residual: Tensor | None, activation: int, gated: bool, work: Tensor, counters: Tensor,
+    out: Tensor,
+) -> None:  # fmt: skip
+    ops, kind = Reference(), next(k for k, number in ACTIVATIONS.items() if number == activation)
+    if norm_weight is not None:
+        x = ops.norm(x, Norm(norm_weight, norm_bias), eps)
+    y = ops.linear(x, Linear(weight, bias, scale), kind, gated)
+    out.copy_(y if residual is None else residual + y)
+
+
+class Programs:
+    """Recorded phases as calls; a program is their numbers, and running it makes them."""
+
+    def __init__(self) -> None:
+        self.calls: list[Callable[[], object]] = []
+        self.runs = 0
+
+    def recording(self, call: Callable[..., object]) -> Callable[..., bool]:
+        def record(*arguments: Any) -> bool:
+            *given, barrier, phase = arguments
+            assert isinstance(barrier, bool)
+            phase[:8] = torch.tensor([len(self.calls)]).view(torch.uint8)
+            self.calls.append(partial(call, *given))
+            return True
+
+        return record
+
+    def run(self, program: Tensor, on_device: Tensor, barrier: Tensor) -> None:
+        assert torch.equal(program, on_device)
+        self.runs += 1
+        for phase in program[1:]:
+            self.calls[int(phase[:8].view(torch.int64))]()
+
+
 class Replayed:
     """A graph that does its work anew; `out` is where the first run left it."""
 
@@ -91,28 +147,41 @@ class Replayed:
 
 
 @pytest.fixture(autouse=True)
-def _stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
+def programs(monkeypatch: pytest.MonkeyPatch) -> Programs:
+    """The stand-ins of all that needs a GPU; those of programs are returned."""
+    made = Programs()
     kernels = SimpleNamespace(
         attention=attend, greedy=greedy, linear=lambda *_: False, norm=lambda *_: False,
-        activate=lambda *_: False,
+        activate=lambda *_: False, record_norm=made.recording(norm),
+        record_linear=made.recording(linear), record_attention=made.recording(attend),
+        finish_program=lambda *_: True, run_program=made.run,
+        prefill=prefill_kernel.prefill, write_kv=prefill_kernel.write_kv,
     )  # fmt: skip
     event = SimpleNamespace(synchronize=lambda: None, wait=lambda: None)
     monkeypatch.setattr(torch.ops, "lmi_multi", kernels, raising=False)
-    for module in (ahead, draws, executor, inputs):
+    for module in (ahead, draws, executor, inputs, prefill_inputs):
         monkeypatch.setattr(module, "upload", lambda values, to: to.copy_(torch.tensor(values)))
     monkeypatch.setattr(ahead, "download", lambda values: (values.clone(), event))
     for module in (attention, graphs):
         monkeypatch.setattr(module, "splits", lambda *_: 1)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(torch.cuda, "Stream", lambda *_: None)
-    monkeypatch.setattr(graphs.StepGraphs, "_capture", lambda self, body: Replayed(body))
+    monkeypatch.setattr(prefill, "processors", lambda device: 1)
+    for module in (graphs, prefill_graphs):
+        monkeypatch.setattr(module, "capture", lambda body, *_: Replayed(body))
+    return made
 
 
-def open_model(folder: Path, family: str) -> Model:
+def open_model(folder: Path, family: str, program_rows: int = 8) -> Model:
     artifact = tiny_models.artifact(folder, family)
     cpu = torch.device("cpu")
     opened: Executor = executor.CudaExecutor(
-        artifact.spec, artifact.load_rank(0, 1), LIMITS, Scratch(cpu), SingleRank()
+        artifact.spec,
+        artifact.load_rank(0, 1),
+        LIMITS,
+        Scratch(cpu),
+        SingleRank(),
+        program_rows=program_rows,
     )
     return Model(artifact, "cuda", opened)
 
@@ -135,9 +204,13 @@ def found(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
     return places
 
 
+@pytest.mark.parametrize("program_rows", [8, 2, 0])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_tokens_are_those_of_the_cpu(folder: Path, family: str, found: list[int | None]) -> None:
-    assert_same_as_cpu(folder, family, open_model(folder, family))
+def test_tokens_are_those_of_the_cpu(
+    folder: Path, family: str, found: list[int | None], program_rows: int, programs: Programs
+) -> None:
+    assert_same_as_cpu(folder, family, open_model(folder, family, program_rows))
+    assert bool(programs.runs) == bool(program_rows)
     assert len(found) - found.count(None) > 100
 
 
@@ -197,9 +270,53 @@ def test_without_memory_for_graphs_it_runs_uncaptured(
     def no_room(*_: object) -> None:
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(graphs.StepGraphs, "_capture", no_room)
+    for module in (graphs, prefill_graphs):
+        monkeypatch.setattr(module, "capture", no_room)
     with open_model(folder, "gpt2") as model:
         assert [c.token_ids for c in model.generate(own, max_new_tokens=9)] == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_are_prefilled_by_graphs(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, family: str
+) -> None:
+    """And by the kernels alone where there are too many tokens or rows for a graph."""
+    monkeypatch.setattr(prefill_graphs, "SIZES", (16, 32))
+    monkeypatch.setattr(prefill_graphs, "MOST_ROWS", 3)
+    uncaptured: list[int] = []
+    for name in ("decode", "encode_to_cache"):
+        method = getattr(executor.Prefill, name)
+
+        def noted(self: Any, own: Any, method: Any = method) -> Any:
+            uncaptured.append(len(own))
+            return method(self, own)
+
+        monkeypatch.setattr(executor.Prefill, name, noted)
+    chance = random.Random(9)
+    with cpu_model(folder, family) as cpu, open_model(folder, family) as model:
+        for lengths, expected in (
+            ((2,), []), ((16,), []), ((9, 20, 3), []), ((9, 20, 4), [3]), ((5, 5, 5, 5), [4]),
+            ((60,), [1]), ((9, 20, 3), []),
+        ):  # fmt: skip
+            own = [[chance.randrange(3, VOCAB) for _ in range(n)] for n in lengths]
+            answers = [c.token_ids for c in cpu.generate(own, max_new_tokens=3)]
+            uncaptured.clear()
+            assert [c.token_ids for c in model.generate(own, max_new_tokens=3)] == answers
+            assert uncaptured == expected
+        captured = model.engine.executor._prefill_graphs._captured  # type: ignore[attr-defined]
+        assert sorted(size for _, size in captured) == [16, 32]
+
+
+@pytest.mark.parametrize("family", ["t5", "llama-gqa"])
+def test_prompts_that_the_kernels_do_not_cover_are_for_torch(folder: Path, family: str) -> None:
+    torch.ops.lmi_multi.prefill = torch.ops.lmi_multi.write_kv = lambda *_: False
+    own = prompts(6, 10)
+    with cpu_model(folder, family) as cpu, open_model(folder, family) as model:
+        opened: Any = model.engine.executor
+        assert opened._prefill_graphs is None
+        assert opened.clears_blocks
+        expected = [c.token_ids for c in cpu.generate(own, max_new_tokens=5)]
+        assert [c.token_ids for c in model.generate(own, max_new_tokens=5)] == expected
 
 
 def test_kinds_of_draw_are_bounded(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:

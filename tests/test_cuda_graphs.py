@@ -50,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("models")
 
 
-def cuda_model(folder: Path, family: str, captured: bool = True, **limits: Any) -> Model:
+def cuda_model(folder: Path, family: str, program_rows: int = 8, **limits: Any) -> Model:
     from lmi_multi.backends.cuda.executor import CudaExecutor
     from lmi_multi.backends.cuda.ops import Scratch
 
@@ -65,7 +65,7 @@ def cuda_model(folder: Path, family: str, captured: bool = True, **limits: Any) 
         Limits(**{**vars(LIMITS), **limits}),
         Scratch(device),
         SingleRank(),
-        captured,
+        program_rows=program_rows,
     )
     return Model(artifact, "cuda", executor)
 
@@ -100,9 +100,10 @@ def assert_same_as_cpu(folder: Path, family: str, model: Model) -> None:
     assert together == expected
 
 
+@pytest.mark.parametrize("program_rows", [8, 0])
 @pytest.mark.parametrize("family", sorted(GENERATORS))
-def test_tokens_are_those_of_the_cpu(folder: Path, family: str) -> None:
-    assert_same_as_cpu(folder, family, cuda_model(folder, family))
+def test_tokens_are_those_of_the_cpu(folder: Path, family: str, program_rows: int) -> None:
+    assert_same_as_cpu(folder, family, cuda_model(folder, family, program_rows))
 
 
 @pytest.mark.parametrize("family", ["t5", "bloom", "llama"])

@@ -32,6 +32,7 @@ def test_bytes_are_those_of_the_file(tmp_path: Path) -> None:
     torch.manual_seed(0)
     made = {
         "long": torch.randint(-128, 128, (2 * CHUNK + 77,), dtype=torch.int8),
+        "codes": torch.randn(77, 5).to(torch.float8_e4m3fn),
         "exact": torch.randn(CHUNK // 8, 2),
         "half": torch.randn(33, 7).to(torch.bfloat16),
         "odd": torch.randn(5).half(),
@@ -45,7 +46,7 @@ def test_bytes_are_those_of_the_file(tmp_path: Path) -> None:
         assert found[name].dtype == tensor.dtype and torch.equal(found[name].cpu(), tensor)
 
 
-@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("quantize", [None, "int8", "fp8"])
 def test_ranks_are_those_of_the_artifact(tmp_path: Path, quantize: str | None) -> None:
     from lmi_multi.backends.cuda.loading import load_rank
 

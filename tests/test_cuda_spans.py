@@ -10,6 +10,7 @@ from lmi_multi.backends.cuda import loading
 from lmi_multi.backends.cuda.loading import Span, plan_spans
 from torch import Tensor
 
+from lmi_multi import fit
 from lmi_multi.checkpoint.artifact import Artifact
 from lmi_multi.checkpoint.convert import convert
 from lmi_multi.errors import CheckpointError
@@ -88,3 +89,7 @@ def test_a_file_cut_short(checkpoints: Path, tmp_path: Path) -> None:
         file.truncate(made.rank_path(0).stat().st_size - 1)
     with pytest.raises(CheckpointError, match="became shorter"):
         read(spans)
+
+
+def test_the_buffers_are_those_of_the_estimates() -> None:
+    assert fit.BUFFERS == 2 * loading.THREADS * loading.CHUNK

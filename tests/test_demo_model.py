@@ -25,11 +25,12 @@ def test_exact_match(dtype: str) -> None:
     assert exact_match(dtype=dtype) >= 0.98
 
 
-def test_int8_costs_at_most_half_a_point() -> None:
-    assert exact_match(dtype="bf16", quantize="int8") >= exact_match(dtype="bf16") - 0.005
+@pytest.mark.parametrize("quantize", ["int8", "fp8"])
+def test_quantization_costs_at_most_half_a_point(quantize: str) -> None:
+    assert exact_match(dtype="bf16", quantize=quantize) >= exact_match(dtype="bf16") - 0.005
 
 
-@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("quantize", [None, "int8", "fp8"])
 def test_two_ranks_say_the_same(quantize: str | None) -> None:
     answers = []
     for ranks in (1, 2):

@@ -57,6 +57,8 @@ def loaded(cell: Cell, checkpoints: Path) -> Iterator[tuple[PreTrainedModel, Exe
     model = reference(cell.family, checkpoints)
     if looks_ahead(model):
         pytest.skip(f"{cell.family}: this release of transformers lets its decoder look ahead")
+    # TensorFloat-32 would round what is compared to ten bits.
+    assert torch.get_float32_matmul_precision() == "highest"
     target = checkpoints / f"{cell.family}-{cell.dtype}"
     if not target.exists():
         convert(checkpoints / cell.family, target, dtype=cell.dtype)

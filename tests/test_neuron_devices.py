@@ -6,11 +6,12 @@ The listings are written from the documented fields of `neuron-ls -j`; none was 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from lmi_multi.backends.neuron import devices, instances, sizing
+from lmi_multi.backends.neuron import BACKEND, devices, instances, sizing
 from lmi_multi.backends.neuron.buckets import Buckets
 from lmi_multi.backends.neuron.devices import Core, Host
 
@@ -189,6 +190,12 @@ def network(layers: int, hidden: int = 4096) -> Network:
     family = next(family for family in FAMILIES if family.name == "bloom")
     modules = (name for name, weight in family.weights(big).items() if not weight.optional)
     return Network("big", big, tuple(f"{name}.weight" for name in modules), "bf16", None, True)
+
+
+def test_fp8_weights_are_refused_by_name() -> None:
+    sizes = {"instance": "inf2.8xlarge", "tensor_parallel": 1, "max_batch": 1, "max_tokens": 64}
+    with pytest.raises(BackendError, match="quantize is 'fp8', must be None or int8: NeuronCores"):
+        BACKEND.plan(replace(network(1), quantize="fp8"), **sizes)
 
 
 @pytest.mark.parametrize(

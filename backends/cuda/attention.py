@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,7 +54,14 @@ class DecodeAttention:
 
     def __init__(self, cache: PagedCache, scratch: Scratch) -> None:
         self.cache, self.heads, self._scratch = cache, cache.heads, scratch
+        self._kernels: Any = torch.ops.lmi_multi
         self._biases = DistanceBias()
+
+    def with_kernels(self, kernels: Any) -> DecodeAttention:
+        """The same over the same cache, by other kernels."""
+        other = copy(self)
+        other._kernels = kernels
+        return other
 
     def extend(
         self, layer: Layer, qkv: Tensor, where: Where, angles: tuple[Tensor, Tensor] | None
@@ -89,7 +98,7 @@ class DecodeAttention:
     ) -> Tensor | None:
         heads = self.heads
         out = q.new_empty((len(where.lengths), heads.q * heads.dim))
-        done = torch.ops.lmi_multi.attention(
+        done = self._kernels.attention(
             q,
             self.cache.k[layer.index],
             self.cache.v[layer.index],
@@ -153,10 +162,14 @@ class CudaPagedAttention(PagedAttention):
         return super().cross_attend(layer, q)
 
 
-def splits(heads: Heads, rows: int, device: torch.device) -> int:
-    """Into how many parts a row's tokens may be split: enough to keep the GPU busy."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return max(min(2 * processors // (rows * heads.kv), MOST_SPLITS), 1)
+def splits(heads: Heads, rows: int, device: torch.device, blocks: int = 2) -> int:
+    """Into how many parts a row's tokens may be split: enough for so many blocks a processor."""
+    return max(min(blocks * processors(device) // (rows * heads.kv), MOST_SPLITS), 1)
+
+
+def processors(device: torch.device) -> int:
+    """How many the GPU has, which run blocks side by side."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _located(

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from lmi_multi.backends.base import Availability, Executor, Limits
-from lmi_multi.backends.limits import plan_limits
+from lmi_multi.backends.memory import Device
 from lmi_multi.backends.torch_executor import TorchExecutor
 from lmi_multi.checkpoint.artifact import Artifact
 from lmi_multi.errors import CapacityError
+from lmi_multi.fit import Network
 from lmi_multi.models.schema import check_degree
-from lmi_multi.models.stages import Stage
 from lmi_multi.ops.reference import Reference
 from lmi_multi.parallel import torchrun
 from lmi_multi.parallel.executor import identity, open_ranks
@@ -24,8 +25,9 @@ from . import kernels
 from .executor import CudaExecutor
 from .loading import load_rank
 from .ops import Scratch
+from .sizing import Sizes, sizes_on
 
-CACHE_SHARE = 0.8  # of the memory that the weights leave; the rest is workspace
+log = logging.getLogger(__name__)
 
 
 class CudaBackend:
@@ -56,32 +58,26 @@ class CudaBackend:
         pipeline_parallel: int = 1,
         max_batch: int | None,
         max_tokens: int | None,
+        memory_share: float | None = None,
     ) -> Executor:
         """See `Backend.load`."""
-        spec, grid = artifact.spec, Grid(tensor_parallel, pipeline_parallel)
-        check_degree(spec, grid.tensor)
-        stages = artifact.stages(grid.pipeline)
+        grid = Grid(tensor_parallel, pipeline_parallel)
+        check_degree(artifact.spec, grid.tensor)
+        network = Network.of(artifact, str(artifact.folder))
         devices = _devices(grid)
-        limits = plan_limits(
-            spec,
-            item_bytes=4 if artifact.dtype == "fp32" else 2,
-            ranks=grid.tensor,
-            memory=_cache_memory(artifact, grid, stages, devices),
-            layers=max(len(stage.decoder) for stage in stages),
-            max_batch=max_batch,
-            max_tokens=max_tokens,
-            default_batch=64,
-        )
-        build = partial(_build_rank, artifact.folder, grid, devices)
+        gpus = {rank: _device(index) for rank, index in devices.items()}
+        sizes = sizes_on(network, gpus, grid, max_batch, max_tokens, memory_share)
+        build = partial(_build_rank, artifact.folder, grid, devices, sizes)
         if grid.size == 1:
-            return build(limits, 0, 1)
-        named = ", ".join(_describe(device) for device in devices.values())
-        return open_ranks(grid, build, limits, named, "nccl", identity(artifact, grid))
+            return build(sizes.limits, 0, 1)
+        names = ", ".join(_describe(devices[rank]) for rank in sizes.ranks)
+        return open_ranks(grid, build, sizes.limits, names, "nccl", identity(artifact, grid))
 
 
 def _devices(grid: Grid) -> dict[int, int]:
-    """The GPU of every rank on this host that this process speaks for: all, or, under torchrun,
-    its own. Raises CapacityError where there are too few."""
+    """The GPUs that this process may ask, by the ranks that they are for: all of the machine,
+    also those that no rank needs, or, under torchrun, its own. Raises CapacityError where
+    there are too few."""
     count = torch.cuda.device_count()
     if job := torchrun.job(grid.tensor, grid.pipeline):
         if job.local_rank >= count:
@@ -95,7 +91,7 @@ def _devices(grid: Grid) -> dict[int, int]:
             f"tensor_parallel {grid.tensor} x pipeline_parallel {grid.pipeline} is {grid.size}, "
             f"but this machine has {count} GPUs"
         )
-    return {rank: rank for rank in range(grid.size)}
+    return {index: index for index in range(count)}
 
 
 def _describe(index: int) -> str:
@@ -103,32 +99,33 @@ def _describe(index: int) -> str:
     return f"cuda:{index} {properties.name}, {properties.total_memory / 2**30:.0f} GiB"
 
 
-def _cache_memory(
-    artifact: Artifact, grid: Grid, stages: Sequence[Stage], devices: Mapping[int, int]
-) -> int:
-    """Bytes a rank may spend on its cache. Raises CapacityError if its weights do not fit."""
-    names = [tensor.name for tensor in artifact.stored]
-    budgets = []
-    for rank, device in devices.items():
-        held = stages[grid.stage_of(rank)].tensors(names)
-        weights = artifact.tensor_bytes(grid.slice_of(rank), grid.tensor, held)
-        free, _ = torch.cuda.mem_get_info(device)
-        if weights > free:
-            raise CapacityError(
-                f"rank {rank} needs {weights / 2**30:.2f} GiB for weights, but {free / 2**30:.2f} "
-                f"GiB of cuda:{device} are free; try a higher tensor_parallel or "
-                "pipeline_parallel, dtype='bf16' or quantize='int8'"
-            )
-        budgets.append(int((free - weights) * CACHE_SHARE))
-    return min(budgets)
+def _device(index: int) -> Device:
+    free, total = torch.cuda.mem_get_info(index)
+    return Device(f"cuda:{index}", total, free)
 
 
 def _build_rank(
-    folder: Path, grid: Grid, devices: Mapping[int, int], limits: Limits, rank: int, size: int
+    folder: Path,
+    grid: Grid,
+    devices: Mapping[int, int],
+    sizes: Sizes,
+    limits: Limits,
+    rank: int,
+    size: int,
 ) -> Executor:
-    artifact = Artifact.open(folder)
-    device = torch.device("cuda", devices[rank])
+    artifact, index = Artifact.open(folder), devices[rank]
+    device = torch.device("cuda", index)
     torch.cuda.set_device(device)
+    free = _device(index).free
+    executor = _open(artifact, grid, limits, rank, device)
+    taken = free - _device(index).free
+    log.info("rank %d on cuda:%d: %s", rank, index, sizes.compared(rank, limits, taken))
+    return executor
+
+
+def _open(
+    artifact: Artifact, grid: Grid, limits: Limits, rank: int, device: torch.device
+) -> Executor:
     stage = artifact.stages(grid.pipeline)[grid.stage_of(rank)]
     names = stage.tensors(tensor.name for tensor in artifact.stored)
     tensors = load_rank(artifact, grid.slice_of(rank), grid.tensor, device, names)
@@ -136,6 +133,4 @@ def _build_rank(
     if kernels.missing():
         return TorchExecutor(artifact.spec, tensors, limits, Reference(), collectives)
     scratch = Scratch(device, limits.max_batch * artifact.spec.heads)
-    # A captured step would hold the messages between stages: that is not done yet.
-    captured = grid.pipeline == 1
-    return CudaExecutor(artifact.spec, tensors, limits, scratch, collectives, captured)
+    return CudaExecutor(artifact.spec, tensors, limits, scratch, collectives)

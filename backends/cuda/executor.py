@@ -19,18 +19,22 @@ from lmi_multi.parallel.collectives import Collectives
 
 from .ahead import Ahead, Flight
 from .attention import CudaPagedAttention, DecodeAttention
-from .graphs import Angles, NotCoveredError, StepGraphs, can_capture
+from .graphs import Angles, StepGraphs, can_capture
 from .inputs import StepInputs, upload
 from .ops import CudaOps, Scratch
+from .prefill import Prefill
+from .prefill_graphs import PrefillGraphs
+from .program import MOST_ROWS, NotCoveredError
 
 log = logging.getLogger(__name__)
 
 
 class CudaExecutor(TorchExecutor):
-    """`TorchExecutor` by `CudaOps`, with decode attention by kernels.
+    """`TorchExecutor` by `CudaOps`, with attention by kernels.
 
     Single-token rows run as captured steps where the network allows (`captured` False: never), and
-    ahead of the host where their options do.
+    ahead of the host where their options do; up to `program_rows` of them have their layers as one
+    kernel. Short prompts run as captured prefills.
     """
 
     spare_blocks = 1
@@ -43,9 +47,13 @@ class CudaExecutor(TorchExecutor):
         scratch: Scratch,
         collectives: Collectives,
         captured: bool = True,
+        program_rows: int = MOST_ROWS,
     ) -> None:
         super().__init__(spec, tensors, limits, CudaOps(scratch), collectives)
+        self._whole = collectives.pipeline.stage is None
         self._kernel = DecodeAttention(self._cache, scratch)
+        self._prefill = Prefill(self._network, self._heads, self._cache)
+        self._prefill_graphs: PrefillGraphs | None = None
         self._flight: Flight | None = None
         self._fed: StepGraphs | None = None
         self._ahead: Ahead | None = None
@@ -59,11 +67,12 @@ class CudaExecutor(TorchExecutor):
                     scratch,
                     StepInputs(limits, limits.max_batch, encoded, self._device),
                     angles,
+                    program_rows,
                 )
                 for _ in range(2)
             )
             self._ahead = Ahead(ahead)
-            self._try_captured()
+            self._try_captured(angles)
 
     @torch.inference_mode()
     def step(self, batch: Batch) -> StepResult:
@@ -119,8 +128,9 @@ class CudaExecutor(TorchExecutor):
 
     def close(self) -> None:
         """See `TorchExecutor.close`."""
-        self._flight = self._fed = self._ahead = None
-        self.__dict__.pop("_kernel", None)
+        self._flight = self._fed = self._ahead = self._prefill_graphs = None
+        for name in ("_kernel", "_prefill"):
+            self.__dict__.pop(name, None)
         super().close()
 
     def _draw(self, numbers: Sequence[int], rows: Sequence[Row]) -> dict[int, Draw | Continuations]:
@@ -137,9 +147,9 @@ class CudaExecutor(TorchExecutor):
         singles = next((i for i, row in enumerate(rows) if len(row.token_ids) > 1), len(rows))
         step = self._fed.logits(singles) if self._fed is not None and singles else None
         if self._fed is None or step is None:
-            return super()._next_logits(rows)
+            return self._prefill_logits(rows)
         # Longer rows first: the graph's logits are read before anything else is replayed.
-        others = super()._next_logits(rows[singles:])
+        others = self._prefill_logits(rows[singles:])
         single = rows[:singles]
         self._fed.inputs.fill(single)
         ids = np.array([row.token_ids[0] for row in single], dtype=np.int64)
@@ -152,7 +162,7 @@ class CudaExecutor(TorchExecutor):
         return torch.cat(parts) if parts else None
 
     @torch.inference_mode()
-    def _try_captured(self) -> None:
+    def _try_captured(self, angles: Angles | None) -> None:
         """Do without captured steps if the kernels do not cover the network."""
         try:
             if self._fed is not None:
@@ -161,6 +171,33 @@ class CudaExecutor(TorchExecutor):
         except NotCoveredError:
             log.warning("the kernels do not cover this network's attention: it runs uncaptured")
             self._fed = self._ahead = None
+        if self._fed is not None and self._prefill.covers():
+            self._prefill_graphs = PrefillGraphs(self._prefill, self.limits, angles, self._device)
+            self.clears_blocks = False  # no kernel reads what lies beyond a row's tokens
+
+    def _prefill_logits(self, rows: Sequence[Row]) -> Tensor | None:
+        """As `TorchExecutor` does, but rows of several tokens by a graph or by the kernels."""
+        if not self._whole or all(len(row.token_ids) == 1 for row in rows):
+            return super()._next_logits(rows)
+        if self._prefill_graphs is not None:
+            logits = self._prefill_graphs.logits(rows)
+            if logits is not None:
+                return logits if len(logits) else None
+        hidden, last = self._prefill.decode(rows)
+        return self._network.logits(hidden.index_select(0, last)) if len(last) else None
+
+    def _decode_part(self, rows: Sequence[Row]) -> Tensor:
+        if all(len(row.token_ids) == 1 for row in rows):
+            return super()._decode_part(rows)
+        return self._prefill.decode(rows)[0]
+
+    def _encode(self, prompts: Sequence[Prompt]) -> Tensor:
+        return self._prefill.encode(prompts)
+
+    def _encode_to_cache(self, prompts: Sequence[Prompt]) -> None:
+        graphs = self._prefill_graphs
+        if graphs is None or not graphs.encode_to_cache(prompts):
+            self._prefill.encode_to_cache(prompts)
 
     def _attention(self, rows: Sequence[Row]) -> PagedAttention:
         return CudaPagedAttention(self._cache, rows, self._device, self._kernel)

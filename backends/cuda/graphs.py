@@ -7,6 +7,7 @@ import threading
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,9 @@ from lmi_multi.models.weights import Layer
 from .attention import DecodeAttention, splits
 from .draws import DrawInputs, DrawKind
 from .inputs import StepInputs
-from .ops import Scratch
+from .ops import MOST_ROWS as OF_ROWS
+from .ops import CudaOps, Scratch
+from .program import MOST_ROWS, NotCoveredError, Recorder, StepProgram
 
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 # Clients choose among some thousand kinds of draw, and each graph stops all rows while it is made.
@@ -29,10 +32,6 @@ MOST_SAMPLED = 32
 _CAPTURING = threading.Lock()
 
 log = logging.getLogger(__name__)
-
-
-class NotCoveredError(Exception):
-    """The kernels do not cover this network: its steps cannot be captured."""
 
 
 def sizes(most: int) -> list[int]:
@@ -70,8 +69,9 @@ class CapturedAttention:
         inputs: StepInputs,
         rows: int,
         angles: tuple[Tensor, Tensor] | None,
+        blocks: int = 2,
     ) -> None:
-        parts = splits(kernel.heads, rows, inputs.ids.device)
+        parts = splits(kernel.heads, rows, inputs.ids.device, blocks)
         self._kernel, self._angles = kernel, angles
         self._where, self._cross = inputs.where(rows, parts), inputs.cross_where(rows, parts)
 
@@ -111,6 +111,7 @@ class StepGraphs:
         scratch: Scratch,
         inputs: StepInputs,
         angles: Angles | None,
+        most_program_rows: int = MOST_ROWS,
     ) -> None:
         self.inputs, self.draws = inputs, DrawInputs(inputs.most, inputs.ids.device)
         self._network, self._kernel, self._scratch = network, kernel, scratch
@@ -118,7 +119,8 @@ class StepGraphs:
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(inputs.ids.device)  # type: ignore[no-untyped-call]
         self._captured: dict[tuple[int, DrawKind | None], Captured | None] = {}
-        self._angles = angles
+        self._programs: dict[int, StepProgram | None] = {}
+        self._angles, self._most_program_rows = angles, most_program_rows
 
     def logits(self, rows: int) -> Captured | None:
         """A step that ends with the logits: float32 [size >= rows, vocab]. None if it cannot be
@@ -141,12 +143,39 @@ class StepGraphs:
         return self._sizes[bisect_left(self._sizes, rows)]
 
     def _logits(self, size: int) -> Tensor:
-        inputs = self.inputs
+        inputs, network = self.inputs, self._network
         positions = inputs.lengths[:size] - 1
         angles = None if self._angles is None else self._angles.at(positions)
+        x = network.embed(inputs.ids[:size], positions)
+        program = self._program(x, angles)
+        if program is not None:
+            return network.logits(program.run(x, angles))
         attention = CapturedAttention(self._kernel, inputs, size, angles)
-        hidden = self._network.decode(inputs.ids[:size], positions, attention)
-        return self._network.logits(hidden)
+        return network.logits(network.decode_embedded(x, attention))
+
+    def _program(self, x: Tensor, angles: tuple[Tensor, Tensor] | None) -> StepProgram | None:
+        """The layers for as many rows as `x` has; None if they are no single kernel's."""
+        size = len(x)
+        if size > self._most_program_rows:
+            return None
+        if size not in self._programs:
+            try:
+                self._programs[size] = self._record(torch.empty_like(x), angles)
+            except NotCoveredError:
+                self._programs[size] = None
+        return self._programs[size]
+
+    def _record(self, x: Tensor, angles: tuple[Tensor, Tensor] | None) -> StepProgram:
+        own = None if angles is None else (torch.empty_like(angles[0]), torch.empty_like(angles[1]))
+
+        def record(recorder: Recorder) -> Tensor:
+            most = dict.fromkeys(OF_ROWS, len(x))  # of every type of weights
+            network = self._network.with_ops(CudaOps(self._scratch, most, recorder))
+            kernel = self._kernel.with_kernels(recorder)
+            attention = CapturedAttention(kernel, self.inputs, len(x), own, blocks=1)
+            return network.decode_embedded(x, attention)
+
+        return StepProgram(x, own, self._scratch.barrier, record)
 
     def _greedy(self, size: int) -> Tensor:
         scratch = self._scratch
@@ -177,35 +206,36 @@ class StepGraphs:
             kept = self.inputs.ids.clone()  # a step may be under way, and the next need its tokens
             self.inputs.clear()
             try:
-                self._captured[key] = self._capture(body)
+                self._captured[key] = capture(body, self._stream, self._pool)
             except torch.OutOfMemoryError:
                 log.warning("no memory to capture a step of %d rows: it runs uncaptured", size)
                 self._captured[key] = None
             self.inputs.ids.copy_(kept)
         return self._captured[key]
 
-    def _capture(self, body: Callable[[], Tensor]) -> Captured:
-        """Run `body` once, so that all it sets up is there, and record it."""
-        with _CAPTURING, interrupts.delayed():
-            current = torch.cuda.current_stream()
-            self._stream.wait_stream(current)
-            with torch.cuda.stream(self._stream):
-                body()
-            current.wait_stream(self._stream)
-            graph = torch.cuda.CUDAGraph()
-            # Other threads may load models and compute meanwhile.
-            with torch.cuda.graph(
-                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-            ):
-                out = body()
-            return Captured(graph, out)
+
+def capture(body: Callable[[], Tensor], stream: torch.cuda.Stream, pool: Any) -> Captured:
+    """Run `body` once on `stream`, so that all it sets up is there, and record it; its memory is
+    of `pool`, a handle of torch's."""
+    with _CAPTURING, interrupts.delayed():
+        current = torch.cuda.current_stream()
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            body()
+        current.wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may load models and compute meanwhile.
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            out = body()
+        return Captured(graph, out)
 
 
 def can_capture(network: Transformer) -> bool:
     """Whether steps of this network depend on nothing but the rows' tokens and lengths, and are
-    one process's affair."""
-    spec = network.spec
-    return network.collectives.size == 1 and spec.decoder_layers > 0 and not spec.length_dependent
+    one process's affair: a captured step of several would hold their messages."""
+    spec, others = network.spec, network.collectives
+    alone = others.size == 1 and others.pipeline.stage is None
+    return alone and spec.decoder_layers > 0 and not spec.length_dependent
 
 
 def _covered(out: Tensor | None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ MOST_ROWS: Mapping[torch.dtype, int] = {
     torch.float16: 8,
     torch.bfloat16: 8,
     torch.int8: 32,
+    torch.float8_e4m3fn: 32,
 }
 ACTIVATIONS: dict[Activation | None, int] = {
     None: 0,
@@ -26,6 +28,8 @@ ACTIVATIONS: dict[Activation | None, int] = {
     "relu": 3,
     "silu": 4,
 }
+# Activations that cuBLASLt has as epilogues behind a bias; its gelu is the tanh form.
+EPILOGUES = ("gelu_tanh", "relu")
 
 
 class Scratch:
@@ -35,14 +39,23 @@ class Scratch:
         """`counters`: at least so many; attention wants one for each head of each row."""
         self.work = torch.empty(8 << 20, dtype=torch.float32, device=device)
         self.counters = torch.zeros(max(counters, 1 << 16), dtype=torch.int32, device=device)
+        self.barrier = torch.zeros(1, dtype=torch.int32, device=device)
 
 
 class CudaOps(Reference):
-    """`lmi_multi.ops.Ops` by the kernels. What one does not cover, it leaves to `Reference`."""
+    """`lmi_multi.ops.Ops` by the kernels. What one does not cover, it leaves to `Reference`.
 
-    def __init__(self, scratch: Scratch, most_rows: Mapping[torch.dtype, int] = MOST_ROWS) -> None:
+    `kernels`: the compiled ones, or what takes their place.
+    """
+
+    def __init__(
+        self,
+        scratch: Scratch,
+        most_rows: Mapping[torch.dtype, int] = MOST_ROWS,
+        kernels: Any = None,
+    ) -> None:
         self._scratch, self._most_rows = scratch, most_rows
-        self._kernels = torch.ops.lmi_multi
+        self._kernels = torch.ops.lmi_multi if kernels is None else kernels
 
     def norm(self, x: Tensor, norm: Norm, eps: float) -> Tensor:
         """See `Ops.norm`."""
@@ -60,6 +73,16 @@ class CudaOps(Reference):
             out = self._fused(x, linear, dtype, activation=activation, gated=gated)
             if out is not None:
                 return out
+        weight, bias = linear.weight, linear.bias
+        if (
+            bias is not None
+            and activation in EPILOGUES
+            and not gated
+            and weight.dtype in (torch.float16, torch.bfloat16)
+            and x.dtype == bias.dtype == weight.dtype
+        ):  # the activation in the product's own kernel
+            use_gelu = activation == "gelu_tanh"
+            return torch._addmm_activation(bias, x, weight.t(), use_gelu=use_gelu)
         return super().linear(x, linear, activation, gated)
 
     def activate(self, y: Tensor, activation: Activation, gated: bool = False) -> Tensor:

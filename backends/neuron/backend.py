@@ -12,7 +12,7 @@ from lmi_multi.backends.base import Availability, Executor
 from lmi_multi.checkpoint.artifact import Artifact
 from lmi_multi.errors import BackendError, CapacityError, OptionError
 from lmi_multi.fit import Network, estimate
-from lmi_multi.instances import INSTANCES, Instance
+from lmi_multi.instances import INSTANCES, REFUSED, Instance
 from lmi_multi.models.schema import check_degree
 from lmi_multi.models.spec import ModelSpec
 
@@ -56,6 +56,7 @@ class NeuronBackend:
         pipeline_parallel: int = 1,
         max_batch: int | None,
         max_tokens: int | None,
+        memory_share: float | None = None,
     ) -> Executor:
         """See `Backend.load`. Raises BackendError for what a runtime cannot carry."""
         if pipeline_parallel != 1:
@@ -63,8 +64,14 @@ class NeuronBackend:
                 f"pipeline_parallel is {pipeline_parallel}; allowed on NeuronCores: 1, with a "
                 "higher tensor_parallel"
             )
-        name, instance = runtimes.choose(), _instance()
+        if memory_share is not None:
+            raise OptionError(
+                f"memory_share is {memory_share!r}, must be None on NeuronCores, whose memory the "
+                "compiled graphs divide"
+            )
         network = Network.of(artifact, str(artifact.folder))
+        _check_weights(network)
+        name, instance = runtimes.choose(), _instance()
         if name == "emulator" and instance is None:
             memory = _free_memory(artifact, tensor_parallel)
             limits = sizing.plan(
@@ -101,6 +108,7 @@ class NeuronBackend:
     ) -> GraphPlan:
         """See `AheadOfTime.plan`."""
         on = instances.find(instance)
+        _check_weights(network)
         limits = sizing.limits_on(network, on, tensor_parallel, max_batch, max_tokens)
         _check(network.spec, tensor_parallel)
         return plan_graphs(network, on, tensor_parallel, limits, progress)
@@ -122,6 +130,7 @@ class NeuronBackend:
         if jobs is not None and jobs < 1:
             raise OptionError(f"jobs is {jobs}, must be at least 1")
         network = Network.of(artifact, str(artifact.folder))
+        _check_weights(network)
         limits = sizing.limits_on(network, on, tensor_parallel, max_batch, max_tokens)
         _check(artifact.spec, tensor_parallel)
         place = open_cache(network, tensor_parallel, limits, cache)
@@ -169,6 +178,11 @@ def _check(spec: ModelSpec, degree: int) -> None:
             "know; the neuron backend runs linear, llama3, yarn or none"
         )
     check_degree(spec, degree)
+
+
+def _check_weights(network: Network) -> None:
+    if network.quantize and (refusal := REFUSED.get(("neuron", network.quantize))):
+        raise BackendError(f"quantize is {network.quantize!r}, must be None or int8: {refusal}")
 
 
 def _free_memory(artifact: Artifact, degree: int) -> int:

@@ -11,6 +11,7 @@ import psutil
 
 from lmi_multi.backends.base import Availability, Executor, Limits
 from lmi_multi.backends.limits import plan_limits
+from lmi_multi.backends.memory import Device
 from lmi_multi.backends.torch_executor import TorchExecutor
 from lmi_multi.checkpoint.artifact import Artifact
 from lmi_multi.errors import CapacityError
@@ -21,7 +22,7 @@ from lmi_multi.parallel.collectives import SingleRank
 from lmi_multi.parallel.executor import identity, open_ranks
 from lmi_multi.parallel.grid import Grid, connect
 
-CACHE_SHARE = 0.5  # of the memory that the weights leave
+CACHE_SHARE = 0.5  # of the memory that the weights leave, where nobody says
 
 
 class CpuBackend:
@@ -43,6 +44,7 @@ class CpuBackend:
         pipeline_parallel: int = 1,
         max_batch: int | None,
         max_tokens: int | None,
+        memory_share: float | None = None,
     ) -> Executor:
         """See `Backend.load`."""
         spec, grid = artifact.spec, Grid(tensor_parallel, pipeline_parallel)
@@ -52,7 +54,7 @@ class CpuBackend:
             spec,
             item_bytes=4 if artifact.dtype == "fp32" else 2,
             ranks=grid.tensor,
-            memory=_cache_memory(artifact, grid, stages),
+            memory=_cache_memory(artifact, grid, stages, memory_share),
             layers=max(len(stage.decoder) for stage in stages),
             max_batch=max_batch,
             max_tokens=max_tokens,
@@ -64,19 +66,24 @@ class CpuBackend:
         return open_ranks(grid, build, limits, device, "gloo", identity(artifact, grid))
 
 
-def _cache_memory(artifact: Artifact, grid: Grid, stages: Sequence[Stage]) -> int:
+def _cache_memory(
+    artifact: Artifact, grid: Grid, stages: Sequence[Stage], memory_share: float | None
+) -> int:
     """Bytes that each rank may spend on its cache. Raises CapacityError if weights do not fit."""
     names = [tensor.name for tensor in artifact.stored]
     weights = grid.tensor * sum(
         artifact.tensor_bytes(0, grid.tensor, stage.tensors(names)) for stage in stages
     )
-    free = psutil.virtual_memory().available
-    if weights > free:
+    memory = psutil.virtual_memory()
+    host = Device("the host", memory.total, memory.available)
+    room = host.free if memory_share is None else host.budget(memory_share)
+    if weights > room:
         raise CapacityError(
-            f"the weights need {weights / 2**30:.2f} GiB of memory, but {free / 2**30:.2f} GiB are "
-            "free; try dtype='bf16' or quantize='int8'"
+            f"the weights need {weights / 2**30:.2f} GiB of memory, but {room / 2**30:.2f} GiB are "
+            "free; try dtype='bf16' or quantize='int8' or 'fp8'"
         )
-    return int((free - weights) * CACHE_SHARE / grid.size)
+    share = CACHE_SHARE if memory_share is None else 1.0
+    return int((room - weights) * share / grid.size)
 
 
 def _build_rank(folder: Path, grid: Grid, limits: Limits, rank: int, size: int) -> Executor:

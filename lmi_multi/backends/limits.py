@@ -37,7 +37,7 @@ def plan_limits(
     longest = spec.max_positions
     if max_tokens is not None and longest and max_tokens > longest:
         raise OptionError(f"max_tokens is {max_tokens}, but the model's positions end at {longest}")
-    tokens = max_tokens or min(longest or DEFAULT_TOKENS, DEFAULT_TOKENS)
+    tokens = max_tokens or default_tokens(spec)
     batch = max_batch or default_batch
     per_row = row_blocks(spec, tokens, tokens, block_size)
     block = block_bytes(spec, item_bytes, ranks, block_size, layers)
@@ -55,6 +55,11 @@ def plan_limits(
         blocks=min(batch * per_row, fitting),
         block_size=block_size,
     )
+
+
+def default_tokens(spec: ModelSpec) -> int:
+    """`max_tokens` where nobody says."""
+    return min(spec.max_positions or DEFAULT_TOKENS, DEFAULT_TOKENS)
 
 
 def row_blocks(spec: ModelSpec, tokens: int, prompt: int, block_size: int) -> int:

@@ -30,6 +30,7 @@ class TorchExecutor:
     """
 
     spare_blocks = 0  # of the cache, beyond the limits': they belong to nobody
+    clears_blocks = True  # zeroes a block for a new owner
 
     def __init__(
         self,
@@ -119,12 +120,17 @@ class TorchExecutor:
 
     def _prepare(self, batch: Batch) -> None:
         """What comes before the rows: blocks zeroed and copied, prompts encoded."""
-        if fresh := [block for row in batch.rows for block in row.fresh]:
+        fresh = [block for row in batch.rows for block in row.fresh]
+        if fresh and self.clears_blocks:
             self._cache.clear(fresh)
         if copies := [pair for row in batch.rows for pair in row.copies]:
             self._cache.copy(copies)
         if batch.prompts:
-            self._write_cross(batch.prompts, self._encode(batch.prompts))
+            self._encode_to_cache(batch.prompts)
+
+    def _encode_to_cache(self, prompts: Sequence[Prompt]) -> None:
+        """Encode prompts and keep their cross-attention keys and values."""
+        self._write_cross(prompts, self._encode(prompts))
 
     def _decode(self, rows: Sequence[Row]) -> Tensor:
         """The decoder's output [tokens, hidden] for the rows' tokens."""

@@ -33,7 +33,7 @@ from lmi_multi.checkpoint.layout import (
     stored_tensors,
 )
 from lmi_multi.checkpoint.plan import Entry, Plan, fuse, make_plan
-from lmi_multi.checkpoint.quantize import quantize_int8
+from lmi_multi.checkpoint.quantize import quantize as quantized
 from lmi_multi.checkpoint.reader import Reader
 from lmi_multi.checkpoint.s3.address import is_address
 from lmi_multi.checkpoint.shard import local_chunks
@@ -43,6 +43,7 @@ from lmi_multi.checkpoint.writer import RankFile, sha256
 from lmi_multi.errors import CapacityError, CheckpointError, OptionError
 from lmi_multi.models.schema import check_degree
 from lmi_multi.models.spec import ModelSpec
+from lmi_multi.models.weights import LARGEST
 
 CHUNK_ELEMENTS = 2 * 2**20
 _MARGIN = 2**20  # manifest, headers and the file system's own blocks
@@ -61,9 +62,9 @@ def convert(
     """Write the checkpoint `source` as an artifact into the folder `target`, and open it.
 
     `dtype`: auto (the checkpoint's own; bf16 for T5 in place of fp16), fp32, fp16 or bf16.
-    `quantize`: None or "int8" (weights only). `tensor_parallel`: one file for each of so many
-    ranks. `progress` is called as bytes are written. Memory use is that of about two of the
-    largest tensors. The target appears whole or not at all; an artifact there is replaced.
+    `quantize`: None, "int8" or "fp8" (e4m3), weights only. `tensor_parallel`: one file for each of
+    so many ranks. `progress` is called as bytes are written. Memory use is that of about two of
+    the largest tensors. The target appears whole or not at all; an artifact there is replaced.
 
     Raises OptionError (invalid options), CheckpointError (a source that cannot be used, a target
     that is neither empty nor an artifact) and CapacityError (too little free disk space).
@@ -101,7 +102,7 @@ def check_options(dtype: str, quantize: str | None, tensor_parallel: int) -> Non
         raise OptionError(f"dtype is {dtype!r}, must be one of {', '.join(dtypes)}")
     kinds = get_args(QuantizeName)
     if quantize is not None and quantize not in kinds:
-        raise OptionError(f"quantize is {quantize!r}, must be None or {', '.join(kinds)}")
+        raise OptionError(f"quantize is {quantize!r}, must be one of None, {', '.join(kinds)}")
     if type(tensor_parallel) is not int or tensor_parallel < 1:
         raise OptionError(f"tensor_parallel is {tensor_parallel!r}, must be an integer above 0")
 
@@ -208,11 +209,12 @@ class _Job:
                 file.close()
 
     def _tensors(self, entry: Entry, stored: dict[str, Stored]) -> Iterator[tuple[str, Tensor]]:
-        """The whole tensors that `entry` becomes: itself, or int8 codes and their scale."""
-        if stored[entry.name].dtype != torch.int8:
+        """The whole tensors that `entry` becomes: itself, or codes and their scale."""
+        dtype = stored[entry.name].dtype
+        if dtype not in LARGEST:
             yield entry.name, load(self.reader, entry, self.plan.spec)
             return
-        codes, scale = quantize_int8(load(self.reader, entry, self.plan.spec))
+        codes, scale = quantized(load(self.reader, entry, self.plan.spec), dtype)
         yield entry.name, codes
         yield entry.name.removesuffix("weight") + "scale", scale
 

@@ -13,12 +13,13 @@ from lmi_multi.models.schema import Split, TensorSchema, schema
 from lmi_multi.models.spec import ModelSpec
 
 DtypeName = Literal["fp32", "fp16", "bf16"]
-QuantizeName = Literal["int8"]
+QuantizeName = Literal["int8", "fp8"]
 DTYPES: dict[DtypeName, torch.dtype] = {
     "fp32": torch.float32,
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
 }
+CODES: dict[QuantizeName, torch.dtype] = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def stored_tensors(
             raise KeyError(name)
         if quantize and entry.quantized:
             scale = entry.bias()
-            result.append(Stored(name, entry.shape, torch.int8, entry.split))
+            result.append(Stored(name, entry.shape, CODES[quantize], entry.split))
             result.append(Stored(f"{module}.scale", scale.shape, torch.float32, scale.split))
         else:
             kind = _float_dtype(spec, module, dtype, quantize)

@@ -30,6 +30,7 @@ def bench(
     quantize: options.Quantize = None,
     tensor_parallel: options.TensorParallel = 1,
     pipeline_parallel: options.PipelineParallel = 1,
+    memory_share: options.MemoryShare = None,
     revision: options.Revision = None,
 ) -> None:
     """Time a model on random prompts: the first token, and each step after it.
@@ -52,6 +53,7 @@ def bench(
             pipeline_parallel=pipeline_parallel,
             max_batch=max(batch),
             max_tokens=prompt_tokens + new_tokens,
+            memory_share=memory_share,
             revision=revision,
             prefix_caching=False,  # every round has the same prompts
             progress=progress,

@@ -88,7 +88,9 @@ def deploy(
     dtype: Annotated[
         str | None, typer.Option(help="auto, fp32, fp16 or bf16.", rich_help_panel=_MODEL)
     ] = None,
-    quantize: Annotated[str | None, typer.Option(help="int8.", rich_help_panel=_MODEL)] = None,
+    quantize: Annotated[
+        str | None, typer.Option(help="int8 or fp8.", rich_help_panel=_MODEL)
+    ] = None,
     tensor_parallel: Annotated[
         str | None,
         typer.Option(

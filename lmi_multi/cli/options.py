@@ -25,7 +25,8 @@ Dtype = Annotated[
 Quantize = Annotated[
     str | None,
     typer.Option(
-        help="int8: weights of one byte, a scale per output channel.", rich_help_panel=LOADING
+        help="int8 or fp8 (e4m3): weights of one byte, a scale per output channel.",
+        rich_help_panel=LOADING,
     ),
 ]
 TensorParallel = Annotated[
@@ -44,6 +45,13 @@ MaxBatch = Annotated[
 MaxTokens = Annotated[
     int | None,
     typer.Option(help="Tokens of prompt and answer in all.", rich_help_panel=LOADING),
+]
+MemoryShare = Annotated[
+    float | None,
+    typer.Option(
+        help="Part of a GPU's memory that the model may take, such as 0.5; else 0.9.",
+        rich_help_panel=LOADING,
+    ),
 ]
 Revision = Annotated[
     str | None,

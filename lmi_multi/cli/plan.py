@@ -43,7 +43,8 @@ def plan(
     bytes of each core. Instructions are counted where torch-xla is installed.
 
     Figures come from shapes. They assume 1 GiB of each device and 2 GiB of the host for everything
-    else, and give 80% of what the weights leave to the cache.
+    else. On a GPU the model takes 90% of the memory, and the cache gets what weights and a step
+    leave; on NeuronCores it gets 80% of what the weights leave.
     """
     from lmi_multi.errors import OptionError
     from lmi_multi.fit import read_network, report
@@ -62,7 +63,8 @@ def plan(
     if max_batch is not None:
         raise OptionError("max_batch needs tensor_parallel: it is for the list of graphs")
     chosen = INSTANCES if instance is None else (find(instance),)
-    found = report(read_network(source, revision), chosen, max_tokens, pipeline_parallel)
+    network = read_network(source, revision)
+    found = report(network, chosen, max_tokens, pipeline_parallel=pipeline_parallel)
     if json:
         json_page(found.model_dump(mode="json"))
         return
@@ -115,7 +117,9 @@ def _graph_table(source: str, found: GraphPlan) -> Table:
 
 
 def _overview(found: Report) -> Table:
-    formats = list(dict.fromkeys((o.dtype, o.quantize) for i in found.instances for o in i.options))
+    every = [(o.dtype, o.quantize) for i in found.instances for o in i.options]
+    # Columns are scarce, and fp8 takes exactly what int8 takes: `_closing` says so.
+    formats = list(dict.fromkeys(f for f in every if f[1] != "fp8" or _only_fp8(found)))
     heads = [f"{dtype} {quantize}" if quantize else dtype for dtype, quantize in formats]
     shown = table("instance", "devices", "each", "host", *heads, title=_title(found))
     for fit in found.instances:
@@ -129,7 +133,13 @@ def _overview(found: Report) -> Table:
         )
     for column in shown.columns:
         column.no_wrap = True
+    shown.columns[0].min_width = max(len(fit.name) for fit in found.instances)
     return shown
+
+
+def _only_fp8(found: Report) -> bool:
+    """Whether the source is an artifact of fp8 weights: anything else comes with int8 beside it."""
+    return found.quantize == "fp8"
 
 
 def _cell(option: Option | None) -> str:
@@ -173,6 +183,8 @@ def _closing(found: Report) -> None:
     tokens = next((o.max_tokens for i in found.instances for o in i.options if o.max_tokens), None)
     if tokens is not None and len(found.instances) > 1:
         note(f"tp D: N is the least degree D that fits, and N sequences of {tokens:,} tokens")
+    if len(found.instances) > 1 and {None, "int8"} <= {best.quantize for best in found.smallest}:
+        note("fp8 takes on GPUs what int8 takes")
     for best in found.smallest:
         name = f"{best.dtype} {best.quantize}" if best.quantize else best.dtype
         note(f"smallest for {name}: {best.instance} at {_degree(best)}")

@@ -95,6 +95,7 @@ def serve(
     ] = None,
     max_batch: options.MaxBatch = None,
     max_tokens: options.MaxTokens = None,
+    memory_share: options.MemoryShare = None,
     revision: options.Revision = None,
     fallback: options.Fallback = None,
     entry_point: Annotated[
@@ -141,6 +142,7 @@ def serve(
         "pipeline_parallel": pipeline_parallel,
         "max_batch": max_batch,
         "max_tokens": max_tokens,
+        "memory_share": memory_share,
         "revision": revision,
         "fallback": fallback,
         "entry_point": entry_point,

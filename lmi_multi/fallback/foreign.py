@@ -27,6 +27,7 @@ def check_options(
     pipeline_parallel: int,
     max_batch: int | None,
     verify: bool,
+    memory_share: float | None = None,
 ) -> None:
     """Raise OptionError for another fallback, and for an option that it does not carry."""
     if fallback != NAME:
@@ -36,6 +37,7 @@ def check_options(
         ("tensor_parallel", tensor_parallel, (1,), "accelerate spreads layers over all GPUs"),
         ("pipeline_parallel", pipeline_parallel, (1,), "accelerate spreads layers over all GPUs"),
         ("max_batch", max_batch, (None, 1), "one prompt runs at a time"),
+        ("memory_share", memory_share, (None,), "accelerate places layers where they fit"),
         ("verify", verify, (False,), "there are no hashes to compare with"),
     ):
         if not any(value is one or (type(value), value) == (type(one), one) for one in allowed):

@@ -12,7 +12,7 @@ from lmi_multi.errors import OptionError
 from lmi_multi.models.spec import ModelSpec, RelativeBias
 
 NORMS = ("embed_norm", "norm", "norm1", "norm2", "cross_norm", "q_norm", "k_norm")
-# Modules whose weights weight-only quantization stores in int8.
+# Modules whose weights weight-only quantization stores in one byte each.
 QUANTIZED = ("qkv", "out", "up", "down", "cross_q", "cross_kv", "cross_out", "head")
 
 
@@ -58,7 +58,7 @@ class Split:
 
 @dataclass(frozen=True)
 class TensorSchema:
-    """One canonical module's weight: full shape, split of it, and whether int8 applies."""
+    """One canonical module's weight: full shape, split of it, and whether quantization applies."""
 
     shape: tuple[int, ...]
     split: Split | None = None

@@ -69,6 +69,11 @@ def _beside(module: str, first: bool, last: bool, tied: bool) -> bool:
     return first
 
 
+def most_stages(spec: ModelSpec) -> int:
+    """How many stages can have a layer of every stack."""
+    return min(n for n in _layers(spec) if n)
+
+
 def check_stages(spec: ModelSpec, count: int) -> None:
     """Raise OptionError unless each of `count` stages can have a layer of every stack."""
     layers = {s: n for s, n in zip(STACKS, _layers(spec), strict=True) if n}

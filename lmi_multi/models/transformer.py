@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -50,10 +52,23 @@ class Transformer:
     def decode(self, token_ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
         """The decoder's output [tokens, hidden], before the head: the whole one's on the last
         stage, only its own on another."""
+        return self.decode_embedded(self._enter(token_ids, positions, None), attention)
+
+    def embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
+        """What the decoder's layers begin with [tokens, hidden], on the first stage."""
+        return self._embed(token_ids, positions, None)
+
+    def decode_embedded(self, x: Tensor, attention: Attention) -> Tensor:
+        """`decode` of what `embed` returned, or the stage before sent."""
         if self.weights.decoder is None:
             raise ValueError(f"an {self.spec.kind} has no decoder")
-        x = self._enter(token_ids, positions, None)
         return self._run(self.weights.decoder, x, attention)
+
+    def with_ops(self, ops: Ops) -> Transformer:
+        """The same network by other operations."""
+        other = copy(self)
+        other.ops = ops
+        return other
 
     def cross_kv(self, layer: Layer, memory: Tensor) -> Tensor:
         """Packed cross-attention keys and values [tokens, 2 * kv_heads * head_dim] of a layer."""

@@ -17,6 +17,9 @@ from lmi_multi.models.stages import Stage
 # What differs between ranks beside the weights, for backends that trace one program for all.
 FIRST_ID = "rank.first_id"
 SLOPES = "rank.slopes"
+# The types of quantized weights, and the largest code of each. int8's -128 stays unused, so that
+# signs are alike.
+LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
 
 def rank_data(spec: ModelSpec, rank: int, size: int) -> dict[str, Tensor]:
@@ -32,7 +35,8 @@ def rank_data(spec: ModelSpec, rank: int, size: int) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Linear:
-    """weight [out, in] in a float type, or int8 with a float32 scale [out]; bias [out] or None."""
+    """weight [out, in], bias [out] or None. The weight is of a float type, or it is codes in int8
+    or float8_e4m3fn with a float32 scale [out]: row o is then weight[o] * scale[o]."""
 
     weight: Tensor
     bias: Tensor | None = None

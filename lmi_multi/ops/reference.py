@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lmi_multi.models.spec import Activation
-from lmi_multi.models.weights import Linear, Norm
+from lmi_multi.models.weights import LARGEST, Linear, Norm
 from lmi_multi.ops.heads import Heads
 
 
@@ -22,6 +24,20 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "silu": F.silu,
 }
+
+
+def widened(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A quantized weight's codes and scale in `dtype`, such that (x @ codes.T) * scale is exact but
+    for the product's own rounding.
+
+    In fp16 the codes shrink by a power of two to below one, and the scale grows by it: sums of
+    codes up to 448 would leave the type's range, and scales as small as theirs its precision.
+    """
+    wide = codes.to(dtype)
+    if dtype != torch.float16:
+        return wide, scale.to(dtype)
+    unit = 2.0 ** math.frexp(LARGEST[codes.dtype])[1]
+    return wide.mul_(1 / unit), (scale * unit).to(dtype)
 
 
 class Reference:
@@ -70,10 +86,11 @@ class Reference:
         return residual + self._product(x, linear)
 
     def _product(self, x: Tensor, linear: Linear) -> Tensor:
-        weight, bias, scale = linear.weight, linear.bias, linear.scale
-        if scale is None:
+        weight, bias = linear.weight, linear.bias
+        if linear.scale is None:
             return self._matmul(x.to(weight.dtype), weight, bias)
-        y = self._matmul(x, weight.to(x.dtype), None) * scale.to(x.dtype)
+        codes, scale = widened(weight, linear.scale, x.dtype)
+        y = self._matmul(x, codes, None) * scale
         return y if bias is None else y + bias
 
     def _matmul(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -100,6 +100,7 @@ OPTIONS = (
     Option("pipeline_parallel", ("option.pipeline_parallel_degree", "option.pipeline_parallel")),
     Option("max_batch", ("option.max_rolling_batch_size", "option.max_batch")),
     Option("max_tokens", ("option.n_positions", "option.max_model_len", "option.max_tokens")),
+    Option("memory_share", ("option.gpu_memory_utilization", "option.memory_share")),
     Option("prefix_caching", ("option.prefix_caching", "option.enable_prefix_caching")),
     Option("host", ("option.host",)),
     Option("port", ("option.port",), ("SAGEMAKER_BIND_TO_PORT",)),
@@ -172,7 +173,7 @@ INEFFECTIVE = (
     ),
     Ineffective(
         ("option.load_in_8bit",),
-        "say option.quantize=int8 for weights of 8 bits",
+        "say option.quantize=int8 or fp8 for weights of 8 bits",
         allowed=("false",),
     ),
     Ineffective(

@@ -185,10 +185,10 @@ class ServeSettings(BaseModel):
         ),
     ] = Field(
         default="auto",
-        description="auto, fp32, fp16, bf16, or int8, which means option.quantize=int8",
+        description="auto, fp32, fp16, bf16, or int8 or fp8, which mean option.quantize",
     )
-    quantize: Annotated[Literal["int8"] | None, _words("int8")] = Field(
-        default=None, description="int8, or nothing"
+    quantize: Annotated[Literal["int8", "fp8"] | None, _words("int8", "fp8")] = Field(
+        default=None, description="int8, fp8, or nothing"
     )
     tensor_parallel: Annotated[Literal["max"], _words("max")] | _Count = Field(
         default=1, description=f"{_COUNT}, or max"
@@ -196,6 +196,9 @@ class ServeSettings(BaseModel):
     pipeline_parallel: _Count = Field(default=1, description=_COUNT)
     max_batch: _Count | None = Field(default=None, description=_COUNT)
     max_tokens: _Count | None = Field(default=None, description=_COUNT)
+    memory_share: Annotated[Float, BeforeValidator(_number), Field(gt=0, le=1)] | None = Field(
+        default=None, description="a number above 0 and at most 1"
+    )
     prefix_caching: _Flag = Field(default=True, description=_FLAG)
 
     host: Annotated[_Text, Field(pattern=r"^\S+$")] = Field(
@@ -258,10 +261,10 @@ class ServeSettings(BaseModel):
         fields = dict(fields)
         if _folded(fields.get("engine")) == "accelerate" and fields.get("fallback") is None:
             fields["fallback"] = "transformers"
-        if _folded(fields.get("dtype")) == "int8":
+        if (dtype := _folded(fields.get("dtype"))) in ("int8", "fp8"):
             fields["dtype"] = "auto"
             if fields.get("quantize") is None:
-                fields["quantize"] = "int8"
+                fields["quantize"] = dtype
         return fields
 
     @model_validator(mode="after")
@@ -273,6 +276,7 @@ class ServeSettings(BaseModel):
             ("tensor_parallel", (1,), "1"),
             ("pipeline_parallel", (1,), "1"),
             ("max_batch", (None, 1), "1"),
+            ("memory_share", (None,), "nothing"),
             ("verify", (False,), "false"),
         ):
             value = getattr(self, field)
@@ -336,6 +340,7 @@ class ServeSettings(BaseModel):
             "pipeline_parallel": self.pipeline_parallel,
             "max_batch": self.max_batch,
             "max_tokens": self.max_tokens,
+            "memory_share": self.memory_share,
             "revision": self.revision,
             "verify": self.verify,
             "prefix_caching": self.prefix_caching,

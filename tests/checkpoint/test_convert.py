@@ -1,4 +1,4 @@
-"""Conversion: dtypes, int8, what is copied, bad values, progress, disk space, and memory."""
+"""Conversion: dtypes, quantization, what is copied, bad values, progress, disk space, memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 
 from lmi_multi.checkpoint.artifact import Artifact
 from lmi_multi.checkpoint.convert import convert
-from lmi_multi.checkpoint.quantize import quantize_int8
+from lmi_multi.checkpoint.layout import CODES, QuantizeName
+from lmi_multi.checkpoint.quantize import quantize as quantized
 from lmi_multi.checkpoint.source import resolve
 from lmi_multi.checkpoint.writer import RankFile
 from lmi_multi.errors import CapacityError, CheckpointError, OptionError
@@ -64,26 +65,33 @@ def test_fp16_t5_keeps_down_wide(tmp_path: Path) -> None:
     plain = convert(folder, tmp_path / "plain", dtype="fp16").load_rank(0, 1)
     wide = {name for name, tensor in plain.items() if tensor.dtype == torch.float32}
     assert wide == {"encoder.0.down.weight", "decoder.0.down.weight"}
-    int8 = convert(folder, tmp_path / "int8", dtype="fp16", quantize="int8").load_rank(0, 1)
-    assert int8["decoder.0.down.weight"].dtype == torch.int8
-    assert int8["decoder.norm.weight"].dtype == torch.float16
+    for kind in CODES:
+        both = convert(folder, tmp_path / kind, dtype="fp16", quantize=kind).load_rank(0, 1)
+        assert both["decoder.0.down.weight"].dtype == CODES[kind]
+        assert both["decoder.norm.weight"].dtype == torch.float16
 
 
-def test_int8_weights_and_scales(checkpoint: Path, tmp_path: Path) -> None:
-    tensors = convert(checkpoint, tmp_path / "out", dtype="bf16", quantize="int8").load_rank(0, 1)
+@pytest.mark.parametrize("kind", CODES)
+def test_quantized_weights_and_scales(checkpoint: Path, tmp_path: Path, kind: QuantizeName) -> None:
+    tensors = convert(checkpoint, tmp_path / "out", dtype="bf16", quantize=kind).load_rank(0, 1)
     source = llama_state()["model.layers.0.mlp.down_proj.weight"]
     codes, scale = tensors["decoder.0.down.weight"], tensors["decoder.0.down.scale"]
-    assert codes.dtype == torch.int8 and scale.dtype == torch.float32
-    assert torch.equal(scale, source.abs().amax(1) / 127)
-    assert (codes * scale[:, None] - source).abs().max() <= scale.max() / 2 + 1e-6
-    assert tensors["head.weight"].dtype == torch.int8
+    assert codes.dtype == CODES[kind] and scale.dtype == torch.float32
+    assert torch.equal(scale, source.abs().amax(1) / {"int8": 127, "fp8": 448}[kind])
+    error = (codes.float() * scale[:, None] - source).abs()
+    if kind == "int8":
+        assert error.max() <= scale.max() / 2 + 1e-6
+    else:  # half a unit of three bits, or of the smallest code
+        assert (error <= (source.abs() / 16).clamp_min(scale[:, None] * 2**-10) + 1e-6).all()
+    assert tensors["head.weight"].dtype == CODES[kind]
     assert tensors["embed.weight"].dtype == torch.bfloat16
     assert "embed.scale" not in tensors
 
 
-def test_int8_scale_is_that_of_whole_rows(checkpoint: Path, tmp_path: Path) -> None:
-    whole = convert(checkpoint, tmp_path / "1", quantize="int8").load_rank(0, 1)
-    halves = convert(checkpoint, tmp_path / "2", quantize="int8", tensor_parallel=2)
+@pytest.mark.parametrize("kind", CODES)
+def test_scale_is_that_of_whole_rows(checkpoint: Path, tmp_path: Path, kind: str) -> None:
+    whole = convert(checkpoint, tmp_path / "1", quantize=kind).load_rank(0, 1)
+    halves = convert(checkpoint, tmp_path / "2", quantize=kind, tensor_parallel=2)
     parts = [halves.load_rank(rank, 2) for rank in range(2)]
     for part in parts:
         assert torch.equal(part["decoder.0.down.scale"], whole["decoder.0.down.scale"])
@@ -91,22 +99,37 @@ def test_int8_scale_is_that_of_whole_rows(checkpoint: Path, tmp_path: Path) -> N
     assert torch.equal(joined, whole["decoder.0.down.weight"])
 
 
-def test_quantize_edges() -> None:
-    tiny = torch.finfo(torch.float32).tiny * 2**-20
-    weight = torch.tensor([[0.0, 0.0], [-1.0, 1.0], [1e-30, 3e-30], [tiny, -tiny], [3e38, 1e38]])
-    codes, scale = quantize_int8(weight)
+TINY = torch.finfo(torch.float32).tiny * 2**-20
+EDGES = torch.tensor([[0.0, 0.0], [-1.0, 1.0], [1e-30, 3e-30], [TINY, -TINY], [3e38, 1e38]])
+
+
+@pytest.mark.parametrize("kind", CODES)
+def test_quantize_edges(kind: QuantizeName) -> None:
+    codes, scale = quantized(EDGES, CODES[kind])
+    codes = codes.float()
+    largest = {"int8": 127, "fp8": 448}[kind]
     assert codes[0].tolist() == [0, 0] and scale[0] == 1
-    assert codes[1].tolist() == [-127, 127]
-    assert codes[2].tolist() == [42, 127]
+    assert codes[1].tolist() == [-largest, largest]
+    assert codes[2].tolist() == {"int8": [42, 127], "fp8": [144, 448]}[kind]
     assert torch.isfinite(scale).all() and (scale > 0).all()
-    assert int(codes.min()) >= -127
+    assert codes.abs().max() == largest
 
 
-def test_quantize_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp8_rounds_to_the_nearest_and_between_two_to_the_even() -> None:
+    exact = torch.tensor([448.0, 17.0, 19.0, 17.1, -27.0, 2**-9, 2**-10, 1.5 * 2**-9, 447.0])
+    codes, scale = quantized(exact[None], torch.float8_e4m3fn)
+    assert scale.tolist() == [1.0]
+    expected = [448, 16, 20, 18, -28, 2**-9, 0, 2**-8, 448]
+    assert codes[0].float().tolist() == expected
+
+
+@pytest.mark.parametrize("kind", CODES)
+def test_quantize_in_chunks(monkeypatch: pytest.MonkeyPatch, kind: QuantizeName) -> None:
     weight = torch.randn(37, 11)
-    whole = quantize_int8(weight)
+    whole = quantized(weight, CODES[kind])
     monkeypatch.setattr("lmi_multi.checkpoint.quantize._ROW_BYTES", 100)
-    assert all(torch.equal(a, b) for a, b in zip(whole, quantize_int8(weight), strict=True))
+    parts = quantized(weight, CODES[kind])
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
 
 
 def test_chunked_writing(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,12 +147,14 @@ def test_sharded_sources_give_the_same_files(tmp_path: Path, suffix: str) -> Non
     assert single.manifest.files == sharded.manifest.files
 
 
-def test_odd_sizes_stay_aligned(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", CODES)
+def test_odd_sizes_stay_aligned(tmp_path: Path, kind: QuantizeName) -> None:
     config = LLAMA | {"intermediate_size": 23, "vocab_size": 37}
     folder = write(tmp_path / "c", llama_state(config), config)
-    artifact = convert(folder, tmp_path / "out", dtype="bf16", quantize="int8")
+    artifact = convert(folder, tmp_path / "out", dtype="bf16", quantize=kind)
     Artifact.open(artifact.folder, verify_hashes=True)
-    reference = quantize_int8(llama_state(config)["model.layers.1.mlp.down_proj.weight"])
+    source = llama_state(config)["model.layers.1.mlp.down_proj.weight"]
+    reference = quantized(source, CODES[kind])
     tensors = artifact.load_rank(0, 1)
     assert torch.equal(tensors["decoder.1.down.weight"], reference[0])
     assert torch.equal(tensors["decoder.1.down.scale"], reference[1])
@@ -209,7 +234,7 @@ def test_fp16_overflow_suggests_bf16(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"dtype": "float16"}, "dtype is 'float16', must be one of auto, fp32, fp16, bf16"),
-        ({"quantize": "int4"}, "quantize is 'int4', must be None or int8"),
+        ({"quantize": "int4"}, "quantize is 'int4', must be one of None, int8, fp8"),
         ({"tensor_parallel": 0}, "tensor_parallel is 0, must be an integer above 0"),
         ({"tensor_parallel": True}, "tensor_parallel is True"),
         ({"tensor_parallel": 3}, r"tensor_parallel is 3, but heads 4.* over 1, 2, 4"),
@@ -315,7 +340,12 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.mark.parametrize(
     ("kind", "dtype", "quantize"),
-    [("safetensors", "bf16", ""), ("safetensors", "fp32", "int8"), ("bin", "bf16", "")],
+    [
+        ("safetensors", "bf16", ""),
+        ("safetensors", "fp32", "int8"),
+        ("safetensors", "fp32", "fp8"),
+        ("bin", "bf16", ""),
+    ],
 )
 def test_peak_memory(large: Path, tmp_path: Path, kind: str, dtype: str, quantize: str) -> None:
     arguments = [str(large / kind), str(tmp_path / "out"), dtype, quantize]

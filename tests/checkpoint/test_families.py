@@ -44,7 +44,7 @@ def pad_rows(whole: Artifact) -> None:
     assert whole.load_rank(0, 1)["embed.weight"].shape[0] == whole.spec.vocab
 
 
-@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("quantize", [None, "int8", "fp8"])
 def test_any_degree_from_any_other(
     saved: tuple[str, Path, PreTrainedModel], tmp_path: Path, quantize: str | None
 ) -> None:

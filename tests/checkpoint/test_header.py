@@ -29,6 +29,7 @@ def test_reads_what_the_library_writes(tmp_path: Path) -> None:
         "b": torch.zeros(0, 4, dtype=torch.bfloat16),
         "c": torch.tensor(1.0, dtype=torch.float64),
         "d": torch.zeros(5, dtype=torch.int8),
+        "e": torch.zeros(5, 2, dtype=torch.float8_e4m3fn),
     }
     save_file(tensors, tmp_path / "x.safetensors", metadata={"format": "pt"})
     infos = read_header(tmp_path / "x.safetensors")

@@ -34,10 +34,11 @@ def test_checkpoint(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.verified == "no hashes"
 
 
-def test_artifact(checkpoint: Path, tmp_path: Path) -> None:
-    convert(checkpoint, tmp_path / "out", dtype="bf16", quantize="int8", tensor_parallel=2)
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_artifact(checkpoint: Path, tmp_path: Path, kind: str) -> None:
+    convert(checkpoint, tmp_path / "out", dtype="bf16", quantize=kind, tensor_parallel=2)
     found = describe(tmp_path / "out")
-    assert (found.dtype, found.quantize, found.tensor_parallel) == ("bf16", "int8", 2)
+    assert (found.dtype, found.quantize, found.tensor_parallel) == ("bf16", kind, 2)
     assert found.verified == "not requested" and found.source == str(checkpoint)
     assert describe(tmp_path / "out", verify=True).verified == "yes"
     size = found.files["rank-0-of-2.safetensors"]

@@ -74,11 +74,26 @@ def test_the_least_degree_that_fits() -> None:
     assert place(network(8), g5, settings(tensor_parallel=2)).tensor_parallel == 2
 
 
+def test_stages_have_gpus_of_their_own() -> None:
+    g5 = find("g5.12xlarge")
+    both = place(network(70), g5, settings(pipeline_parallel=2))
+    assert (both.tensor_parallel, both.pipeline_parallel) == (1, 2)
+    most = place(network(8), g5, settings(tensor_parallel="max", pipeline_parallel=2))
+    assert (most.tensor_parallel, most.pipeline_parallel) == (2, 2)
+    for name, allowed in (("g5.12xlarge", 4), ("inf2.24xlarge", 1)):
+        with pytest.raises(OptionError) as error:
+            place(network(8), find(name), settings(pipeline_parallel=5))
+        assert str(error.value) == (
+            f"pipeline_parallel is 5; allowed on ml.{name}: an integer from 1 to {allowed}"
+        )
+
+
 def test_what_does_not_fit_says_what_would(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CapacityError) as error:
         place(network(70), find("g5.xlarge"), settings())
     assert "big does not fit ml.g5.xlarge at tensor_parallel 1: " in str(error.value)
-    assert "of device memory are missing for the weights; it fits ml." in str(error.value)
+    missing = "of device memory are missing for the weights and what a step needs beside them"
+    assert f"{missing}; it fits ml." in str(error.value)
     with pytest.raises(CapacityError, match=r"at tensor_parallel 1: .*missing"):
         place(network(70), find("g5.12xlarge"), settings(tensor_parallel=1))
     monkeypatch.setattr(module, "INSTANCES", (find("g5.xlarge"), find("g6.xlarge")))
@@ -152,7 +167,7 @@ def test_unchecked_nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"model": ""}, "MODEL is '', which an endpoint"),
         ({"model": "s3://"}, "'s3://' is no address on S3"),
         ({"model": "demo", "instance": "ml.g5.7xlarge"}, "did you mean 'g5."),
-        ({"model": "demo", "dtype": "fp8"}, "OPTION_DTYPE is 'fp8'; allowed: auto, fp32"),
+        ({"model": "demo", "dtype": "fp4"}, "OPTION_DTYPE is 'fp4'; allowed: auto, fp32"),
         ({"model": "demo", "environment": {"OPTION_DTYP": "x"}}, "did you mean 'OPTION_DTYPE'"),
         (
             {"model": "demo", "dtype": "fp16", "environment": {"OPTION_DTYPE": "fp32"}},

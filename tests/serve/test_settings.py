@@ -33,6 +33,7 @@ VALUES: dict[str, tuple[str, object]] = {
     "pipeline_parallel": ("2", 2),
     "max_batch": (" 7 ", 7),
     "max_tokens": ("512", 512),
+    "memory_share": ("0.75", 0.75),
     "prefix_caching": ("false", False),
     "host": ("0.0.0.0", "0.0.0.0"),
     "port": ("9000", 9000),
@@ -206,8 +207,10 @@ def test_each_source_names_the_script_from_its_place(
         ("option.max_batch=4 # four", "option.max_batch is '4 # four'; allowed: an integer"),
         ("option.predict_timeout=nan", "option.predict_timeout is 'nan'; allowed: a number"),
         ("option.predict_timeout=0", "option.predict_timeout is '0'; allowed: a number"),
-        ("option.dtype=fp8", "option.dtype is 'fp8'; allowed: auto, fp32, fp16, bf16"),
-        ("option.quantize=awq", "option.quantize is 'awq'; allowed: int8"),
+        ("option.dtype=fp4", "option.dtype is 'fp4'; allowed: auto, fp32, fp16, bf16"),
+        ("option.quantize=awq", "option.quantize is 'awq'; allowed: int8, fp8, or nothing"),
+        ("option.gpu_memory_utilization=1.5", "is '1.5'; allowed: a number above 0 and at most 1"),
+        ("option.gpu_memory_utilization=0", "is '0'; allowed: a number above 0 and at most 1"),
         (
             "option.pipeline_parallel_degree=0",
             "option.pipeline_parallel_degree is '0'; allowed: an",
@@ -344,8 +347,9 @@ def test_what_the_platform_sets_is_no_slip(name: str) -> None:
 
 def test_values_that_mean_another_option() -> None:
     assert ServeSettings(engine="Accelerate").fallback == "transformers"
-    found = ServeSettings(dtype="int8")
-    assert (found.dtype, found.quantize) == ("auto", "int8")
+    for kind in ("int8", "fp8"):
+        found = ServeSettings(dtype=kind)
+        assert (found.dtype, found.quantize) == ("auto", kind)
 
 
 # --- loading

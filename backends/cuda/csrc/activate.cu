@@ -29,7 +29,7 @@ template <typename T>
 void launch_activate(const ActivateParams& p, const Device& gpu, cudaStream_t stream) {
   const int64_t threads = p.rows * (p.features / 8);
   const dim3 grid(static_cast<unsigned>((threads + THREADS - 1) / THREADS));
-  launch(&activate_kernel<T>, p, grid, THREADS, 0, gpu.major >= 9, stream);
+  launch(&activate_kernel<T>, p, grid, THREADS, 0, early(gpu), stream);
 }
 
 }  // namespace

@@ -10,9 +10,9 @@
 
 namespace lmi {
 
-template <typename T>
-constexpr int KEYS = 8 / sizeof(T);  // at once in a lane; as many more are under way
-constexpr int LEAST_SHARE = 128;  // tokens of a split: with fewer it costs more than it saves
+// Keys at once in a lane, for so many heads; as many more are under way.
+template <typename T, int G>
+constexpr int KEYS = (G == 4 ? 4 : 8) / sizeof(T);
 constexpr float LOG2E = 1.44269504f;
 
 // exp2(from - to), where nothing at all (-inf) stays nothing.
@@ -21,10 +21,10 @@ __device__ inline float rescale(float from, float to) {
 }
 
 // Keys, values, and how far back they are; negative: there is none.
-template <typename T>
+template <typename T, int N>
 struct Keys {
-  Raw<T> k[KEYS<T>], v[KEYS<T>];
-  int distances[KEYS<T>];
+  Raw<T> k[N], v[N];
+  int distances[N];
 };
 
 // What a group of lanes has seen: the largest score (base 2), the sum of weights, and its
@@ -32,17 +32,17 @@ struct Keys {
 struct Softmax {
   float top = -INFINITY, sum = 0, values[8] = {};
 
-  template <typename T>
-  __device__ void add(const float (&scores)[KEYS<T>], const Raw<T> (&v)[KEYS<T>]) {
+  template <typename T, int N>
+  __device__ void add(const float (&scores)[N], const Raw<T> (&v)[N]) {
     float highest = top;
 #pragma unroll
-    for (int j = 0; j < KEYS<T>; ++j) highest = fmaxf(highest, scores[j]);
+    for (int j = 0; j < N; ++j) highest = fmaxf(highest, scores[j]);
     const float kept = rescale(top, highest);
     sum *= kept;
 #pragma unroll
     for (int i = 0; i < 8; ++i) values[i] *= kept;
 #pragma unroll
-    for (int j = 0; j < KEYS<T>; ++j) {
+    for (int j = 0; j < N; ++j) {
       const float weight = rescale(scores[j], highest);
       sum += weight;
       float own[8];
@@ -67,44 +67,9 @@ struct Softmax {
 };
 
 __device__ inline float sum_over(float x, int width) {
+#pragma unroll 1
   for (int offset = width / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(~0u, x, offset);
   return x;
-}
-
-// A lane's features of a new q or k head: normalized, rotated in half-split layout. There are no
-// branches around loads, so that they are all under way at once.
-template <typename T>
-__device__ void new_head(const AttentionParams& p, const T* head, int row, Operand norm,
-                         float (&x)[8]) {
-  const int first = threadIdx.x % p.width * 8;
-  const bool active = first < p.dim;
-  load8(head + (active ? first : 0), x);
-  float partner[8], cos[8], sin[8];
-  int other[8];
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const int at = active ? first + i : i;
-    const bool turned = at < 2 * p.pairs;
-    const int pair = at < p.pairs ? at : at - p.pairs;
-    other[i] = !turned ? at : at < p.pairs ? at + p.pairs : pair;
-    partner[i] = p.pairs ? widen(head[other[i]]) : 0;
-    cos[i] = turned ? p.cos[row * p.pairs + pair] : 1;
-    sin[i] = turned ? p.sin[row * p.pairs + pair] : 0;
-    if (at < p.pairs) sin[i] = -sin[i];
-  }
-  if (norm.data) {
-    float squares = 0;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) squares += active ? x[i] * x[i] : 0;
-    const float factor = rsqrtf(sum_over(squares, p.width) / p.dim + p.eps);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {  // rounded, as the norm by itself would be
-      x[i] = widen(narrow<T>(x[i] * factor * load(norm, active ? first + i : i)));
-      partner[i] = widen(narrow<T>(partner[i] * factor * load(norm, other[i])));
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < 8; ++i) x[i] = active ? x[i] * cos[i] + partner[i] * sin[i] : 0;
 }
 
 // What the position adds to the score of a key `distance` back, in base 2.
@@ -116,12 +81,12 @@ __device__ inline float position_bias(const AttentionParams& p, int head, int di
 }
 
 // Take in some keys. Heads beyond `last_head` repeat it.
-template <typename T, int G>
+template <typename T, int G, int N>
 __device__ void fold(const AttentionParams& p, Softmax (&of)[G], const float (&q)[G][8],
-                     const Keys<T>& keys, int first_head, int last_head) {
-  float bias[G][KEYS<T>], scores[G][KEYS<T>] = {};
+                     const Keys<T, N>& keys, int first_head, int last_head) {
+  float bias[G][N], scores[G][N] = {};
 #pragma unroll
-  for (int j = 0; j < KEYS<T>; ++j) {
+  for (int j = 0; j < N; ++j) {
     float k[8];
     keys.k[j].unpack(k);
 #pragma unroll
@@ -131,11 +96,12 @@ __device__ void fold(const AttentionParams& p, Softmax (&of)[G], const float (&q
       for (int i = 0; i < 8; ++i) scores[g][j] += q[g][i] * k[i];
     }
   }
+#pragma unroll 1
   for (int offset = p.width / 2; offset > 0; offset /= 2) {
 #pragma unroll
     for (int g = 0; g < G; ++g) {
 #pragma unroll
-      for (int j = 0; j < KEYS<T>; ++j) {
+      for (int j = 0; j < N; ++j) {
         scores[g][j] += __shfl_xor_sync(~0u, scores[g][j], offset);
       }
     }
@@ -143,10 +109,10 @@ __device__ void fold(const AttentionParams& p, Softmax (&of)[G], const float (&q
 #pragma unroll
   for (int g = 0; g < G; ++g) {
 #pragma unroll
-    for (int j = 0; j < KEYS<T>; ++j) {
+    for (int j = 0; j < N; ++j) {
       scores[g][j] = keys.distances[j] < 0 ? -INFINITY : scores[g][j] + bias[g][j];
     }
-    of[g].template add<T>(scores[g], keys.v);
+    of[g].add(scores[g], keys.v);
   }
 }
 
@@ -157,44 +123,50 @@ __device__ inline int64_t slot_of(const AttentionParams& p, int row, int kv, int
   return (slot * p.kv_heads + kv) * p.dim + first;
 }
 
-// Start reading every `step`-th key from `key` on, up to `end`.
-template <typename T>
-__device__ void read_keys(const AttentionParams& p, int row, int kv, int key, int step, int end,
-                     int length, Keys<T>& to) {
+// What a team does: the heads of a chunk, for one split of a row's tokens.
+struct Item {
+  int row, kv, chunk, split;
+  int first_head, heads;        // query heads
+  int length, splits;           // the row's tokens, and the splits that have some
+  int begin, end, cached;       // the split's tokens; those before `cached` are in the cache
+  bool newest;                  // the last one is not
+
+  __device__ Item(const AttentionParams& p, int group_size, int index) {
+    const int chunks = p.kv_heads * p.chunks;
+    row = index / chunks % p.rows, split = index / chunks / p.rows;
+    kv = index % chunks / p.chunks, chunk = index % p.chunks;
+    const int group = p.heads / p.kv_heads;
+    first_head = kv * group + chunk * group_size;
+    heads = min(group_size, group - chunk * group_size);
+    length = p.lengths[row];
+    // Lengths change from one replay of a graph to the next, so the splits that have work are
+    // counted here.
+    const int start = p.window ? max(0, length - p.window) : 0;
+    const int share = max((length - start + p.splits - 1) / p.splits, p.least_share);
+    splits = max((length - start + share - 1) / share, 1);
+    begin = start + split * share, end = min(length, begin + share);
+    newest = p.new_k && end == length && begin < end;
+    cached = newest ? end - 1 : end;
+  }
+
+  __device__ bool has_work() const { return split < splits; }
+};
+
+// Start reading every `step`-th cached key from `key` on.
+template <typename T, int N>
+__device__ void read_keys(const AttentionParams& p, const Item& it, int key, int step,
+                          Keys<T, N>& to) {
   const int first = threadIdx.x % p.width * 8;
 #pragma unroll
-  for (int j = 0; j < KEYS<T>; ++j) {
+  for (int j = 0; j < N; ++j) {
     const int at = key + j * step;
-    to.distances[j] = at < end ? length - 1 - at : -1;
-    if (at < end && first < p.dim) {
-      const int64_t slot = slot_of(p, row, kv, at, first);
+    to.distances[j] = at < it.cached ? it.length - 1 - at : -1;
+    if (at < it.cached && first < p.dim) {
+      const int64_t slot = slot_of(p, it.row, it.kv, at, first);
       to.k[j].read(static_cast<const T*>(p.k) + slot);
       to.v[j].read(static_cast<const T*>(p.v) + slot);
     }
   }
-}
-
-// The new token, which the first lanes of a warp take, and write to the cache. All lanes of the
-// warp come here, since they shuffle.
-template <typename T, int G>
-__device__ void fold_new(const AttentionParams& p, Softmax (&of)[G], const float (&q)[G][8],
-                         int row, int kv, int length, int first_head, int last_head, bool write) {
-  const int64_t from = row * p.q_stride + static_cast<int64_t>(kv) * p.dim;
-  const int lane = threadIdx.x % 32, first = lane % p.width * 8;
-  const bool active = first < p.dim;
-  Keys<T> keys;
-  float k[8];
-  if (active) keys.v[0].read(static_cast<const T*>(p.new_v) + from + first);
-  new_head(p, static_cast<const T*>(p.new_k) + from, row, p.k_norm, k);
-  keys.k[0].pack(k);
-  if (write && active && lane < p.width) {
-    const int64_t slot = slot_of(p, row, kv, length - 1, first);
-    keys.k[0].write(static_cast<T*>(p.k) + slot);
-    keys.v[0].write(static_cast<T*>(p.v) + slot);
-  }
-#pragma unroll
-  for (int j = 0; j < KEYS<T>; ++j) keys.distances[j] = lane < p.width && j == 0 ? 0 : -1;
-  fold(p, of, q, keys, first_head, last_head);
 }
 
 // Feature d of a head from the splits' softmaxes, `step` floats apart. Past the L1 cache: what
@@ -202,131 +174,224 @@ __device__ void fold_new(const AttentionParams& p, Softmax (&of)[G], const float
 __device__ inline float merged(const float* part, int d, int dim, int splits) {
   const int step = dim + 2;
   float top = -INFINITY, sum = 0, value = 0;
-#pragma unroll 4
+#pragma unroll 1
   for (int i = 0; i < splits; ++i) top = fmaxf(top, __ldcg(part + i * step + dim));
-#pragma unroll 4
+#pragma unroll 2
   for (int i = 0; i < splits; ++i) {
     const float weight = rescale(__ldcg(part + i * step + dim), top);
     sum += __ldcg(part + i * step + dim + 1) * weight;
     value += __ldcg(part + i * step + d) * weight;
   }
-  return sum > 0 ? value / sum : 0;
+  return sum > 0 ? __fdividef(value, sum) : 0;
+}
+
+__host__ __device__ inline int items_of(const AttentionParams& p) {
+  return p.rows * p.kv_heads * p.chunks * p.splits;
+}
+
+// Floats that a team of so many warps shares: the query heads and the new key, and of each warp and
+// head values, top and sum.
+__host__ __device__ inline int shared_floats(int group_size, int warps, int dim) {
+  return (group_size + 1) * dim + warps * group_size * (dim + 2);
+}
+
+// Feature d of a new head, normalized by `factor` if there is a norm, and rounded as the norm by
+// itself would be.
+template <typename T>
+__device__ float new_feature(const T* head, int d, Operand norm, float factor) {
+  const float x = widen(head[d]);
+  return norm.data ? widen(narrow<T>(x * factor * load(norm, d))) : x;
+}
+
+// An item's heads, normalized and rotated in half-split layout, as the team shares them: queries,
+// scaled, and the new key, which goes to the cache with its value. A warp does a head.
+template <typename T, int AT_ONCE>
+__device__ void share_heads(const AttentionParams& p, const Item& it, const Team& team,
+                            float* shared) {
+  const int lane = threadIdx.x % 32, count = it.heads + (it.newest ? 1 : 0);
+  const int64_t of_row = it.row * p.q_stride;
+  const int64_t of_kv = of_row + static_cast<int64_t>(it.kv) * p.dim;
+  const T* queries = static_cast<const T*>(p.q) + of_row;
+  const int64_t slot = it.newest ? slot_of(p, it.row, it.kv, it.length - 1, 0) : 0;
+#pragma unroll 1
+  for (int head = team.thread / 32; head < count; head += team.warps) {
+    const bool is_key = head == it.heads, writes = is_key && it.chunk == 0;
+    const T* from = is_key ? static_cast<const T*>(p.new_k) + of_kv
+                           : queries + static_cast<int64_t>(it.first_head + head) * p.dim;
+    const Operand norm = is_key ? p.k_norm : p.q_norm;
+    float factor = 1;
+    if (norm.data) {
+      float squares = 0;
+      for (int d = lane; d < p.dim; d += 32) squares += widen(from[d]) * widen(from[d]);
+      factor = rsqrtf(__fdividef(sum_over(squares, 32), p.dim) + p.eps);
+    }
+#pragma unroll AT_ONCE
+    for (int d = lane; d < p.dim; d += 32) {
+      float x = new_feature(from, d, norm, factor);
+      if (d < 2 * p.pairs) {
+        const bool low = d < p.pairs;
+        const int pair = low ? d : d - p.pairs, angle = it.row * p.pairs + pair;
+        const float other = new_feature(from, low ? d + p.pairs : pair, norm, factor);
+        x = x * p.cos[angle] + (low ? -other : other) * p.sin[angle];
+      }
+      if (is_key) x = widen(narrow<T>(x));  // as the cache has it
+      if (writes) {
+        static_cast<T*>(p.k)[slot + d] = narrow<T>(x);
+        static_cast<T*>(p.v)[slot + d] = static_cast<const T*>(p.new_v)[of_kv + d];
+      }
+      shared[head * p.dim + d] = is_key ? x : x * p.scale * LOG2E;
+    }
+  }
+}
+
+// An item, whose first keys are under way.
+template <typename T, int G, int N>
+__device__ void attend(const AttentionParams& p, const Item& it, const Team& team,
+                       Keys<T, N>& next, float* shared) {
+  const int threads = team.warps * 32, workers = threads / p.width;
+  const int own = it.begin + team.thread / p.width, lane = team.thread % 32;
+  const int last_head = it.first_head + it.heads - 1, record = p.dim + 2;
+  const int first = lane % p.width * 8;
+  const bool active = first < p.dim;
+  share_heads<T, (N * sizeof(T) > 4 ? 2 : 4)>(p, it, team, shared);
+  team.sync();
+  float q[G][8];
+#pragma unroll
+  for (int g = 0; g < G; ++g) {
+    const float* head = shared + min(g, it.heads - 1) * p.dim + first;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) q[g][i] = active ? head[i] : 0;
+  }
+  Softmax of[G];
+  // The first lanes of the last warp take the new token: that warp has the fewest others. All of its
+  // lanes come along, since they shuffle.
+  if (it.newest && team.thread / 32 == team.warps - 1) {
+    Keys<T, 1> newest;
+    newest.distances[0] = lane < p.width ? 0 : -1;
+    if (active) {
+      float key[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) key[i] = shared[it.heads * p.dim + first + i];
+      newest.k[0].pack(key);
+      newest.v[0].read(static_cast<const T*>(p.new_v) + it.row * p.q_stride +
+                       static_cast<int64_t>(it.kv) * p.dim + first);
+    }
+    fold(p, of, q, newest, it.first_head, last_head);
+  }
+#pragma unroll 1
+  for (int done = 0; it.begin + done < it.cached; done += workers * N) {
+    const Keys<T, N> now = next;
+    read_keys(p, it, own + done + workers * N, workers, next);
+    fold(p, of, q, now, it.first_head, last_head);
+  }
+
+#pragma unroll 1
+  for (int offset = p.width; offset < 32; offset *= 2) {
+#pragma unroll
+    for (int g = 0; g < G; ++g) of[g].merge_lane(offset);
+  }
+  constexpr int AT_ONCE = sizeof(T) == 4 ? 1 : 4;  // records; float32 has fewer registers left
+  float* records = shared + (G + 1) * p.dim;
+#pragma unroll
+  for (int g = 0; g < G; ++g) {
+    float* mine = records + (team.thread / 32 * G + g) * record;
+    if (lane < p.width && active) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) mine[first + i] = of[g].values[i];
+    }
+    if (lane == 0) mine[p.dim] = of[g].top, mine[p.dim + 1] = of[g].sum;
+  }
+  team.sync();
+
+  const int64_t head_row = static_cast<int64_t>(it.row) * p.heads + it.first_head;
+  T* out = static_cast<T*>(p.out) + head_row * p.dim;
+  float* work = p.work + head_row * p.splits * record;
+#pragma unroll 1
+  for (int i = team.thread; i < it.heads * p.dim; i += threads) {
+    const int g = i / p.dim, d = i % p.dim;
+    const float* part = records + g * record;
+    float top = -INFINITY, sum = 0, value = 0;
+#pragma unroll AT_ONCE
+    for (int w = 0; w < team.warps; ++w) top = fmaxf(top, part[w * G * record + p.dim]);
+#pragma unroll AT_ONCE
+    for (int w = 0; w < team.warps; ++w) {
+      const float* of_warp = part + w * G * record;
+      const float weight = rescale(of_warp[p.dim], top);
+      sum += of_warp[p.dim + 1] * weight;
+      value += of_warp[d] * weight;
+    }
+    if (it.splits == 1) {
+      out[i] = narrow<T>(sum > 0 ? __fdividef(value, sum) : 0);
+      continue;
+    }
+    float* to = work + (g * p.splits + it.split) * record;
+    to[d] = value;
+    if (d == 0) to[p.dim] = top, to[p.dim + 1] = sum;
+  }
+  if (it.splits == 1) return;
+  int* counter = p.counters + (it.row * p.kv_heads + it.kv) * p.chunks + it.chunk;
+  if (!is_last_part(team, counter, it.splits)) return;
+#pragma unroll 1
+  for (int i = team.thread; i < it.heads * p.dim; i += threads) {
+    const int g = i / p.dim, d = i % p.dim;
+    out[i] = narrow<T>(merged(work + g * p.splits * record, d, p.dim, it.splits));
+  }
+}
+
+// All items of the block's teams, of so many warps each; `wait` until what is not in the cache is
+// there. `shared` has `shared_floats` for every team.
+template <typename T, int G, int N, typename Wait>
+__device__ void attend_all(const AttentionParams& p, int warps, float* shared, Wait wait) {
+  const Team team = Team::of_warps(warps);
+  const int teams = blockDim.x / (warps * 32), items = items_of(p), workers = warps * 32 / p.width;
+  shared += team.place() * shared_floats(G, warps, p.dim);
+  bool waiting = true;
+#pragma unroll 1
+  for (int index = team.place() * gridDim.x + blockIdx.x;; index += teams * gridDim.x) {
+    const Item it(p, G, min(index, items - 1));
+    const bool mine = index < items && it.has_work();
+    Keys<T, N> first;
+    if (mine) read_keys(p, it, it.begin + team.thread / p.width, workers, first);
+    if (waiting) wait();
+    waiting = false;
+    if (index >= items) break;
+    if (mine) attend<T, G>(p, it, team, first, shared);
+    team.sync();  // everybody has read what was shared
+  }
 }
 
 template <typename T, int G, int WARPS>
 __global__ void __launch_bounds__(WARPS * 32, (G == 1 ? 16 : 8) / WARPS)
     attention_kernel(const AttentionParams p) {
-  // Of each warp and head: values, then top and sum.
-  __shared__ float partial[WARPS][G][MOST_HEAD_DIM + 2];
-  constexpr int THREADS = WARPS * 32;
-  const int split = blockIdx.x, row = blockIdx.z, group = p.heads / p.kv_heads;
-  const int kv = blockIdx.y / p.chunks, chunk = blockIdx.y % p.chunks;
-  const int first_head = kv * group + chunk * G, count = min(G, group - chunk * G);
+  extern __shared__ float of_team[];
   let_next_start();
-  const int length = p.lengths[row], start = p.window ? max(0, length - p.window) : 0;
-  // Lengths change from one replay of a graph to the next, so the splits that have work are counted
-  // here: the others leave.
-  const int share = max((length - start + p.splits - 1) / p.splits, LEAST_SHARE);
-  const int splits = max((length - start + share - 1) / share, 1);
-  if (split >= splits) return;
-  const int begin = start + split * share, end = min(length, begin + share);
-
-  const int last_head = first_head + count - 1;
-  const bool newest = p.new_k && end == length && begin < end;
-  const int cached = newest ? end - 1 : end;
-
-  const int workers = THREADS / p.width, own = begin + threadIdx.x / p.width;
-  Keys<T> next;
-  read_keys(p, row, kv, own, workers, cached, length, next);
+  const Team block = {0, static_cast<int>(threadIdx.x), WARPS};
+  const Item it(p, G, blockIdx.x);
+  if (!it.has_work()) return;
+  Keys<T, KEYS<T, G>> first;
+  read_keys(p, it, it.begin + threadIdx.x / p.width, WARPS * 32 / p.width, first);
   wait_for_last();
-  float q[G][8];
-  const T* heads = static_cast<const T*>(p.q) + row * p.q_stride;
-#pragma unroll
-  for (int g = 0; g < G; ++g) {
-    const int head = min(first_head + g, last_head);
-    new_head(p, heads + static_cast<int64_t>(head) * p.dim, row, p.q_norm, q[g]);
-  }
-#pragma unroll
-  for (int g = 0; g < G; ++g) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) q[g][i] *= p.scale * LOG2E;
-  }
-  Softmax of[G];
-  // The last warp takes the new token: it has the fewest others.
-  if (newest && threadIdx.x / 32 == WARPS - 1) {
-    fold_new<T, G>(p, of, q, row, kv, length, first_head, last_head, chunk == 0);
-  }
-  for (int done = 0; begin + done < cached; done += workers * KEYS<T>) {
-    const Keys<T> now = next;
-    read_keys(p, row, kv, own + done + workers * KEYS<T>, workers, cached, length, next);
-    fold(p, of, q, now, first_head, last_head);
-  }
-
-  const int lane = threadIdx.x % 32;
-  for (int offset = p.width; offset < 32; offset *= 2) {
-#pragma unroll
-    for (int g = 0; g < G; ++g) of[g].merge_lane(offset);
-  }
-#pragma unroll
-  for (int g = 0; g < G; ++g) {
-    float* mine = partial[threadIdx.x / 32][g];
-    if (lane < p.width && lane * 8 < p.dim) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) mine[lane * 8 + i] = of[g].values[i];
-    }
-    if (lane == 0) mine[MOST_HEAD_DIM] = of[g].top, mine[MOST_HEAD_DIM + 1] = of[g].sum;
-  }
-  __syncthreads();
-
-  const int64_t head_row = static_cast<int64_t>(row) * p.heads + first_head;
-  T* out = static_cast<T*>(p.out) + head_row * p.dim;
-  float* work = p.work + head_row * p.splits * (p.dim + 2);
-  for (int i = threadIdx.x; i < count * p.dim; i += THREADS) {
-    const int g = i / p.dim, d = i % p.dim;
-    float top = -INFINITY, sum = 0, value = 0;
-#pragma unroll
-    for (int w = 0; w < WARPS; ++w) top = fmaxf(top, partial[w][g][MOST_HEAD_DIM]);
-#pragma unroll
-    for (int w = 0; w < WARPS; ++w) {
-      const float weight = rescale(partial[w][g][MOST_HEAD_DIM], top);
-      sum += partial[w][g][MOST_HEAD_DIM + 1] * weight;
-      value += partial[w][g][d] * weight;
-    }
-    if (splits == 1) {
-      out[i] = narrow<T>(sum > 0 ? value / sum : 0);
-      continue;
-    }
-    float* part = work + (g * p.splits + split) * (p.dim + 2);
-    part[d] = value;
-    if (d == 0) part[p.dim] = top, part[p.dim + 1] = sum;
-  }
-  if (splits == 1 || !is_last_part(p.counters + row * gridDim.y + blockIdx.y, splits)) return;
-  for (int i = threadIdx.x; i < count * p.dim; i += THREADS) {
-    const int g = i / p.dim, d = i % p.dim;
-    out[i] = narrow<T>(merged(work + g * p.splits * (p.dim + 2), d, p.dim, splits));
-  }
+  attend<T, G>(p, it, block, first, of_team);
 }
 
 template <typename T, int G, int WARPS>
 void launch_blocks(const AttentionParams& p, const Device& gpu, cudaStream_t stream) {
-  const dim3 grid(p.splits, p.kv_heads * p.chunks, p.rows);
-  launch(&attention_kernel<T, G, WARPS>, p, grid, WARPS * 32, 0, gpu.major >= 9, stream);
+  const int bytes = shared_floats(G, WARPS, p.dim) * static_cast<int>(sizeof(float));
+  launch(&attention_kernel<T, G, WARPS>, p, dim3(items_of(p)), WARPS * 32, bytes, early(gpu),
+         stream);
 }
 
 // With many heads and rows small blocks keep the GPU as busy, and have less to merge.
 template <typename T, int G>
-void launch_chunks(AttentionParams p, const Device& gpu, cudaStream_t stream) {
-  p.chunks = (p.heads / p.kv_heads + G - 1) / G;
-  const int blocks = p.splits * p.kv_heads * p.chunks * p.rows;
-  if (blocks >= 8 * gpu.processors) return launch_blocks<T, G, 2>(p, gpu, stream);
-  if (blocks >= 4 * gpu.processors) return launch_blocks<T, G, 4>(p, gpu, stream);
+void launch_chunks(const AttentionParams& p, const Device& gpu, cudaStream_t stream) {
+  if (items_of(p) >= 8 * gpu.processors) return launch_blocks<T, G, 2>(p, gpu, stream);
+  if (items_of(p) >= 4 * gpu.processors) return launch_blocks<T, G, 4>(p, gpu, stream);
   launch_blocks<T, G, 8>(p, gpu, stream);
 }
 
 template <typename T>
 void launch_attention(AttentionParams p, const Device& gpu, cudaStream_t stream) {
-  for (p.width = 1; p.width * 8 < p.dim;) p.width *= 2;
-  const int group = p.heads / p.kv_heads;
+  const int group = arrange(p);
   if (group == 1) return launch_chunks<T, 1>(p, gpu, stream);
   if (group == 2) return launch_chunks<T, 2>(p, gpu, stream);
   launch_chunks<T, 4>(p, gpu, stream);

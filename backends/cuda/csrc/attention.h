@@ -27,9 +27,18 @@ struct AttentionParams {
   float eps, scale;
   int rows, heads, kv_heads, dim, pairs, distances, window, table_width, block_shift;
   int splits;  // blocks that may share a row's tokens
+  int least_share;  // tokens: with fewer, a split costs more than it saves
   int chunks;  // of a kv head's query heads; a block does one
   int width;   // lanes a key: dim / 8, rounded up to a power of two
 };
+
+// Choose `chunks` and `width`; returns how many query heads a chunk has at most: 1, 2 or 4.
+inline int arrange(AttentionParams& p, int most = 4) {
+  for (p.width = 1; p.width * 8 < p.dim;) p.width *= 2;
+  const int heads = p.heads / p.kv_heads, size = std::min(heads > 2 ? 4 : heads, most);
+  p.chunks = (heads + size - 1) / size;
+  return size;
+}
 
 void attention_float32(AttentionParams p, const Device& gpu, cudaStream_t stream);
 void attention_float16(AttentionParams p, const Device& gpu, cudaStream_t stream);

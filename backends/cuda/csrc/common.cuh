@@ -3,6 +3,7 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -13,7 +14,7 @@
 
 namespace lmi {
 
-enum class Type : int { float32, float16, bfloat16, int8 };
+enum class Type : int { float32, float16, bfloat16, int8, float8 };  // float8: e4m3
 
 // A tensor that is read where its type costs nothing to look up: once a kernel, or once an output.
 struct Operand {
@@ -148,17 +149,41 @@ __device__ inline void wait_for_last() {
 #endif
 }
 
-// True in every thread of the last of `parts` blocks that come here for one `counter`, which is
+// Warps of a block that work together: all of them, or some of several teams.
+struct Team {
+  int barrier;  // 0: the whole block's; else one more than the team's place in the block
+  int thread;   // of the team
+  int warps;
+
+  static __device__ Team whole_block() {
+    return {0, static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x) / 32};
+  }
+
+  static __device__ Team of_warps(int warps) {
+    const int thread = threadIdx.x, threads = warps * 32;
+    if (threads == static_cast<int>(blockDim.x)) return whole_block();
+    return {thread / threads + 1, thread % threads, warps};
+  }
+
+  __device__ int place() const { return barrier ? barrier - 1 : 0; }
+
+  __device__ void sync() const {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(warps * 32) : "memory");
+  }
+};
+
+// True in every thread of the last of `parts` teams that come here for one `counter`, which is
 // zero again afterwards. What the others wrote before is then visible.
-__device__ inline bool is_last_part(int* counter, int parts) {
-  __shared__ bool last;
+__device__ inline bool is_last_part(const Team& team, int* counter, int parts) {
+  __shared__ bool last_part[9];
+  bool& last = last_part[team.barrier];
   __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) {
+  team.sync();
+  if (team.thread == 0) {
     last = atomicAdd(counter, 1) == parts - 1;
     if (last) *counter = 0;
   }
-  __syncthreads();
+  team.sync();
   __threadfence();
   return last;
 }
@@ -186,24 +211,43 @@ inline void check(cudaError_t error, const char* what) {
   }
 }
 
+// How a kernel starts: when the last one has ended; or before (see `let_next_start`); or with all
+// of its blocks at once, which may then wait for each other.
+enum class Start { after_last, with_last, together };
+
+inline cudaLaunchAttribute attribute(Start start) {
+  cudaLaunchAttribute found{};
+  if (start == Start::with_last) {
+    found.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    found.val.programmaticStreamSerializationAllowed = 1;
+  } else {
+    found.id = cudaLaunchAttributeCooperative;
+    found.val.cooperative = 1;
+  }
+  return found;
+}
+
 template <typename Params>
 void launch(void (*kernel)(Params), const Params& params, dim3 grid, int threads, int shared,
-            bool dependent, cudaStream_t stream) {
+            Start start, cudaStream_t stream) {
   if (shared > 47 * 1024) {  // with what is static, more than what needs no leave
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
           "shared memory");
   }
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute how = attribute(start);
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared;
   config.stream = stream;
-  config.attrs = &early;
-  config.numAttrs = dependent ? 1 : 0;
+  config.attrs = &how;
+  config.numAttrs = start == Start::after_last ? 0 : 1;
   check(cudaLaunchKernelEx(&config, kernel, params), "launch");
+}
+
+// Where the chip can start a kernel before the last one has ended.
+inline Start early(const Device& gpu) {
+  return gpu.major >= 9 ? Start::with_last : Start::after_last;
 }
 
 }  // namespace lmi

@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(THREADS) greedy_kernel(const GreedyParams p) {
   best = largest_in_block(best);
   unsigned long long* work = p.work + row * GREEDY_PARTS;
   if (threadIdx.x == 0) work[blockIdx.x] = best;
-  if (!is_last_part(p.counters + row, GREEDY_PARTS) || threadIdx.x > 0) return;
+  if (!is_last_part(Team::whole_block(), p.counters + row, GREEDY_PARTS) || threadIdx.x > 0) return;
   for (int i = 0; i < GREEDY_PARTS; ++i) best = larger(best, __ldcg(work + i));
   const bool usable = is_usable(static_cast<uint32_t>(best >> 32));
   const auto token = static_cast<int64_t>(~static_cast<uint32_t>(best));
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(THREADS) greedy_kernel(const GreedyParams p) {
 
 template <typename T>
 void launch_greedy(const GreedyParams& p, const Device& gpu, cudaStream_t stream) {
-  launch(&greedy_kernel<T>, p, dim3(GREEDY_PARTS, p.rows), THREADS, 0, gpu.major >= 9, stream);
+  launch(&greedy_kernel<T>, p, dim3(GREEDY_PARTS, p.rows), THREADS, 0, early(gpu), stream);
 }
 
 }  // namespace

@@ -8,22 +8,30 @@ namespace lmi {
 enum class Activation : int { none, gelu, gelu_tanh, relu, silu };
 
 constexpr int MOST_ROWS = 32, MOST_ROWS_FLOAT32 = 16;
+constexpr int TILE = 16;  // weight rows that a block works on at a time
+
+// Weights, and how blocks share the work: each has one split of the features.
+struct alignas(16) Weights {
+  const void* data;     // [outputs, inputs]
+  int inputs, outputs;  // gated: outputs are [gate, what it gates]
+  int tiles;            // of sixteen outputs (gated: eight of the gate, eight of what it gates)
+  int slice;            // features of a split
+  int splits;
+  bool gated;
+};
 
 struct LinearParams {
+  Weights weights;
   // Norms are of the type that is computed in; x is that or float32.
   Operand x, norm_weight, norm_bias, bias, residual;
-  const void* weight;
-  const float* scale;  // of each output channel, for int8 weights
+  const float* scale;  // of each output channel, for quantized weights
   void* out;
-  float* work;    // what the splits have found
+  float* work;    // what the splits have found: [tiles, splits] tiles of results
   int* counters;  // [tiles], zero
   Type weight_type, out_type;
   Activation activation;
-  bool gated;
   float eps;
-  int rows, inputs, outputs, tiles;
-  int slice;  // features of a block
-  int slots;  // of a warp's ring
+  int rows;
 };
 
 struct Resources {

@@ -13,7 +13,11 @@ bool by_rows(const LinearParams& p, const Resources& use) {
 }  // namespace
 
 bool linear_bfloat16(const LinearParams& p, const Resources& use) {
-  return p.weight_type == Type::int8 ? by_rows<int8_t>(p, use) : by_rows<__nv_bfloat16>(p, use);
+  switch (p.weight_type) {
+    case Type::int8: return by_rows<int8_t>(p, use);
+    case Type::float8: return by_rows<__nv_fp8_e4m3>(p, use);
+    default: return by_rows<__nv_bfloat16>(p, use);
+  }
 }
 
 }  // namespace lmi

@@ -28,7 +28,15 @@ __device__ inline int place(int at) {
   }
 }
 
-__device__ inline uint32_t expand(uint32_t bytes, uint32_t selector, __half) {
+// x & mask | bits in one instruction, which the compiler makes two of when both are constants.
+__device__ inline uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) {
+  uint32_t found;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(found) : "r"(x), "r"(mask), "r"(bits));
+  return found;
+}
+
+// Two of the four bytes, those that `selector` puts lowest in either half, as a pair of X.
+__device__ inline uint32_t expand(uint32_t bytes, uint32_t selector, int8_t, __half) {
   // 0x6400 is 1024, whose last bit is 1: a byte put below it adds its value.
   const uint32_t biased = __byte_perm(bytes ^ 0x80808080u, 0x64646464u, selector);
   const uint32_t offset = 0x64806480u;  // 1024 + 128
@@ -37,14 +45,47 @@ __device__ inline uint32_t expand(uint32_t bytes, uint32_t selector, __half) {
   return reinterpret_cast<const uint32_t&>(value);
 }
 
-__device__ inline uint32_t expand(uint32_t bytes, uint32_t selector, __nv_bfloat16) {
+__device__ inline uint32_t expand(uint32_t bytes, uint32_t selector, int8_t, __nv_bfloat16) {
   // 0x4300 is 128, whose last bit is 1, so seven bits fit below it; the sign's makes it 256.
   const uint32_t spread = __byte_perm(bytes, 0u, selector);
-  const uint32_t biased = (spread & 0x007f007fu) | 0x43004300u;
-  const uint32_t offset = (spread & 0x00800080u) | 0x43004300u;
+  const uint32_t biased = and_or(spread, 0x007f007fu, 0x43004300u);
+  const uint32_t offset = and_or(spread, 0x00800080u, 0x43004300u);
   const __nv_bfloat162 value = __hsub2(reinterpret_cast<const __nv_bfloat162&>(biased),
                                        reinterpret_cast<const __nv_bfloat162&>(offset));
   return reinterpret_cast<const uint32_t&>(value);
+}
+
+// e4m3 has half's layout and bfloat16's but for fewer bits of exponent and mantissa: moved to where
+// theirs are, a value is too small by the difference of the exponents' biases, subnormal or not.
+template <typename X>
+__device__ inline uint32_t expand(uint32_t bytes, uint32_t selector, __nv_fp8_e4m3, X) {
+  const uint32_t high = __byte_perm(bytes, 0u, (selector << 4 & 0xffff) | 4);  // in high bytes
+  if constexpr (std::is_same_v<X, __half>) {
+    const uint32_t moved = and_or(high >> 1, 0x3f803f80u, high & 0x80008000u);
+    const uint32_t factor = 0x5c005c00u;  // 2^8
+    const __half2 value = __hmul2(reinterpret_cast<const __half2&>(moved),
+                                  reinterpret_cast<const __half2&>(factor));
+    return reinterpret_cast<const uint32_t&>(value);
+  } else {
+    const uint32_t moved = and_or(high >> 4, 0x07f007f0u, high & 0x80008000u);
+    const uint32_t factor = 0x7b807b80u;  // 2^120
+    const __nv_bfloat162 value = __hmul2(reinterpret_cast<const __nv_bfloat162&>(moved),
+                                         reinterpret_cast<const __nv_bfloat162&>(factor));
+    return reinterpret_cast<const uint32_t&>(value);
+  }
+}
+
+__device__ inline float4 widen4(uint32_t four, int8_t) {
+  const char4 bytes = reinterpret_cast<const char4&>(four);
+  return make_float4(bytes.x, bytes.y, bytes.z, bytes.w);
+}
+
+__device__ inline float4 widen4(uint32_t four, __nv_fp8_e4m3) {
+  const uint32_t low = expand(four, 0x4140, __nv_fp8_e4m3(), __half());
+  const uint32_t high = expand(four, 0x4342, __nv_fp8_e4m3(), __half());
+  const float2 a = widen(reinterpret_cast<const __half2&>(low));
+  const float2 b = widen(reinterpret_cast<const __half2&>(high));
+  return make_float4(a.x, a.y, b.x, b.y);
 }
 
 template <typename X>
@@ -74,7 +115,9 @@ struct TensorProduct {
   using X = X_;
   using W = W_;
   static constexpr int AT_ONCE = 2;  // blocks on a processor that registers must allow
-  float sums[NT][4] = {};
+  // A product waits for the one before it that adds to the same sums: a single one wants two.
+  static constexpr int CHAINS = NT == 1 ? 2 : 1;
+  float sums[CHAINS][NT][4] = {};
 
   // Rows g and g + 8, eight features a lane, which lie at `b` in row 0 of x.
   __device__ void add8(const uint4& low, const uint4& high, const X* b, int stride, int rows) {
@@ -83,14 +126,14 @@ struct TensorProduct {
     for (int n = 0; n < NT; ++n) {
       const int row = min(n * 8 + g, rows - 1);  // above the last: copies of it, not used
       const uint4 x = *reinterpret_cast<const uint4*>(b + row * stride);
-      mma<X>(sums[n], low.x, high.x, low.y, high.y, x.x, x.y);
-      mma<X>(sums[n], low.z, high.z, low.w, high.w, x.z, x.w);
+      mma<X>(sums[0][n], low.x, high.x, low.y, high.y, x.x, x.y);
+      mma<X>(sums[CHAINS - 1][n], low.z, high.z, low.w, high.w, x.z, x.w);
     }
   }
 
   static __device__ uint4 widened(uint32_t first, uint32_t second) {
-    return make_uint4(expand(first, 0x4140, X()), expand(first, 0x4342, X()),
-                      expand(second, 0x4140, X()), expand(second, 0x4342, X()));
+    return make_uint4(expand(first, 0x4140, W(), X()), expand(first, 0x4342, W(), X()),
+                      expand(second, 0x4140, W(), X()), expand(second, 0x4342, W(), X()));
   }
 
   // x: the unit's first feature in row 0.
@@ -112,7 +155,7 @@ struct TensorProduct {
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) out[n][i] = sums[n][i];
+      for (int i = 0; i < 4; ++i) out[n][i] = sums[0][n][i] + (CHAINS > 1 ? sums[CHAINS - 1][n][i] : 0);
     }
   }
 };
@@ -124,11 +167,6 @@ struct PlainProduct {
   using W = W_;
   static constexpr int AT_ONCE = 2;
   float sums[NT * 8][2] = {};
-
-  static __device__ float4 widened(uint32_t four) {
-    const char4 bytes = reinterpret_cast<const char4&>(four);
-    return make_float4(bytes.x, bytes.y, bytes.z, bytes.w);
-  }
 
   // Rows g and g + 8, four features a lane, which lie at `b` in row 0 of x.
   __device__ void add4(const float4& low, const float4& high, const float* b, int stride,
@@ -152,10 +190,10 @@ struct PlainProduct {
              x + c * 16 + t * 4, stride, rows);
       } else {
         const float* b = x + c * 64 + t * 16;
-        add4(widened(low.x), widened(high.x), b, stride, rows);
-        add4(widened(low.y), widened(high.y), b + 4, stride, rows);
-        add4(widened(low.z), widened(high.z), b + 8, stride, rows);
-        add4(widened(low.w), widened(high.w), b + 12, stride, rows);
+        add4(widen4(low.x, W()), widen4(high.x, W()), b, stride, rows);
+        add4(widen4(low.y, W()), widen4(high.y, W()), b + 4, stride, rows);
+        add4(widen4(low.z, W()), widen4(high.z, W()), b + 8, stride, rows);
+        add4(widen4(low.w, W()), widen4(high.w, W()), b + 12, stride, rows);
       }
     }
   }

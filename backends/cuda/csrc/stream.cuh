@@ -1,68 +1,75 @@
 // A warp's stream of weights: units under way from memory to a ring in shared memory, which no
 // other warp touches, so that it needs no barrier. Depth is what hides memory's latency, and a ring
-// can be deeper than registers allow.
+// can be deeper than registers allow. A stream runs through the products of a step one after the
+// other: the next one's weights are under way while this one's results are still awaited.
 #pragma once
 
+#include "copy.cuh"
 #include "linear.h"
 #include "product.cuh"
 
 namespace lmi {
 
-constexpr int THREADS = 256, WARPS = THREADS / 32;
-constexpr int TILE = 16;  // weight rows
 constexpr int SLOT_BYTES = TILE * UNIT_BYTES;
 // A ring's slots: few choices, since waiting for a slot wants a constant.
-constexpr int FEW_SLOTS = 4, SOME_SLOTS = 6, MANY_SLOTS = 10;
+constexpr int FEW_SLOTS = 4, MANY_SLOTS = 12;
 
-// A tile's r-th weight row (gated: eight of the gate, eight of what it gates); beyond the end, the
-// last one again.
-__device__ inline int weight_row(const LinearParams& p, int tile, int r) {
-  if (!p.gated) return min(tile * TILE + r, p.outputs - 1);
-  return r / 8 * (p.outputs / 2) + min(tile * 8 + r % 8, p.outputs / 2 - 1);
+// The largest choice that is not above `slots`; 0: there is none.
+inline int ring_slots(int slots) {
+  return slots < FEW_SLOTS ? 0 : slots < 8 ? slots : std::min(slots / 2 * 2, MANY_SLOTS);
 }
 
-__device__ inline void copy16(uint32_t to, const void* from, bool present) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
-               "r"(present ? 16 : 0)
-               : "memory");
-}
+// What a block does of a product.
+struct Part {
+  int begin, end;       // features
+  int split;
+  int tile, tile_step;  // the first tile, and how far it is to the next
 
-template <int PENDING>
-__device__ inline void await() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
-}
+  __device__ Part(const Weights& w, int block, int blocks) {
+    split = 0, tile = block, tile_step = blocks;
+    if (w.splits > 1) {
+      split = block % w.splits, tile = block / w.splits, tile_step = blocks / w.splits;
+      if (tile >= tile_step) tile = w.tiles;  // blocks that remain have none
+    }
+    begin = split * w.slice, end = min(w.inputs, begin + w.slice);
+  }
+};
 
 // Until the oldest of `slots` - 1 groups of copies is there.
 __device__ inline void await_oldest(int slots) {
-  if (slots == FEW_SLOTS) return await<FEW_SLOTS - 2>();
-  if (slots == SOME_SLOTS) return await<SOME_SLOTS - 2>();
-  await<MANY_SLOTS - 2>();
+  switch (slots) {
+    case 4: return await<2>();
+    case 5: return await<3>();
+    case 6: return await<4>();
+    case 7: return await<5>();
+    case 8: return await<6>();
+    case 10: return await<8>();
+    default: return await<10>();
+  }
 }
 
-template <typename W>
+// Of a block of so many warps, through `count` products, which lie in shared or constant memory.
+template <typename W, int WARPS>
 class Stream {
  public:
-  // Of features begin to end of the block's tiles; this warp takes every eighth unit.
-  __device__ Stream(const LinearParams& p, void* rings, int begin, int end)
-      : p_(p), begin_(begin), end_(end), tile_(blockIdx.x), unit_(threadIdx.x / 32) {
-    const auto ring = static_cast<unsigned char*>(rings) + threadIdx.x / 32 * p.slots * SLOT_BYTES;
-    ring_ = ring;
-    shared_ = static_cast<uint32_t>(__cvta_generic_to_shared(ring));
-    if (unit_ >= units()) tile_ = p.tiles;
-    find_rows();
+  __device__ Stream(const Weights* products, int count, unsigned char* rings, int slots)
+      : now_(products - 1), last_(products + count - 1), slots_(slots) {
+    ring_ = rings + threadIdx.x / 32 * slots * SLOT_BYTES;
+    shared_ = static_cast<uint32_t>(__cvta_generic_to_shared(ring_));
+    begin_product();
+    if (live_) find_rows();
   }
 
-  __device__ int units() const { return (end_ - begin_ + UNIT<W> - 1) / UNIT<W>; }
-
   __device__ void fill() {
-    for (int i = 0; i < p_.slots - 1; ++i) fetch(i);
+#pragma unroll 1
+    for (int i = 0; i < slots_ - 1; ++i) fetch(i);
   }
 
   // The next unit's chunks, once they are there; and one more unit is under way.
   __device__ Chunks next() {
-    await_oldest(p_.slots);
+    await_oldest(slots_);
     __syncwarp();  // everybody's copies are there, and everybody has read the slot before
-    fetch(slot_ ? slot_ - 1 : p_.slots - 1);
+    fetch(slot_ ? slot_ - 1 : slots_ - 1);
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const auto* rows = reinterpret_cast<const uint4*>(ring_ + slot_ * SLOT_BYTES);
     Chunks found;
@@ -71,7 +78,7 @@ class Stream {
       found.low[c] = rows[place(g, t + 4 * c)];
       found.high[c] = rows[place(g + 8, t + 4 * c)];
     }
-    slot_ = slot_ + 1 == p_.slots ? 0 : slot_ + 1;
+    slot_ = slot_ + 1 == slots_ ? 0 : slot_ + 1;
     return found;
   }
 
@@ -82,40 +89,66 @@ class Stream {
   // then touch all banks.
   static __device__ int place(int row, int chunk) { return row * 8 + (chunk ^ (row % 2 * 4)); }
 
-  // Where the lane's features of the tile's rows begin: it copies a chunk of every fourth row.
+  // The next product that this warp has a share of.
+  __device__ void begin_product() {
+    live_ = false;
+#pragma unroll 1
+    while (now_ != last_ && !live_) {
+      const Part part(*++now_, blockIdx.x, gridDim.x);
+      begin_ = part.begin, features_ = part.end - part.begin;
+      tile_ = part.tile, tile_step_ = part.tile_step;
+      at_ = threadIdx.x / 32 * UNIT<W>;
+      live_ = tile_ < now_->tiles && at_ < features_;
+    }
+  }
+
+  // Where the lane's features of the tile's rows begin: it copies a chunk of every fourth row. A
+  // tile's rows are sixteen in turn (gated: eight of the gate, and the eight that these gate);
+  // beyond the end, the last one again.
   __device__ void find_rows() {
     const int lane = threadIdx.x % 32;
-    const W* chunk = static_cast<const W*>(p_.weight) + begin_ + lane % 8 * CHUNK;
+    const int outputs = now_->gated ? now_->outputs / 2 : now_->outputs;
+    const int first = tile_ * (now_->gated ? 8 : 16), upper = now_->gated ? 0 : 8;
+    const int moved = now_->gated ? outputs : 0;
+    const W* chunk = static_cast<const W*>(now_->data) + begin_ + lane % 8 * CHUNK;
 #pragma unroll
-    for (int i = 0; i < TILE / 4; ++i) {
-      rows_[i] = chunk + static_cast<int64_t>(weight_row(p_, tile_, i * 4 + lane / 8)) * p_.inputs;
+    for (int i = 0; i < 4; ++i) {
+      const int r = first + i % 2 * 4 + lane / 8 + (i < 2 ? 0 : upper);
+      const int64_t row = min(r, outputs - 1) + (i < 2 ? 0 : moved);
+      rows_[i] = chunk + row * now_->inputs;
     }
   }
 
   // Start copying the unit that is next in turn; nothing, but still a group, after the last.
   __device__ void fetch(int slot) {
-    if (tile_ < p_.tiles) {
-      const int lane = threadIdx.x % 32, at = unit_ * UNIT<W>;
-      const bool present = begin_ + at + lane % 8 * CHUNK < end_;
+    if (live_) {
+      const int lane = threadIdx.x % 32;
+      const bool present = at_ + lane % 8 * CHUNK < features_;
 #pragma unroll
-      for (int i = 0; i < TILE / 4; ++i) {
+      for (int i = 0; i < 4; ++i) {
         const int to = slot * SLOT_BYTES + place(i * 4 + lane / 8, lane % 8) * 16;
-        copy16(shared_ + to, rows_[i] + (present ? at : 0), present);
+        copy16(shared_ + to, rows_[i] + (present ? at_ : 0), present);
       }
-      unit_ += WARPS;
-      if (unit_ >= units()) {
-        unit_ = threadIdx.x / 32, tile_ += gridDim.x;
-        find_rows();
-      }
+      at_ += WARPS * UNIT<W>;
+      if (at_ >= features_) next_tile();
     }
-    asm volatile("cp.async.commit_group;" ::: "memory");
+    close_group();
   }
 
-  const LinearParams& p_;
-  const W* rows_[TILE / 4];
+  __device__ void next_tile() {
+    at_ = threadIdx.x / 32 * UNIT<W>, tile_ += tile_step_;
+    if (tile_ >= now_->tiles) begin_product();
+    if (live_) find_rows();
+  }
+
+  const Weights *now_, *last_;  // the product whose weights are fetched, and the last one
+  const W* rows_[4];
   const unsigned char* ring_;
   uint32_t shared_;
-  int begin_, end_, tile_, unit_, slot_ = 0;
+  int slots_, begin_, features_, tile_, tile_step_;
+  int at_;  // of the part's features, the next unit's first
+  int slot_ = 0;
+  bool live_;
 };
 
 }  // namespace lmi

@@ -1,0 +1,134 @@
+// Recording a step's phases into a program, and running it, as torch sees them.
+//
+// A program is uint8 [1 + 2 * phases, PHASE_BYTES] in host memory: the `Program`, the phases, and
+// room for the list of weights. A copy of it is on the device. Recording a phase says whether the
+// step kernel covers it.
+#include <cstring>
+
+#include "arguments.h"
+#include "step.h"
+
+namespace lmi {
+namespace {
+
+bool is_place(const Tensor& phase) {
+  return phase.is_cpu() && phase.scalar_type() == ScalarType::Byte && phase.is_contiguous() &&
+         phase.numel() == PHASE_BYTES;
+}
+
+template <typename Params>
+bool put_phase(const Tensor& to, Work work, Params Phase::* member, const Params& params,
+               bool barrier) {
+  if (!is_place(to)) return false;
+  Phase phase;
+  phase.work = work;
+  phase.barrier = barrier;
+  phase.*member = params;
+  std::memcpy(to.data_ptr(), &phase, PHASE_BYTES);
+  return true;
+}
+
+bool record_norm(Tensor x, Tensor weight, Maybe bias, double eps, Tensor out, bool barrier,
+                 Tensor phase) {
+  const auto p = norm_params(x, weight, bias, eps, out);
+  return p && put_phase(phase, Work::norm, &Phase::norm, *p, barrier);
+}
+
+bool record_linear(Tensor x, Tensor weight, Maybe scale, Maybe bias, Maybe norm_weight,
+                   Maybe norm_bias, double eps, Maybe residual, int64_t activation, bool gated,
+                   Tensor work, Tensor counters, Tensor out, bool barrier, Tensor phase) {
+  auto p = linear_params(x, weight, scale, bias, norm_weight, norm_bias, eps, residual, activation,
+                         gated, work, counters, out);
+  const bool planned = p && p->rows <= MOST_STEP_ROWS &&
+                       plan_linear(*p, computed_in(x, weight, norm_weight), device_of(x),
+                                   work.numel(), counters.numel());
+  return planned && put_phase(phase, Work::linear, &Phase::linear, *p, barrier);
+}
+
+bool record_attention(Tensor q, Tensor k, Tensor v, Tensor table, Tensor lengths, bool write,
+                      int64_t heads, Maybe q_norm, Maybe k_norm, double eps, Maybe cos, Maybe sin,
+                      Maybe bias, Maybe slopes, int64_t window, double scale, int64_t splits,
+                      Tensor work, Tensor counters, Tensor out, bool barrier, Tensor phase) {
+  auto p = attention_params(q, k, v, table, lengths, write, heads, q_norm, k_norm, eps, cos, sin,
+                            bias, slopes, window, scale, splits, work, counters, out);
+  if (!p) return false;
+  arrange(*p, STEP_HEADS);
+  p->least_share = STEP_SHARE;
+  return put_phase(phase, Work::attention, &Phase::attention, *p, barrier);
+}
+
+bool is_program(const Tensor& program) {
+  return program.is_cpu() && program.scalar_type() == ScalarType::Byte &&
+         program.is_contiguous() && program.dim() == 2 && program.size(1) == PHASE_BYTES &&
+         program.size(0) > 1 && program.size(0) % 2 == 1;
+}
+
+// `x`: what the program begins with, [rows, features].
+bool finish_program(Tensor program, Tensor x, Tensor weight) {
+  if (!is_program(program) || !is_float(x) || !type_of(weight)) return false;
+  Program made{.type = *type_of(x),
+               .weight_type = *type_of(weight),
+               .rows = static_cast<int>(x.size(0)),
+               .phases = static_cast<int>(program.size(0)) / 2,
+               .products = 0,
+               .slots = 0,
+               .shared_bytes = 0};
+  char* bytes = static_cast<char*>(program.data_ptr());
+  auto* phases = reinterpret_cast<Phase*>(bytes + PHASE_BYTES);
+  auto* weights = reinterpret_cast<Weights*>(phases + made.phases);
+  if (!plan_program(made, phases, weights, device_of(x))) return false;
+  std::memcpy(bytes, &made, sizeof(made));
+  return true;
+}
+
+// `barrier`: int32 [1], zero at first, one for each stream.
+void run_program(Tensor program, Tensor on_device, Tensor barrier) {
+  const torch::stable::accelerator::DeviceGuard guard(on_device.get_device_index());
+  Program made;
+  std::memcpy(&made, program.data_ptr(), sizeof(made));
+  const char* bytes = static_cast<const char*>(on_device.data_ptr());
+  const auto* phases = reinterpret_cast<const Phase*>(bytes + PHASE_BYTES);
+  const StepParams p{.phases = phases,
+                     .weights = reinterpret_cast<const Weights*>(phases + made.phases),
+                     .count = made.phases,
+                     .products = made.products,
+                     .slots = made.slots,
+                     .products_at = made.shared_bytes -
+                                    made.products * static_cast<int>(sizeof(Weights)),
+                     .barrier = static_cast<unsigned*>(barrier.data_ptr())};
+  const Device& gpu = device_of(on_device);
+  const cudaStream_t stream = stream_of(on_device);
+  switch (made.type) {
+    case Type::float16: return step_float16(made, p, gpu, stream);
+    case Type::bfloat16: return step_bfloat16(made, p, gpu, stream);
+    default: return step_float32(made, p, gpu, stream);
+  }
+}
+
+}  // namespace
+}  // namespace lmi
+
+STABLE_TORCH_LIBRARY_FRAGMENT(lmi_multi, m) {
+  m.def(
+      "record_norm(Tensor x, Tensor weight, Tensor? bias, float eps, Tensor out, bool barrier, "
+      "Tensor(a!) phase) -> bool");
+  m.def(
+      "record_linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor? norm_weight, "
+      "Tensor? norm_bias, float eps, Tensor? residual, int activation, bool gated, Tensor work, "
+      "Tensor counters, Tensor out, bool barrier, Tensor(a!) phase) -> bool");
+  m.def(
+      "record_attention(Tensor q, Tensor k, Tensor v, Tensor table, Tensor lengths, bool write, "
+      "int heads, Tensor? q_norm, Tensor? k_norm, float eps, Tensor? cos, Tensor? sin, "
+      "Tensor? bias, Tensor? slopes, int window, float scale, int splits, Tensor work, "
+      "Tensor counters, Tensor out, bool barrier, Tensor(a!) phase) -> bool");
+  m.def("finish_program(Tensor(a!) program, Tensor x, Tensor weight) -> bool");
+  m.def("run_program(Tensor program, Tensor on_device, Tensor(a!) barrier) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lmi_multi, CUDA, m) {
+  m.impl("record_norm", TORCH_BOX(&lmi::record_norm));
+  m.impl("record_linear", TORCH_BOX(&lmi::record_linear));
+  m.impl("record_attention", TORCH_BOX(&lmi::record_attention));
+  m.impl("finish_program", TORCH_BOX(&lmi::finish_program));
+  m.impl("run_program", TORCH_BOX(&lmi::run_program));
+}

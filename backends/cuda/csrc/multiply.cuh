@@ -1,0 +1,230 @@
+// What a block does of a fused product: norm, product, scale, bias, activation, gate and residual.
+//
+// It keeps its rows of x, normalized, in shared memory, and goes through tiles of sixteen weight
+// rows. Its warps share the features of a tile, so every weight byte is read once.
+// Where x does not fit, features are also shared among `splits` blocks; the last of these
+// that is done with a tile adds up what they have found.
+#pragma once
+
+#include "activation.cuh"
+#include "normal.cuh"
+#include "stream.cuh"
+
+namespace lmi {
+
+constexpr int PAD = 128;  // x in shared memory is filled up to a multiple of this
+
+// Into so many splits, of whole units.
+inline void split(Weights& w, int splits) {
+  w.slice = ((w.inputs + splits - 1) / splits + PAD - 1) / PAD * PAD;
+  w.splits = (w.inputs + w.slice - 1) / w.slice;
+}
+
+template <typename X>
+__host__ __device__ constexpr int row_stride(int features) {
+  // A multiple of 128 bytes and 64 more: rows g and g + 1 then lie in different banks.
+  return (features + PAD - 1) / PAD * PAD + 64 / static_cast<int>(sizeof(X));
+}
+
+// Put features begin to end of the rows of x into shared memory, normalized if there is a norm,
+// zeros up to a whole unit. `scratch` holds a float a warp.
+template <typename X, typename W, typename From, int WARPS>
+__device__ void stage(const LinearParams& p, int begin, int end, X* to, float* scratch) {
+  // Some rows at a time: a warp, or several, for each.
+  int groups = 1;
+#pragma unroll 1
+  while (groups < p.rows && groups < WARPS) groups *= 2;
+  const int width = WARPS * 32 / groups, group = threadIdx.x / width, own = threadIdx.x % width * 8;
+  const int inputs = p.weights.inputs, stride = row_stride<X>(end - begin);
+  const int padded = stride - 64 / static_cast<int>(sizeof(X));
+  const X* weight = static_cast<const X*>(p.norm_weight.data);
+  const X* bias = static_cast<const X*>(p.norm_bias.data);
+#pragma unroll 1
+  for (int first = 0; first < p.rows; first += groups) {
+    const int r = first + group, row = min(r, p.rows - 1);
+    const From* x = static_cast<const From*>(p.x.data) + static_cast<int64_t>(row) * inputs;
+    Normal by;
+    if (weight) by = normal(x, inputs, bias, p.eps, width, scratch);
+    if (r >= p.rows) continue;
+#pragma unroll 2
+    for (int at = own; at < padded; at += width * 8) {
+      float values[8] = {};
+      const int feature = begin + at;
+      if (feature < end) {
+        load8(x + feature, values);
+        if (weight) apply(by, weight + feature, bias ? bias + feature : nullptr, values);
+      }
+      store8(to + r * stride + place<X, W>(at), values);
+    }
+  }
+}
+
+// What a thread's two results need beside the product, on its way.
+struct Terms {
+  uint32_t bias[2] = {}, residual[2] = {};
+  float scale[2] = {1, 1};
+};
+
+// The weight rows of a thread's results: eight apart, or a gate and what it gates.
+__device__ inline int output(const Weights& w, int tile, int g, int upper) {
+  return w.gated ? tile * 8 + g + upper * (w.outputs / 2) : tile * TILE + g + upper * 8;
+}
+
+__device__ inline bool in_range(const LinearParams& p, int tile, int g, int m, int n) {
+  const Weights& w = p.weights;
+  return m < p.rows && n < w.outputs && (!w.gated || tile * 8 + g < w.outputs / 2);
+}
+
+__device__ inline Terms read_terms(const LinearParams& p, int tile, int g, int m) {
+  Terms found;
+#pragma unroll
+  for (int upper = 0; upper < 2; ++upper) {
+    const int n = output(p.weights, tile, g, upper);
+    if (!in_range(p, tile, g, m, n)) continue;
+    if (p.scale) found.scale[upper] = p.scale[n];
+    if (p.bias.data) found.bias[upper] = read(p.bias, n);
+    if (p.residual.data) {
+      found.residual[upper] = read(p.residual, static_cast<int64_t>(m) * p.weights.outputs + n);
+    }
+  }
+  return found;
+}
+
+// Finish a thread's two results for row m of x. Not inlined, which keeps the kernels short.
+static __device__ __noinline__ void put(const LinearParams& p, int tile, int g, int m, Terms terms,
+                                 float2 product) {
+  const float y[2] = {product.x * terms.scale[0] + widen(terms.bias[0], p.bias.type),
+                      product.y * terms.scale[1] + widen(terms.bias[1], p.bias.type)};
+  const int first = output(p.weights, tile, g, 0);
+  if (p.weights.gated) {
+    const int64_t at = static_cast<int64_t>(m) * (p.weights.outputs / 2) + first;
+    const float gated = activate(y[0], p.activation) * y[1];
+    if (in_range(p, tile, g, m, first)) store(p.out, p.out_type, at, gated);
+    return;
+  }
+#pragma unroll
+  for (int upper = 0; upper < 2; ++upper) {
+    const int n = first + upper * 8;
+    const float sum =
+        activate(y[upper], p.activation) + widen(terms.residual[upper], p.residual.type);
+    const int64_t at = static_cast<int64_t>(m) * p.weights.outputs + n;
+    if (in_range(p, tile, g, m, n)) store(p.out, p.out_type, at, sum);
+  }
+}
+
+template <int NT, int WARPS>
+constexpr int PARTIALS = WARPS * NT * 4 * 32;  // floats
+
+// One of the two results that a thread finishes: row n * 8 + lane % 4 * 2 + c.
+template <int NT>
+struct Place {
+  int g, m, c, n;
+  bool mine;
+
+  __device__ explicit Place(int thread)
+      : g(thread % 32 / 4), c(thread / 32 % 2), n(thread / 64), mine(thread < NT * 64) {
+    m = n * 8 + thread % 4 * 2 + c;
+  }
+};
+
+// What the warps have, added up, for the threads that finish it.
+template <int NT, int WARPS>
+__device__ float2 sum_warps(const float (&own)[NT][4], float* partial) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+  for (int n = 0; n < NT; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) partial[(warp * NT * 4 + n * 4 + i) * 32 + lane] = own[n][i];
+  }
+  __syncthreads();
+  const Place<NT> at(threadIdx.x);
+  float2 sum = make_float2(0, 0);
+  if (at.mine) {
+#pragma unroll
+    for (int w = 0; w < WARPS; ++w) {
+      sum.x += partial[(w * NT * 4 + at.n * 4 + at.c) * 32 + lane];
+      sum.y += partial[(w * NT * 4 + at.n * 4 + at.c + 2) * 32 + lane];
+    }
+  }
+  return sum;
+}
+
+// Where a split of a tile leaves its sums.
+template <int NT>
+__device__ float2* work_of(const LinearParams& p, int tile, int split) {
+  const int64_t at = static_cast<int64_t>(tile) * p.weights.splits + split;
+  return reinterpret_cast<float2*>(p.work) + at * NT * 64;
+}
+
+// Finish those of the part's tiles whose other splits are all done. Whether they are is asked for
+// all tiles at once, since each question takes a while.
+template <int NT, int WARPS>
+__device__ __noinline__ void finish_splits(const LinearParams& p, Part part, int* is_last) {
+  const Weights& w = p.weights;
+  constexpr int TEAM = NT * 64, THREADS = WARPS * 32;
+  const int thread = threadIdx.x % TEAM;
+  const Place<NT> at(thread);
+#pragma unroll 1
+  for (int first = part.tile; first < w.tiles; first += THREADS * part.tile_step) {
+    __threadfence();
+    __syncthreads();
+    const int asked = first + threadIdx.x * part.tile_step;
+    bool last = false;
+    if (asked < w.tiles) {
+      int* counter = p.counters + asked;
+      last = atomicAdd(counter, 1) == w.splits - 1;
+      if (last) *counter = 0;
+    }
+    is_last[threadIdx.x] = last;
+    __syncthreads();
+    __threadfence();
+#pragma unroll 1
+    for (int i = threadIdx.x / TEAM; i < THREADS; i += THREADS / TEAM) {
+      const int tile = first + i * part.tile_step;
+      if (tile >= w.tiles) break;
+      if (!is_last[i]) continue;
+      const Terms terms = read_terms(p, tile, at.g, at.m);
+      float2 sum = make_float2(0, 0);
+#pragma unroll 1
+      for (int s = 0; s < w.splits; ++s) {
+        const float2 found = __ldcg(work_of<NT>(p, tile, s) + thread);
+        sum.x += found.x, sum.y += found.y;
+      }
+      put(p, tile, at.g, at.m, terms, sum);
+    }
+    __syncthreads();
+  }
+}
+
+// The part's tiles, with x staged and everybody behind a barrier. `partial`: twice PARTIALS.
+template <typename Product, int NT, int WARPS, typename S>
+__device__ void multiply(const LinearParams& p, const Part& part, S& weights,
+                         const typename Product::X* x, float* partial) {
+  using W = typename Product::W;
+  const int features = part.end - part.begin, tiles = p.weights.tiles, splits = p.weights.splits;
+  const int stride = row_stride<typename Product::X>(features);
+  const Place<NT> at(threadIdx.x);
+  int turn = 0;  // two buffers of partial sums: one barrier a tile is enough then
+#pragma unroll 1
+  for (int tile = part.tile; tile < tiles; tile += part.tile_step, turn ^= 1) {
+    Terms terms;
+    if (at.mine && splits == 1) terms = read_terms(p, tile, at.g, at.m);
+    Product product;
+#pragma unroll 1
+    for (int f = threadIdx.x / 32 * UNIT<W>; f < features; f += WARPS * UNIT<W>) {
+      product.add(weights.next(), x + f, stride, p.rows);
+    }
+    float sums[NT][4];
+    product.finish(sums);
+    const float2 sum = sum_warps<NT, WARPS>(sums, partial + turn * PARTIALS<NT, WARPS>);
+    if (!at.mine) continue;
+    if (splits == 1) {
+      put(p, tile, at.g, at.m, terms, sum);
+    } else {
+      work_of<NT>(p, tile, part.split)[threadIdx.x] = sum;
+    }
+  }
+  if (splits > 1) finish_splits<NT, WARPS>(p, part, reinterpret_cast<int*>(partial));
+}
+
+}  // namespace lmi

@@ -1,0 +1,91 @@
+// How a step's work is shared among blocks, decided once when it is recorded.
+#include "step.h"
+
+#include "attention.cuh"
+#include "multiply.cuh"
+
+namespace lmi {
+namespace {
+
+constexpr int RING_SLOTS = STEP_WARPS * SLOT_BYTES;  // bytes of one slot of every warp
+constexpr int MARGIN = 4096;  // bytes of shared memory: what is static, and the system's own
+constexpr int LISTED = 12 << 10;  // bytes that the list of products may take beside x
+
+int item_bytes(Type type) { return type == Type::float32 ? 4 : 2; }
+
+constexpr int PARTIAL_BYTES = 2 * PARTIALS<1, STEP_WARPS> * 4;
+
+// A split's features.
+int x_bytes(const Weights& w, int rows, Type type) {
+  const int features = (std::min(w.slice, w.inputs) + PAD - 1) / PAD * PAD;
+  return rows * (features * item_bytes(type) + 64);
+}
+
+// A third of shared memory, and what the shortest rings leave; the rest makes rings longer.
+int x_room(const Device& gpu) {
+  const int left = gpu.shared_per_block - MARGIN - LISTED - PARTIAL_BYTES - FEW_SLOTS * RING_SLOTS;
+  return std::min(left, static_cast<int>(gpu.shared_per_block * 0.36));
+}
+
+bool uses_work(const Phase& phase) {
+  return (phase.work == Work::linear && phase.linear.weights.splits > 1) ||
+         (phase.work == Work::attention && phase.attention.splits > 1);
+}
+
+bool fits(const Program& program, const Phase& phase) {
+  switch (phase.work) {
+    case Work::linear: {
+      const LinearParams& p = phase.linear;
+      return p.x.type == program.type && p.weight_type == program.weight_type &&
+             p.rows == program.rows && (!p.norm_weight.data || p.norm_weight.type == program.type);
+    }
+    case Work::norm:
+      return phase.norm.x.type == program.type && phase.norm.weight.type == program.type;
+    default: return phase.attention.rows == program.rows;
+  }
+}
+
+// What a phase wants of shared memory beside the rings.
+int beside_rings(const Program& program, const Phase& phase) {
+  if (phase.work == Work::linear) {
+    return PARTIAL_BYTES + x_bytes(phase.linear.weights, program.rows, program.type);
+  }
+  if (phase.work == Work::norm) return 0;
+  AttentionParams p = phase.attention;
+  return STEP_WARPS / 2 * shared_floats(arrange(p, STEP_HEADS), 2, p.dim) * 4;  // at most
+}
+
+}  // namespace
+
+bool plan_linear(LinearParams& p, Type type, const Device& gpu, int64_t work_floats,
+                 int64_t counters) {
+  Weights& w = p.weights;
+  for (int splits = 1;; ++splits) {
+    split(w, splits);
+    if (x_bytes(w, p.rows, type) <= x_room(gpu)) break;
+    if (w.slice == PAD) return false;
+  }
+  return w.splits <= gpu.processors && w.tiles <= counters &&
+         (w.splits == 1 || static_cast<int64_t>(w.tiles) * w.splits * 128 <= work_floats);
+}
+
+bool plan_program(Program& program, Phase* phases, Weights* weights, const Device& gpu) {
+  int beside = 0;
+  bool dirty = false;
+  phases[0].barrier = false;
+  for (int i = 0; i < program.phases; ++i) {
+    Phase& phase = phases[i];
+    if (!fits(program, phase)) return false;
+    beside = std::max(beside, beside_rings(program, phase));
+    // Two phases at once may not leave their sums in the same place.
+    if (uses_work(phase) && dirty) phase.barrier = true;
+    dirty = uses_work(phase) || (dirty && !phase.barrier);
+    if (phase.work == Work::linear) weights[program.products++] = phase.linear.weights;
+  }
+  beside += program.products * static_cast<int>(sizeof(Weights));
+  program.slots = ring_slots((gpu.shared_per_block - MARGIN - beside) / RING_SLOTS);
+  program.shared_bytes = program.slots * RING_SLOTS + beside;
+  return program.products > 0 && program.slots > 0;
+}
+
+}  // namespace lmi

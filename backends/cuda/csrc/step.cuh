@@ -1,0 +1,118 @@
+// A decode step's layers in one persistent kernel.
+//
+// A step of few rows is bound by reading its weights. Kernel by kernel, memory idles while one
+// kernel ends and the next one begins. Here a block for every processor stays for all layers: its
+// warps' streams (stream.cuh) read weights on and on, past the barriers between the phases, so that
+// the next product's are there before its inputs are.
+#pragma once
+
+#include "attention.cuh"
+#include "grid.cuh"
+#include "multiply.cuh"
+#include "normalize.cuh"
+#include "step.h"
+
+namespace lmi {
+
+// Ask for what all blocks are about to read, so that it comes from L2 then.
+__device__ inline void prefetch(Operand vector, int count) {
+  if (!vector.data) return;
+  const int line = 128, bytes = count * (vector.type == Type::float32 ? 4 : 2);
+#pragma unroll 1
+  for (int at = threadIdx.x * line; at < bytes; at += STEP_THREADS * line) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(vector.data) + at));
+  }
+}
+
+// Have L2 read this block's first weights of a product that is still to come: memory would idle
+// while everybody waits, and rings hold less than it could read meanwhile.
+template <typename W>
+__device__ void prefetch_weights(const Weights& w) {
+#if __CUDA_ARCH__ >= 900
+  constexpr int MOST = 192 << 10;  // bytes: L2 holds as much of all blocks, and keeps it
+  const Part part(w, blockIdx.x, gridDim.x);
+  const int bytes = (part.end - part.begin) * static_cast<int>(sizeof(W));
+  const int first = part.tile + threadIdx.x / TILE * part.tile_step, r = threadIdx.x % TILE;
+  if (first >= w.tiles || threadIdx.x / TILE * TILE * bytes >= MOST) return;
+  const int outputs = w.gated ? w.outputs / 2 : w.outputs;
+  const int row = w.gated ? r / 8 * outputs + min(first * 8 + r % 8, outputs - 1)
+                          : min(first * TILE + r, outputs - 1);
+  const W* from = static_cast<const W*>(w.data) + static_cast<int64_t>(row) * w.inputs;
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from + part.begin), "r"(bytes));
+#endif
+}
+
+// The fewer items, the more warps have one.
+__device__ inline int team_warps(const AttentionParams& p) {
+  const int items = items_of(p), blocks = gridDim.x;
+  int warps = STEP_WARPS;
+  while (warps > 2 && items > blocks * (STEP_WARPS / warps)) warps /= 2;
+  return warps;
+}
+
+template <typename Product>
+__global__ void __launch_bounds__(STEP_THREADS, 1) step_kernel(const StepParams s) {
+  using X = typename Product::X;
+  using W = typename Product::W;
+  // The warps' rings; the partial sums and x, whose place attention has for itself; and what all
+  // products' weights are.
+  extern __shared__ __align__(128) unsigned char shared[];
+  constexpr int WORDS = PHASE_BYTES / 16;
+  __shared__ uint4 held[2][WORDS];  // this phase and the next
+  const auto* words = reinterpret_cast<const uint4*>(s.phases);
+  const bool copies = threadIdx.x < WORDS;
+  float* partial = reinterpret_cast<float*>(shared + s.slots * (STEP_WARPS * SLOT_BYTES));
+  X* x = reinterpret_cast<X*>(partial + 2 * PARTIALS<1, STEP_WARPS>);
+
+  if (copies) held[0][threadIdx.x] = words[threadIdx.x];
+  auto* products = reinterpret_cast<Weights*>(shared + s.products_at);
+#pragma unroll 1
+  for (int i = threadIdx.x; i < s.products; i += STEP_THREADS) products[i] = s.weights[i];
+  GridBarrier barrier(s.barrier);
+  __syncthreads();
+  Stream<W, STEP_WARPS> weights(products, s.products, shared, s.slots);
+  weights.fill();
+  int done = 0;  // products
+#pragma unroll 1
+  for (int i = 0; i < s.count; ++i) {
+    const Phase& phase = reinterpret_cast<const Phase&>(held[i % 2]);
+    uint4 ahead = {};
+    if (copies && i + 1 < s.count) ahead = words[(i + 1) * WORDS + threadIdx.x];
+    if (phase.work == Work::linear) {
+      const LinearParams& p = phase.linear;
+      prefetch(p.norm_weight, p.weights.inputs);
+      prefetch(p.norm_bias, p.weights.inputs);
+      if (phase.barrier) barrier.wait();
+      const Part part(p.weights, blockIdx.x, gridDim.x);
+      if (part.tile < p.weights.tiles) {
+        stage<X, W, X, STEP_WARPS>(p, part.begin, part.end, x, partial);
+        __syncthreads();
+        multiply<Product, 1, STEP_WARPS>(p, part, weights, x, partial);
+      }
+      if (++done < s.products) prefetch_weights<W>(products[done]);
+    } else if (phase.work == Work::attention) {
+      const AttentionParams& p = phase.attention;
+      attend_all<X, STEP_HEADS, 4 / sizeof(X)>(p, team_warps(p), partial, [&] {
+        if (phase.barrier) barrier.wait();
+      });
+    } else {
+      if (phase.barrier) barrier.wait();
+      for (int row = blockIdx.x; row < phase.norm.rows; row += gridDim.x) {
+        normalize<X, X>(phase.norm, row);
+        __syncthreads();
+      }
+    }
+    if (copies) held[(i + 1) % 2][threadIdx.x] = ahead;
+    __syncthreads();
+    if (reinterpret_cast<const Phase&>(held[(i + 1) % 2]).barrier) barrier.arrive();
+  }
+}
+
+template <typename Product>
+void launch_step(const Program& program, const StepParams& p, const Device& gpu,
+                 cudaStream_t stream) {
+  launch(&step_kernel<Product>, p, dim3(gpu.processors), STEP_THREADS, program.shared_bytes,
+         Start::together, stream);
+}
+
+}  // namespace lmi

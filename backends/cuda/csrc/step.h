@@ -1,0 +1,68 @@
+// A whole stack of layers as one kernel: its phases are recorded once, and run by every replay.
+#pragma once
+
+#include "attention.h"
+#include "linear.h"
+#include "norm.h"
+
+namespace lmi {
+
+constexpr int PHASE_BYTES = 256;
+constexpr int MOST_STEP_ROWS = 8;
+constexpr int STEP_WARPS = 16, STEP_THREADS = STEP_WARPS * 32;  // of a block, one a processor
+constexpr int STEP_HEADS = 1;  // of a chunk: registers are too few for more
+constexpr int STEP_SHARE = 48;  // tokens of a split, at least: other blocks would do nothing
+
+enum class Work : int { linear, attention, norm };
+
+// One operation.
+struct alignas(16) Phase {
+  Work work;
+  bool barrier;  // everything before it must be done
+  int unused[2];
+  union {
+    LinearParams linear;
+    AttentionParams attention;
+    NormParams norm;
+    char bytes[PHASE_BYTES - 16];
+  };
+
+  Phase() : work(Work::norm), barrier(false), unused{}, bytes{} {}
+};
+static_assert(sizeof(Phase) == PHASE_BYTES);
+
+// What is the same for all phases.
+struct Program {
+  Type type;         // of activations
+  Type weight_type;  // of every product's weights
+  int rows;
+  int phases;
+  int products;
+  int slots;         // of a warp's ring
+  int shared_bytes;
+};
+
+struct StepParams {
+  const Phase* phases;
+  const Weights* weights;  // [products], of those phases that are products
+  int count, products, slots;
+  int products_at;  // where they lie in shared memory, in bytes
+  unsigned* barrier;  // see GridBarrier
+};
+
+// Share the work of a product among the blocks of a step. False if it cannot be one's.
+bool plan_linear(LinearParams& p, Type type, const Device& gpu, int64_t work_floats,
+                 int64_t counters);
+
+// Make what was recorded runnable, and list its products' weights, of which there may be as many as
+// phases. False if it is not runnable: no product, types that differ, too large.
+bool plan_program(Program& program, Phase* phases, Weights* weights, const Device& gpu);
+
+void step_float32(const Program& program, const StepParams& p, const Device& gpu,
+                  cudaStream_t stream);
+void step_float16(const Program& program, const StepParams& p, const Device& gpu,
+                  cudaStream_t stream);
+void step_bfloat16(const Program& program, const StepParams& p, const Device& gpu,
+                   cudaStream_t stream);
+
+}  // namespace lmi

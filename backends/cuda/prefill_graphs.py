@@ -1,0 +1,121 @@
+"""Short prefills captured as CUDA graphs: there the host's launches take longer than the GPU."""
+
+from __future__ import annotations
+
+import logging
+from bisect import bisect_left
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lmi_multi.backends.base import Limits
+from lmi_multi.engine.batch import Prompt, Row
+from lmi_multi.ops import Attention
+
+from .graphs import Angles, Captured, capture
+from .prefill import Prefill, PrefillAttention
+from .prefill_inputs import PrefillInputs
+from .program import NotCoveredError
+
+# Tokens of all rows together. Above, the GPU is busy for longer than the launches take.
+SIZES = (16, 32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
+MOST_ROWS = 16
+MOST_CONTEXT = 4096  # tokens of a row, cached ones included: for more, tables get long
+Kind = Literal["rows", "prompts"]
+
+log = logging.getLogger(__name__)
+
+
+class PrefillGraphs:
+    """The prefills of one network over one cache, one graph for each size, made when first wanted.
+    The kernel must cover them all.
+
+    A prefill is filled up to its size with tokens of no row, which are computed for nothing. All
+    graphs share one pool of memory: what one computed must be read, or copied, on the stream before
+    the next is replayed.
+    """
+
+    def __init__(
+        self, prefill: Prefill, limits: Limits, angles: Angles | None, device: torch.device
+    ) -> None:
+        self._prefill, self._angles, self._device = prefill, angles, device
+        self._block_size = limits.block_size
+        self._rows = min(limits.max_batch, MOST_ROWS)
+        self._context = min(limits.max_tokens, MOST_CONTEXT)
+        self._encoded = prefill.network.weights.encoder is not None
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._captured: dict[tuple[Kind, int], tuple[PrefillInputs, Captured] | None] = {}
+
+    def logits(self, rows: Sequence[Row]) -> Tensor | None:
+        """Decode rows: float32 [drawing rows, vocab]. None, and nothing done, if there is no graph
+        for them."""
+        if self._encoded or max(row.length for row in rows) > self._context:
+            return None
+        found = self._get("rows", [len(row.token_ids) for row in rows])
+        if found is None:
+            return None
+        inputs, graph = found
+        inputs.fill_rows(rows, self._block_size)
+        return graph.replay()[: sum(row.sample is not None for row in rows)]
+
+    def encode_to_cache(self, prompts: Sequence[Prompt]) -> bool:
+        """As `Prefill.encode_to_cache`. False, and nothing done, if there is no graph for it."""
+        if not self._encoded or any(prompt.segment_ids is not None for prompt in prompts):
+            return False
+        found = self._get("prompts", [len(prompt.token_ids) for prompt in prompts])
+        if found is None:
+            return False
+        inputs, graph = found
+        inputs.fill_prompts(prompts, self._block_size)
+        graph.replay()
+        return True
+
+    def _get(self, kind: Kind, counts: Sequence[int]) -> tuple[PrefillInputs, Captured] | None:
+        size = size_of(counts, self._rows)
+        if size is None:
+            return None
+        key = kind, size
+        if key not in self._captured:
+            self._captured[key] = self._capture(kind, size)
+        return self._captured[key]
+
+    def _capture(self, kind: Kind, size: int) -> tuple[PrefillInputs, Captured] | None:
+        width = -(-self._context // self._block_size) if kind == "rows" else 0
+        body = self._logits if kind == "rows" else self._encode
+        try:
+            inputs = PrefillInputs(size, min(self._rows, size), width, 0, self._device)
+            inputs.clear()
+            return inputs, capture(lambda: body(inputs), self._stream, self._pool)
+        except torch.OutOfMemoryError:
+            log.warning("no memory to capture a prefill of %d tokens: it runs uncaptured", size)
+        return None
+
+    def _logits(self, inputs: PrefillInputs) -> Tensor:
+        network = self._prefill.network
+        hidden = network.decode(inputs.ids, inputs.positions, self._attention(inputs, None))
+        return network.logits(hidden.index_select(0, inputs.last))
+
+    def _encode(self, inputs: PrefillInputs) -> Tensor:
+        attention = self._attention(inputs, False)
+        memory = self._prefill.network.encode(inputs.ids, inputs.positions, None, attention)
+        self._prefill.write_cross(memory, inputs)
+        return memory
+
+    def _attention(self, inputs: PrefillInputs, causal: bool | None) -> PrefillAttention:
+        angles = None if self._angles is None else self._angles.at(inputs.positions)
+        return PrefillAttention(self._prefill.kernel, inputs, angles, causal, _not_covered)
+
+
+def size_of(counts: Sequence[int], most_rows: int) -> int | None:
+    """The size of graph for rows of so many tokens; None if there is none."""
+    total = sum(counts)
+    if not 0 < len(counts) <= most_rows or total > SIZES[-1]:
+        return None
+    return SIZES[bisect_left(SIZES, total)]
+
+
+def _not_covered() -> Attention:
+    raise NotCoveredError

@@ -1,0 +1,177 @@
+"""What a prefill reads beside weights and cache: packed rows, as one buffer and one copy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lmi_multi.engine.batch import Prompt, Row
+
+from .inputs import upload
+
+FEW, MANY = 64, 128  # queries of a tile; the kernel's (csrc/prefill.cuh)
+NOWHERE, NOTHING = -1, -1  # a slot that is none; a tile without work
+
+Integers = npt.NDArray[np.int32]
+
+
+class PrefillInputs:
+    """Room for `tokens` packed tokens of up to `rows` rows, all int32 on the device.
+
+    Of each token: `ids`, `positions`, `reach` (the context that its row has), and `slots` in the
+    cache, block * block_size + offset, -1 for none. Of each row: where its tokens begin, `starts`
+    [rows + 1], how many keys it has, `lengths`, and its blocks, `table` [rows, width]; the same of
+    its encoded prompt, `cross_lengths` and `cross_table`. `last`: the last tokens of the rows that
+    draw, which come first. `tiles` [n, 2]: a row and the first of up to `queries` queries, or -1.
+
+    What is not filled computes nothing, and nothing is stored for it.
+    """
+
+    def __init__(
+        self,
+        tokens: int,
+        rows: int,
+        width: int,
+        cross_width: int,
+        device: torch.device,
+        queries: int = FEW,
+    ) -> None:
+        self.queries = queries
+        shapes = {
+            **dict.fromkeys(("ids", "positions", "reach", "slots"), (tokens,)),
+            "starts": (rows + 1,),
+            **dict.fromkeys(("lengths", "cross_lengths", "last"), (rows,)),
+            "tiles": (tokens // queries + rows, 2),
+            "table": (rows, width),
+            "cross_table": (rows, cross_width),
+        }
+        sizes = [int(np.prod(shape)) for shape in shapes.values()]
+        self._host = np.zeros(sum(sizes), dtype=np.int32)
+        self._packed = torch.empty(sum(sizes), dtype=torch.int32, device=device)
+        host = np.split(self._host, np.cumsum(sizes)[:-1])
+        parts = self._packed.split_with_sizes(sizes)
+        self.host: dict[str, Integers] = {
+            name: own.reshape(shape)
+            for (name, shape), own in zip(shapes.items(), host, strict=True)
+        }
+        views = {
+            name: own.view(shape) for (name, shape), own in zip(shapes.items(), parts, strict=True)
+        }
+        self.ids, self.positions = views["ids"], views["positions"]
+        self.reach, self.slots = views["reach"], views["slots"]
+        self.starts, self.lengths, self.table = views["starts"], views["lengths"], views["table"]
+        self.cross_lengths, self.cross_table = views["cross_lengths"], views["cross_table"]
+        self.last, self.tiles = views["last"], views["tiles"]
+
+    @classmethod
+    def of_rows(
+        cls, rows: Sequence[Row], block_size: int, device: torch.device, queries: int = FEW
+    ) -> PrefillInputs:
+        """Of a decoder's rows, and no larger."""
+        width = max(-(-row.length // block_size) for row in rows)
+        cross_width = max(len(row.cross_blocks) for row in rows)
+        tokens = sum(len(row.token_ids) for row in rows)
+        made = cls(tokens, len(rows), width, cross_width, device, queries)
+        made.fill_rows(rows, block_size)
+        return made
+
+    @classmethod
+    def of_prompts(
+        cls,
+        prompts: Sequence[Prompt],
+        block_size: int,
+        device: torch.device,
+        queries: int = FEW,
+    ) -> PrefillInputs:
+        """Of prompts that attend to themselves, and no larger."""
+        tokens = sum(len(prompt.token_ids) for prompt in prompts)
+        made = cls(tokens, len(prompts), 0, 0, device, queries)
+        made.fill_prompts(prompts, block_size)
+        return made
+
+    def fill_rows(self, rows: Sequence[Row], block_size: int) -> None:
+        """A decoder's rows, which continue what the cache has of them."""
+        counts, lengths = [len(row.token_ids) for row in rows], [row.length for row in rows]
+        self._clear()
+        self._fill_tokens([row.token_ids for row in rows], [row.start for row in rows])
+        self._fill_tiles(counts, lengths)
+        host, end = self.host, 0
+        for i, row in enumerate(rows):
+            begin, end = end, end + counts[i]
+            host["reach"][begin:end] = max(row.length, row.prompt_length)
+            host["slots"][begin:end] = slots(row.blocks, row.start, row.length, block_size)
+            used = -(-row.length // block_size)
+            host["table"][i, :used] = row.blocks[:used]
+            host["cross_lengths"][i] = row.cross_length
+            host["cross_table"][i, : len(row.cross_blocks)] = row.cross_blocks
+        last = [
+            end - 1
+            for row, end in zip(rows, accumulate(counts), strict=True)
+            if row.sample is not None
+        ]
+        host["last"][: len(last)] = last
+        upload(self._host, self._packed)
+
+    def fill_prompts(self, prompts: Sequence[Prompt], block_size: int) -> None:
+        """Prompts that attend to themselves; slots are those of their cross-attention."""
+        counts = [len(prompt.token_ids) for prompt in prompts]
+        self._clear()
+        self._fill_tokens([prompt.token_ids for prompt in prompts], [0] * len(prompts))
+        self._fill_tiles(counts, counts)
+        host, end = self.host, 0
+        for prompt, count in zip(prompts, counts, strict=True):
+            begin, end = end, end + count
+            host["reach"][begin:end] = count
+            if prompt.cross_blocks:
+                host["slots"][begin:end] = slots(prompt.cross_blocks, 0, count, block_size)
+        upload(self._host, self._packed)
+
+    def clear(self) -> None:
+        """No rows at all."""
+        self._clear()
+        upload(self._host, self._packed)
+
+    def _clear(self) -> None:
+        self._host[:] = 0
+        self.host["slots"][:] = NOWHERE
+        self.host["tiles"][:] = NOTHING
+
+    def _fill_tokens(self, ids: Sequence[Sequence[int]], starts: Sequence[int]) -> None:
+        end = 0
+        for own, start in zip(ids, starts, strict=True):
+            begin, end = end, end + len(own)
+            self.host["ids"][begin:end] = own
+            self.host["positions"][begin:end] = np.arange(start, start + len(own))
+
+    def _fill_tiles(self, counts: Sequence[int], lengths: Sequence[int]) -> None:
+        ends = np.cumsum(counts)
+        self.host["starts"][1 : len(counts) + 1] = ends
+        self.host["starts"][len(counts) + 1 :] = ends[-1]
+        self.host["lengths"][: len(lengths)] = lengths
+        found = tiles(counts, lengths, self.queries)
+        self.host["tiles"][: len(found)] = found
+
+
+def tiles(counts: Sequence[int], lengths: Sequence[int], queries: int) -> list[tuple[int, int]]:
+    """The rows' tiles: (row, first query of up to `queries`), those that see most keys first, so
+    that no long one is left for the end."""
+    found = [(row, first) for row, n in enumerate(counts) for first in range(0, n, queries)]
+    return sorted(found, key=lambda tile: counts[tile[0]] - lengths[tile[0]] - tile[1])
+
+
+def queries_of(counts: Sequence[int], heads: int, dim: int, processors: int) -> int:
+    """How many queries a tile should have: many, with which keys are read half as often, where that
+    leaves each of the GPU's processors some blocks, and heads are narrow enough."""
+    blocks = heads * sum(-(-n // MANY) for n in counts)
+    return MANY if dim <= 128 and blocks >= 4 * processors else FEW
+
+
+def slots(blocks: Sequence[int], start: int, stop: int, block_size: int) -> npt.NDArray[Any]:
+    """Where tokens start to stop of a sequence lie: block * block_size + offset."""
+    at = np.arange(start, stop)
+    return np.asarray(blocks)[at // block_size] * block_size + at % block_size

@@ -1,0 +1,130 @@
+"""A decode step's layers as one persistent kernel: recorded once, run by every step.
+
+Recording is running the network with kernels that note their arguments instead of starting. What
+is noted are addresses, so everything stays where it was; what changes from step to step (the
+embedded tokens, rotary angles, lengths, block tables) is written there before each run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MOST_ROWS = 8  # of a program
+PHASE_BYTES = 256  # see csrc/step.h
+# Rows up to which every block normalizes x by itself, in front of a product. With more it takes
+# longer than a phase of its own.
+FUSED_NORM_ROWS = 4
+
+
+class NotCoveredError(Exception):
+    """The kernels do not cover this network: its steps cannot be captured, or not so."""
+
+
+class Recorder:
+    """Takes the place of the kernels in `CudaOps` and `DecodeAttention`.
+
+    Raises NotCoveredError for what the step kernel does not do, and where something is read that
+    no phase has written: torch computed it, and only once.
+    """
+
+    def __init__(self, inputs: Sequence[Tensor]) -> None:
+        self.phases: list[Tensor] = []
+        self.kept: list[Any] = [inputs]
+        self.weight: Tensor | None = None
+        self._known = {tensor.data_ptr() for tensor in inputs}
+        self._since_barrier: set[int] = set()
+        self._normalized: dict[tuple[int, int], Tensor] = {}
+
+    def norm(self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, out: Tensor) -> bool:
+        """See `lmi_multi::norm`."""
+        op = torch.ops.lmi_multi.record_norm
+        return self._add(op, (x, weight, bias, eps, out), [x], out)
+
+    def linear(
+        self, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None,
+        norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float,
+        residual: Tensor | None, activation: int, gated: bool, splits: int, work: Tensor,
+        counters: Tensor, out: Tensor,
+    ) -> bool:  # fmt: skip
+        """See `lmi_multi::linear`; `splits` is the step's own affair."""
+        if norm_weight is not None and len(x) > FUSED_NORM_ROWS:
+            x, norm_weight, norm_bias = self._norm(x, norm_weight, norm_bias, eps), None, None
+        reads = [x] if residual is None else [x, residual]
+        terms = (scale, bias, norm_weight, norm_bias, eps, residual, activation, gated)
+        self.weight = weight
+        op = torch.ops.lmi_multi.record_linear
+        return self._add(op, (x, weight, *terms, work, counters, out), reads, out)
+
+    def _norm(self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        """x normalized, once for all that want it (GPT-J's attention and FFN)."""
+        key = (x.data_ptr(), weight.data_ptr())
+        if key not in self._normalized:
+            self._normalized[key] = torch.empty_like(x, dtype=weight.dtype)
+            self.norm(x, weight, bias, eps, self._normalized[key])
+        return self._normalized[key]
+
+    def attention(self, q: Tensor, *others: Any) -> bool:
+        """See `lmi_multi::attention`."""
+        return self._add(torch.ops.lmi_multi.record_attention, (q, *others), [q], others[-1])
+
+    def _add(
+        self,
+        op: Callable[..., bool],
+        arguments: Sequence[Any],
+        reads: Sequence[Tensor],
+        out: Tensor,
+    ) -> bool:
+        """Note a phase. It waits for all that was noted before if it reads any of it that no
+        earlier phase has waited for."""
+        places = {tensor.data_ptr() for tensor in reads}
+        if not places <= self._known:
+            raise NotCoveredError
+        barrier = bool(places & self._since_barrier)
+        phase = torch.zeros(PHASE_BYTES, dtype=torch.uint8)
+        if not op(*arguments, barrier, phase):
+            raise NotCoveredError
+        if barrier:
+            self._since_barrier.clear()
+        self._since_barrier.add(out.data_ptr())
+        self._known.add(out.data_ptr())
+        self.phases.append(phase)
+        self.kept.append(arguments)
+        return True
+
+
+class StepProgram:
+    """Layers recorded for a number of rows.
+
+    `x` [rows, hidden] and `angles` (float32 [rows, pairs] each, or None) are what it reads; `out`
+    is what `record` returned, computed by every `run`. Raises NotCoveredError.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        angles: tuple[Tensor, Tensor] | None,
+        barrier: Tensor,
+        record: Callable[[Recorder], Tensor],
+    ) -> None:
+        recorder = Recorder([x])
+        self.out = record(recorder)
+        self._x, self._angles, self._barrier, self._kept = x, angles, barrier, recorder.kept
+        room = torch.zeros(1 + len(recorder.phases), PHASE_BYTES, dtype=torch.uint8)
+        self._program = torch.cat([room[:1], *(p[None] for p in recorder.phases), room[1:]])
+        finish = torch.ops.lmi_multi.finish_program
+        if recorder.weight is None or not finish(self._program, x, recorder.weight):
+            raise NotCoveredError
+        self._on_device = self._program.to(x.device)
+
+    def run(self, x: Tensor, angles: tuple[Tensor, Tensor] | None) -> Tensor:
+        """The layers' output [rows, hidden] for embedded tokens; the next run overwrites it."""
+        self._x.copy_(x)
+        if self._angles is not None and angles is not None:
+            for to, value in zip(self._angles, angles, strict=True):
+                to.copy_(value)
+        torch.ops.lmi_multi.run_program(self._program, self._on_device, self._barrier)
+        return self.out

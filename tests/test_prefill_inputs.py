@@ -1,0 +1,128 @@
+"""What the host tells the prefill kernel: which block does which queries, and where all lies."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from lmi_multi.backends.cuda import prefill_inputs
+from lmi_multi.backends.cuda.prefill import DistanceBiases
+from lmi_multi.backends.cuda.prefill_graphs import SIZES, size_of
+from lmi_multi.backends.cuda.prefill_inputs import PrefillInputs, queries_of, slots, tiles
+
+from lmi_multi.engine.batch import Prompt, Row
+from lmi_multi.models.bias import relative_buckets
+from lmi_multi.models.spec import RelativeBias
+from lmi_multi.ops.sampling import SampleRow
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _no_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is none without a GPU."""
+    copy = lambda values, to: to.copy_(torch.from_numpy(values))  # noqa: E731
+    monkeypatch.setattr(prefill_inputs, "upload", copy)
+
+
+def test_tiles_cover_every_query_once() -> None:
+    chance = random.Random(0)
+    for _ in range(50):
+        counts = [chance.randint(1, 300) for _ in range(chance.randint(1, 20))]
+        lengths = [n + chance.choice((0, 0, 17, 400)) for n in counts]
+        size = chance.choice((64, 128))
+        found = tiles(counts, lengths, size)
+        assert len(found) <= sum(counts) // size + len(counts)
+        queries = sorted(
+            (row, first + i) for row, first in found for i in range(min(size, counts[row] - first))
+        )
+        assert queries == [(row, i) for row, n in enumerate(counts) for i in range(n)]
+        reach = [lengths[row] - counts[row] + first for row, first in found]
+        assert reach == sorted(reach, reverse=True)
+
+
+def test_rows() -> None:
+    rows = [
+        Row([7], 20, [5, 2, 9], 21, sample=SampleRow()),
+        Row([4, 3, 2], 6, [1, 8, 3], 40, (4, 6), 11),
+        Row(list(range(70)), 0, list(range(20, 30)), 70, sample=SampleRow()),
+    ]
+    for extra in (0, 6):
+        inputs = PrefillInputs(74 + extra, 3 + extra, 9 + extra, 2 + extra, CPU)
+        inputs.fill_rows(rows, 8)
+        assert inputs.ids.tolist() == [7, 4, 3, 2, *range(70), *[0] * extra]
+        assert inputs.positions.tolist() == [20, 6, 7, 8, *range(70), *[0] * extra]
+        assert inputs.reach.tolist() == [21, 40, 40, 40, *[70] * 70, *[0] * extra]
+        assert inputs.slots.tolist() == [
+            *(9 * 8 + 4, 1 * 8 + 6, 1 * 8 + 7, 8 * 8),
+            *range(160, 230),
+            *[-1] * extra,
+        ]
+        assert inputs.starts.tolist() == [0, 1, 4, 74, *[74] * extra]
+        assert inputs.lengths.tolist() == [21, 9, 70, *[0] * extra]
+        assert inputs.table[0, :3].tolist() == [5, 2, 9]
+        assert inputs.table[1, :3].tolist() == [1, 8, 0]  # the third block is not reached
+        assert inputs.table[2, :9].tolist() == list(range(20, 29))
+        assert inputs.cross_lengths.tolist() == [0, 11, 0, *[0] * extra]
+        assert inputs.cross_table[1, :2].tolist() == [4, 6]
+        assert inputs.last[:2].tolist() == [0, 73]
+        assert inputs.tiles[:4].tolist() == [[2, 64], [0, 0], [1, 0], [2, 0]]
+        assert (inputs.tiles[4:] == -1).all()
+    inputs.clear()
+    assert (inputs.tiles == -1).all()
+    assert (inputs.slots == -1).all()
+
+
+def test_inputs_of_a_step_are_no_larger_than_it() -> None:
+    rows = [Row([7] * 5, 3, [5, 2, 9], 8), Row([7], 0, [1], 1, (3, 4), 9)]
+    inputs = PrefillInputs.of_rows(rows, 8, CPU)
+    assert inputs.ids.shape == (6,)
+    assert inputs.table.tolist() == [[5], [1]]
+    assert inputs.cross_table.tolist() == [[0, 0], [3, 4]]
+
+
+def test_prompts() -> None:
+    prompts = [Prompt([5, 6], cross_blocks=[3]), Prompt([7] * 10, cross_blocks=[9, 1]), Prompt([8])]
+    inputs = PrefillInputs.of_prompts(prompts, 8, CPU)
+    assert inputs.ids.tolist() == [5, 6, *[7] * 10, 8]
+    assert inputs.positions.tolist() == [0, 1, *range(10), 0]
+    assert inputs.slots.tolist() == [24, 25, *range(72, 80), 8, 9, -1]
+    assert inputs.starts.tolist() == [0, 2, 12, 13]
+    assert inputs.lengths.tolist() == inputs.reach[[0, 2, 12]].tolist() == [2, 10, 1]
+
+
+def test_slots() -> None:
+    assert slots([4, 0, 7], 6, 18, 8).tolist() == [38, 39, *range(8), 56, 57]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_bias_by_distance_is_that_of_the_buckets(causal: bool) -> None:
+    position, table = RelativeBias(buckets=32, max_distance=128), torch.randn(32, 3)
+    biases = DistanceBiases()
+    found = biases.of(table, position, causal)
+    assert found is biases.of(table, position, causal)
+    center = 0 if causal else 128
+    for distance in (*range(-300, 301), 5000):  # how far the query is behind the key
+        if causal and distance < 0:
+            continue
+        bucket = relative_buckets(torch.tensor([-distance]), position, bidirectional=not causal)
+        at = min(max(distance + center, 0), found.shape[1] - 1)
+        assert torch.equal(found[:, at], table[bucket[0]])
+
+
+def test_tiles_are_large_where_there_are_enough() -> None:
+    assert queries_of([128] * 64, 64, 64, 132) == 128
+    assert queries_of([128], 64, 64, 132) == 64
+    assert queries_of([4096], 32, 128, 132) == 128
+    assert queries_of([4096], 32, 256, 132) == 64
+
+
+def test_sizes_of_graphs() -> None:
+    assert size_of([1], 4) == SIZES[0]
+    assert size_of([100, 28], 4) == 128
+    assert size_of([100, 29], 4) == 160
+    assert size_of([SIZES[-1]], 4) == SIZES[-1]
+    assert size_of([SIZES[-1], 1], 4) is None
+    assert size_of([1] * 5, 4) is None
+    assert size_of([], 4) is None
