@@ -28,7 +28,7 @@ class CapacityError(LmiError):
 
 
 class RankError(LmiError):
-    """A tensor-parallel rank died, hung or raised; the message carries its traceback."""
+    """A rank died, hangs or raised; the message names it, and carries its traceback."""
 
 
 class AwsError(LmiError):

@@ -4,8 +4,9 @@ These are estimates. What is exact: the bytes of weights that a rank holds, and 
 block. What is assumed: `RESERVED` bytes of every device are taken by driver, runtime, libraries and
 communication. On a GPU the model takes `MEMORY_SHARE` of the memory, of which the cache gets what
 weights and `workspace_bytes` leave; on NeuronCores the cache gets `CACHE_SHARE` of what the weights
-leave. The host holds all ranks' weights once while they load, and `HOST_RESERVED` bytes beside
-them. Nothing of this was measured on the instances.
+leave. While weights load the host holds `BUFFERS` bytes for each GPU, or the weights of all
+NeuronCores once, and `HOST_RESERVED` bytes beside them. Nothing of this was measured on the
+instances.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import get_args
 from pydantic import BaseModel, computed_field
 
 from lmi_multi.backends.limits import default_tokens, plan_limits, row_blocks
-from lmi_multi.backends.memory import DEFAULT_BATCH, MEMORY_SHARE, Device, workspace_bytes
+from lmi_multi.backends.memory import DEFAULT_BATCH, MEMORY_SHARE, Device, Need, workspace_bytes
 from lmi_multi.checkpoint.artifact import Artifact, is_artifact
 from lmi_multi.checkpoint.convert import chosen_dtype
 from lmi_multi.checkpoint.files import gib
@@ -38,12 +39,24 @@ from lmi_multi.errors import CapacityError
 from lmi_multi.instances import GIB, INSTANCES, REFUSED, Instance
 from lmi_multi.models.schema import valid_degrees
 from lmi_multi.models.spec import ModelSpec
+from lmi_multi.models.stages import Stage, check_stages, plan_stages
 from lmi_multi.models.weights import LARGEST
 
 RESERVED = 1 * GIB
 HOST_RESERVED = 2 * GIB
 CACHE_SHARE = 0.8
+BUFFERS = 256 * 2**20  # through which the CUDA backend reads
 _ROWS = 2**40  # more than any memory holds: the memory is to be the limit
+
+
+@dataclass(frozen=True)
+class _Held:
+    """What each rank of a stage holds: bytes of weights, and the elements of its largest quantized
+    one."""
+
+    stage: Stage
+    weights: int
+    widest: int
 
 
 @dataclass(frozen=True)
@@ -59,7 +72,7 @@ class Network:
     dtype: DtypeName
     quantize: QuantizeName | None
     is_artifact: bool
-    _known: dict[tuple[DtypeName, QuantizeName | None, int], tuple[int, int]] = field(
+    _known: dict[tuple[DtypeName, QuantizeName | None, int, int], list[_Held]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -76,24 +89,6 @@ class Network:
         kinds: tuple[QuantizeName | None, ...] = (None, *get_args(QuantizeName))
         return [(dtype, kind) for kind in kinds for dtype in get_args(DtypeName)]
 
-    def workspace_bytes(
-        self,
-        dtype: DtypeName,
-        quantize: QuantizeName | None,
-        degree: int,
-        max_batch: int | None,
-        max_tokens: int | None,
-    ) -> int:
-        """Bytes that each of `degree` GPUs needs beside weights and cache; None as in `load`."""
-        return workspace_bytes(
-            self.spec,
-            widest=self._weights(dtype, quantize, degree)[1],
-            item_bytes=DTYPES[dtype].itemsize,
-            ranks=degree,
-            max_batch=max_batch or DEFAULT_BATCH,
-            max_tokens=max_tokens or default_tokens(self.spec),
-        )
-
     def convertible(self) -> Network:
         """The same if its source were converted again: to any format."""
         return replace(self, is_artifact=False)
@@ -104,17 +99,61 @@ class Network:
 
     def weight_bytes(self, dtype: DtypeName, quantize: QuantizeName | None, degree: int) -> int:
         """Bytes of weights on each of `degree` ranks."""
-        return self._weights(dtype, quantize, degree)[0]
+        return self._held(dtype, quantize, degree, 1)[0].weights
 
-    def _weights(
-        self, dtype: DtypeName, quantize: QuantizeName | None, degree: int
-    ) -> tuple[int, int]:
-        """Bytes of a rank's weights, and the elements of its largest quantized one."""
-        key = (dtype, quantize, degree)
+    def workspace_bytes(
+        self,
+        dtype: DtypeName,
+        quantize: QuantizeName | None,
+        degree: int,
+        max_batch: int | None,
+        max_tokens: int | None,
+    ) -> int:
+        """Bytes that each of `degree` GPUs needs beside weights and cache; None as in `load`."""
+        return self.needs(dtype, quantize, degree, 1, max_batch, max_tokens)[0].workspace
+
+    def needs(
+        self,
+        dtype: DtypeName,
+        quantize: QuantizeName | None,
+        degree: int,
+        stages: int,
+        max_batch: int | None,
+        max_tokens: int | None,
+    ) -> list[Need]:
+        """What each of a stage's `degree` ranks needs, for every one of the pipeline `stages`;
+        None as in `load`. Raises OptionError if there cannot be as many stages."""
+        return [
+            Need(
+                weights=held.weights,
+                workspace=workspace_bytes(
+                    self.spec,
+                    widest=held.widest,
+                    item_bytes=DTYPES[dtype].itemsize,
+                    ranks=degree,
+                    max_batch=max_batch or DEFAULT_BATCH,
+                    max_tokens=max_tokens or default_tokens(self.spec),
+                    stage=held.stage,
+                ),
+                layers=len(held.stage.decoder),
+            )
+            for held in self._held(dtype, quantize, degree, stages)
+        ]
+
+    def _held(
+        self, dtype: DtypeName, quantize: QuantizeName | None, degree: int, stages: int
+    ) -> list[_Held]:
+        key = (dtype, quantize, degree, stages)
         if key not in self._known:  # the same for every instance
             stored = stored_tensors(self.spec, self.tensors, dtype, quantize)
-            codes = (prod(t.local_shape(degree)) for t in stored if t.dtype in LARGEST)
-            self._known[key] = sum(t.nbytes(degree) for t in stored), max(codes, default=0)
+            sizes = {tensor.name: tensor.nbytes(1) for tensor in stored}
+            self._known[key] = []
+            for stage in plan_stages(self.spec, sizes, stages):
+                names = stage.tensors(sizes)
+                own = [tensor for tensor in stored if tensor.name in names]
+                codes = (prod(t.local_shape(degree)) for t in own if t.dtype in LARGEST)
+                weights = sum(tensor.nbytes(degree) for tensor in own)
+                self._known[key].append(_Held(stage, weights, max(codes, default=0)))
         return self._known[key]
 
 
@@ -133,7 +172,8 @@ def read_network(source: str | Path, revision: str | None = None) -> Network:
 
 
 class Option(BaseModel):
-    """One way to load the model on one instance. Bytes are those of one rank.
+    """One way to load the model on one instance. Bytes are those of one rank, of the pipeline stage
+    that has least room for its cache.
 
     `batch` sequences of `max_tokens` tokens each fit at once (of an encoder-decoder: so many prompt
     and so many generated tokens), or one of `longest` tokens; they are None for an encoder, which
@@ -143,6 +183,7 @@ class Option(BaseModel):
     dtype: DtypeName
     quantize: QuantizeName | None
     tensor_parallel: int
+    pipeline_parallel: int
     weight_bytes: int
     cache_bytes: int
     fits: bool
@@ -177,6 +218,7 @@ class Smallest(BaseModel):
     dtype: DtypeName
     quantize: QuantizeName | None
     tensor_parallel: int
+    pipeline_parallel: int
 
 
 class Report(BaseModel):
@@ -213,15 +255,18 @@ def report(
     instances: Iterable[Instance] = INSTANCES,
     max_tokens: int | None = None,
     memory_share: float | None = None,
+    pipeline_parallel: int = 1,
 ) -> Report:
-    """Estimate `network` on every instance; `max_tokens` and `memory_share` as in `load` (None: the
-    defaults).
+    """Estimate `network` on every instance, over so many pipeline stages, which only GPUs can be;
+    `max_tokens` and `memory_share` as in `load` (None: the defaults).
 
-    Raises OptionError for a `max_tokens` beyond the model's positions.
+    Raises OptionError for a `max_tokens` beyond the model's positions, and for more stages than
+    there are layers.
     """
-    ordered = sorted(instances, key=lambda i: i.size)
-    fits = [_on(network, i, max_tokens, memory_share) for i in ordered]
     spec = network.spec
+    check_stages(spec, pipeline_parallel)
+    ordered = sorted(instances, key=lambda i: i.size)
+    fits = [_on(network, i, max_tokens, memory_share, pipeline_parallel) for i in ordered]
     return Report(
         source=network.source,
         family=spec.family,
@@ -246,6 +291,7 @@ def _smallest(network: Network, fits: list[InstanceFit]) -> list[Smallest]:
                         dtype=dtype,
                         quantize=quantize,
                         tensor_parallel=option.tensor_parallel,
+                        pipeline_parallel=option.pipeline_parallel,
                     )
                 )
                 break
@@ -253,9 +299,14 @@ def _smallest(network: Network, fits: list[InstanceFit]) -> list[Smallest]:
 
 
 def _on(
-    network: Network, instance: Instance, max_tokens: int | None, memory_share: float | None
+    network: Network,
+    instance: Instance,
+    max_tokens: int | None,
+    memory_share: float | None,
+    stages: int,
 ) -> InstanceFit:
-    possible = set(valid_degrees(network.spec, instance.devices))
+    most = instance.devices // stages if stages == 1 or instance.backend == "cuda" else 0
+    possible = set(valid_degrees(network.spec, most))
     degrees = [degree for degree in instance.degrees if degree in possible]
     return InstanceFit(
         name=instance.name,
@@ -265,7 +316,7 @@ def _on(
         device_bytes=instance.device_bytes,
         host_bytes=instance.host_bytes,
         options=[
-            estimate(network, instance, dtype, quantize, degree, max_tokens, memory_share)
+            estimate(network, instance, dtype, quantize, degree, max_tokens, memory_share, stages)
             for dtype, quantize in network.formats()
             for degree in degrees
         ],
@@ -280,23 +331,28 @@ def estimate(
     degree: int,
     max_tokens: int | None = None,
     memory_share: float | None = None,
+    stages: int = 1,
 ) -> Option:
-    """One format at one degree on one instance; `memory_share` is for GPUs."""
-    weights = network.weight_bytes(dtype, quantize, degree)
+    """One format at one degree, over so many pipeline stages, on one instance; `memory_share` is
+    for GPUs."""
     free = instance.device_bytes - RESERVED
+    needs = network.needs(dtype, quantize, degree, stages, None, max_tokens)
     if instance.backend == "cuda":
         device = Device(instance.device, instance.device_bytes, free)
-        left = device.budget(memory_share or MEMORY_SHARE) - weights
-        left -= network.workspace_bytes(dtype, quantize, degree, None, max_tokens)
-        cache, beside = left, " and what a step needs beside them"
+        budget = device.budget(memory_share or MEMORY_SHARE)
+        need = min(needs, key=lambda need: need.room(budget))
+        cache = left = need.left(budget)
+        beside = " and what a step needs beside them"
     else:
-        left = free - weights
+        [need] = needs
+        left = free - need.weights
         cache, beside = int(left * CACHE_SHARE), ""
     option = Option(
         dtype=dtype,
         quantize=quantize,
         tensor_parallel=degree,
-        weight_bytes=weights,
+        pipeline_parallel=stages,
+        weight_bytes=need.weights,
         cache_bytes=max(0, cache),
         fits=False,
         reason=None,
@@ -304,7 +360,8 @@ def estimate(
         max_tokens=None,
         longest=None,
     )
-    host = HOST_RESERVED + degree * weights
+    loading = BUFFERS if instance.backend == "cuda" else need.weights
+    host = HOST_RESERVED + degree * stages * loading
     if quantize and (refusal := REFUSED.get((instance.backend, quantize))):
         option.reason = refusal
     elif left < 0:
@@ -312,11 +369,11 @@ def estimate(
     elif host > instance.host_bytes:
         option.reason = f"{gib(host - instance.host_bytes)} of host memory are missing to load it"
     else:
-        _fill(option, network.spec, max_tokens)
+        _fill(option, network.spec, need.layers, max_tokens)
     return option
 
 
-def _fill(option: Option, spec: ModelSpec, max_tokens: int | None) -> None:
+def _fill(option: Option, spec: ModelSpec, layers: int, max_tokens: int | None) -> None:
     """What fits into the cache; nothing where there is none to fill."""
     try:
         limits = plan_limits(
@@ -324,6 +381,7 @@ def _fill(option: Option, spec: ModelSpec, max_tokens: int | None) -> None:
             item_bytes=4 if option.dtype == "fp32" else 2,
             ranks=option.tensor_parallel,
             memory=option.cache_bytes,
+            layers=layers,
             max_batch=_ROWS,
             max_tokens=max_tokens,
         )

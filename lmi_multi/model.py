@@ -32,8 +32,10 @@ from lmi_multi.fallback import foreign
 from lmi_multi.fallback.foreign import Foreign
 from lmi_multi.models.schema import check_degree
 from lmi_multi.models.spec import ModelSpec
+from lmi_multi.models.stages import check_stages
 from lmi_multi.models.traits import Traits
 from lmi_multi.options import Completion, GenerateOptions, per_prompt
+from lmi_multi.parallel import torchrun
 from lmi_multi.prompts import Prompt, PromptReader, Prompts
 from lmi_multi.streaming import Chunk
 from lmi_multi.tokenizer import Tokenizer, load_tokenizer, text_of
@@ -73,6 +75,7 @@ def load(
     dtype: str = "auto",
     quantize: str | None = None,
     tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
     max_batch: int | None = None,
     max_tokens: int | None = None,
     memory_share: float | None = None,
@@ -86,15 +89,17 @@ def load(
 
     Anything but an artifact is converted once into a cache folder. `backend` is
     "auto", "cuda", "neuron" or "cpu"; `dtype` "auto" (the checkpoint's own, bf16 for T5 in place
-    of fp16), "fp32", "fp16" or "bf16"; `quantize` None, "int8" or "fp8" (e4m3). `max_batch` rows
-    run at once; `max_tokens` bounds prompt plus generated tokens of a decoder, and each of the two
-    for an encoder-decoder. `memory_share`, above 0 and at most 1, is the part of a GPU's memory
-    (CPU: of the host's) that the model may take in all, None for 0.9: the cache gets what weights
-    and steps leave of it. `verify` compares the artifact's files with their sha256 first. With
+    of fp16), "fp32", "fp16" or "bf16"; `quantize` None, "int8" or "fp8" (e4m3). `tensor_parallel`
+    ranks share every layer, `pipeline_parallel` stages share the layers, each rank is a process;
+    under torchrun its processes are the ranks (docs/parallelism.md). `max_batch` rows run at once;
+    `max_tokens` bounds prompt plus generated tokens of a decoder, and each of the two for an
+    encoder-decoder. `memory_share`, above 0 and at most 1, is the part of a GPU's memory (CPU: of
+    the host's) that the model may take in all, None for 0.9: the cache gets what weights and steps
+    leave of it. `verify` compares the artifact's files with their sha256 first. With
     `prefix_caching` prompts of a decoder-only model that begin alike, in one call or in several,
     share what has been computed of them. `fallback="transformers"`: what no family declares, of
     transformers' own causal and sequence-to-sequence architectures, runs through transformers, one
-    prompt at a time, without `quantize`, `tensor_parallel` or beams; what a family declares runs as
+    prompt at a time, without `quantize`, ranks or beams; what a family declares runs as
     ever. `progress` is called with bytes done, bytes in all, and the file's or tensor's name while
     downloading from S3 and while converting; by several threads, but never by two at once.
 
@@ -110,6 +115,7 @@ def load(
             fallback,
             quantize=quantize,
             tensor_parallel=tensor_parallel,
+            pipeline_parallel=pipeline_parallel,
             max_batch=max_batch,
             verify=verify,
             memory_share=memory_share,
@@ -118,6 +124,7 @@ def load(
         if not foreign.is_declared(found.folder):
             return _load_foreign(found.folder, backend, dtype, max_tokens)
     chosen = backends.select(backend)
+    job = torchrun.job(tensor_parallel, pipeline_parallel)
     try:
         artifact = open_or_convert(
             found,
@@ -125,6 +132,7 @@ def load(
             dtype=dtype,
             quantize=quantize,
             tensor_parallel=tensor_parallel,
+            rank=None if job is None else job.rank % tensor_parallel,
             verify=verify,
             progress=progress,
         )
@@ -133,9 +141,11 @@ def load(
             raise UnsupportedModelError(f"{error}; fallback='transformers' may run it") from None
         raise
     check_degree(artifact.spec, tensor_parallel)
+    check_stages(artifact.spec, pipeline_parallel)
     executor = chosen.load(
         artifact,
         tensor_parallel=tensor_parallel,
+        pipeline_parallel=pipeline_parallel,
         max_batch=max_batch,
         max_tokens=max_tokens,
         memory_share=memory_share,

@@ -22,7 +22,7 @@ from lmi_multi.checkpoint.artifact import Artifact
 from lmi_multi.engine.batch import Batch, Passage, Prompt, StepResult
 from lmi_multi.ops.cpu import CpuOps
 from lmi_multi.parallel.collectives import SingleRank, TorchCollectives
-from lmi_multi.parallel.ranks import RankGroup
+from lmi_multi.parallel.local import LocalRanks
 from tests.families import FAMILIES
 
 LIMITS = Limits(max_batch=4, max_tokens=120, max_step_tokens=64, blocks=96, block_size=8)
@@ -138,16 +138,16 @@ class Shelf:
 
 
 @cache
-def _ranks(size: int) -> RankGroup:
+def _ranks(size: int) -> LocalRanks:
     """The session's processes; they end with it."""
-    return RankGroup(size, Shelf)
+    return LocalRanks(size, Shelf)
 
 
 @dataclass
 class SharedRanks:
     """An executor on the session's ranks."""
 
-    ranks: RankGroup
+    ranks: LocalRanks
     folder: Path
     limits: Limits = LIMITS
     device: str = "cpu ranks"

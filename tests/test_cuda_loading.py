@@ -52,7 +52,7 @@ def test_ranks_are_those_of_the_artifact(tmp_path: Path, quantize: str | None) -
 
     source = tiny_models.checkpoint(tmp_path, "llama")
     artifact = convert(source, tmp_path / "a", dtype="bf16", quantize=quantize, tensor_parallel=2)
-    for rank, size in ((0, 2), (1, 2), (0, 1)):
+    for rank, size in ((0, 2), (1, 2), (0, 1), (1, 4), (3, 4)):
         expected = artifact.load_rank(rank, size)
         found = load_rank(artifact, rank, size, torch.device("cuda", 0))
         assert set(found) == set(expected)

@@ -20,6 +20,7 @@ from lmi_multi.errors import CapacityError, OptionError
 from lmi_multi.fit import Network
 from lmi_multi.models.registry import FAMILIES
 from lmi_multi.models.spec import Alibi, Learned, ModelSpec, RelativeBias, Rope
+from lmi_multi.parallel.grid import Grid
 
 GIB = 2**30
 LLAMA = ModelSpec(  # Llama 2 7B
@@ -47,8 +48,15 @@ def plan(
     max_batch: int | None = None,
     max_tokens: int | None = None,
     share: float | None = None,
+    stages: int = 1,
 ) -> Sizes:
-    return sizes_on(network, devices, degree, max_batch, max_tokens, share)
+    grid, gpus = Grid(degree, stages), dict(enumerate(devices))
+    return sizes_on(network, gpus, grid, max_batch, max_tokens, share)
+
+
+def taken(sizes: Sizes, rank: int) -> int:
+    need = sizes.ranks[rank]
+    return need.weights + need.workspace + sizes.cache(rank, sizes.limits)
 
 
 def refusal(*arguments: Any, **keywords: Any) -> str:
@@ -66,17 +74,18 @@ def test_everything_together_stays_within_the_share(
     sizes = plan(network(), devices, degree, max_batch=256, share=share)
     budget = min(int((share or 0.9) * devices[0].total), devices[0].free)
     block = block_bytes(LLAMA, 2, degree, 16)
-    taken = sizes.weights + sizes.workspace + sizes.cache
-    assert budget - block < taken <= budget
-    assert sizes.cache == sizes.limits.blocks * block
-    assert sizes.weights == network().weight_bytes("bf16", None, degree)
+    assert set(sizes.ranks) == set(range(degree))
+    for rank in sizes.ranks:
+        assert budget - block < taken(sizes, rank) <= budget
+        assert sizes.cache(rank, sizes.limits) == sizes.limits.blocks * block
+        assert sizes.ranks[rank].weights == network().weight_bytes("bf16", None, degree)
 
 
 def test_the_fullest_gpu_decides() -> None:
     devices = [*gpus(1, 80), Device("cuda:1", 80 * GIB, 30 * GIB)]
     alone, both = (plan(network(), devices, n, max_batch=256) for n in (1, 2))
-    assert alone.weights + alone.workspace + alone.cache > 71 * GIB
-    assert both.weights + both.workspace + both.cache <= 30 * GIB
+    assert taken(alone, 0) > 71 * GIB
+    assert max(taken(both, rank) for rank in (0, 1)) <= 30 * GIB
     assert "cuda:1 has 2.0 GiB of 80.0 GiB free" in refusal(
         network(), [devices[0], replace(devices[1], free=2 * GIB)], 2
     )
@@ -176,8 +185,58 @@ def test_the_backend_refuses_before_it_reads_a_weight(
 
 def test_measured_beside_planned() -> None:
     sizes = plan(network(), gpus(1, 80), max_batch=4, max_tokens=160)
-    line = sizes.compared(sizes.weights + sizes.cache + GIB // 2)
+    both = sizes.ranks[0].weights + sizes.cache(0, sizes.limits)
+    line = sizes.compared(0, sizes.limits, both + GIB // 2)
     assert "weights 12.6 GiB, cache 0.3 GiB, and beside them 0.5 GiB after loading" in line
+    fewer = replace(sizes.limits, blocks=sizes.limits.blocks // 2)  # another host had less room
+    line = sizes.compared(0, fewer, both)
+    assert "cache 0.2 GiB, and beside them 0.2 GiB" in line
+
+
+def test_stages_have_sizes_of_their_own() -> None:
+    whole = plan(network(), gpus(4, 44), 2, max_batch=256)
+    sizes = plan(network(), gpus(4, 44), 2, max_batch=256, stages=2)
+    assert [sizes.ranks[rank].layers for rank in range(4)] == [16] * 4
+    first, last = sizes.ranks[0], sizes.ranks[2]
+    assert (sizes.ranks[1], sizes.ranks[3]) == (first, last)
+    # The embedding is on the first; the final norm and the head, of the same size, on the last.
+    embed = network().weight_bytes("bf16", None, 2) - first.weights
+    assert last.weights - first.weights == 4096 * 2 and last.weights == embed
+    assert last.workspace > first.workspace  # it draws
+    budget = int(0.9 * 44 * GIB)
+    assert budget - sizes.layer_block * 16 < taken(sizes, 2) <= budget
+    assert taken(sizes, 0) < taken(sizes, 2)
+    assert sizes.limits.blocks > 2 * whole.limits.blocks
+
+
+def test_the_fullest_gpu_decides_for_every_stage() -> None:
+    fuller = [*gpus(1, 80), Device("cuda:1", 80 * GIB, 12 * GIB)]
+    sizes = plan(network(), fuller, max_batch=256, stages=2)
+    assert 11.9 * GIB < taken(sizes, 1) <= 12 * GIB
+    text = refusal(network(), [fuller[0], replace(fuller[1], free=4 * GIB)], stages=2)
+    assert text.startswith(
+        "big does not fit at tensor_parallel=1, pipeline_parallel=2: of each GPU of stage 1 "
+        "weights need 6.3 GiB and steps "
+    )
+    assert "cuda:1 has 4.0 GiB of 80.0 GiB free" in text
+
+
+def test_a_process_of_torchrun_plans_its_own_rank() -> None:
+    """It knows one GPU, and can advise nothing but another format."""
+    [gpu] = gpus(1, 8)
+    sizes = sizes_on(network(), {3: replace(gpu, total=16 * GIB, free=15 * GIB)}, Grid(1, 4),
+                     None, None, None)  # fmt: skip
+    assert list(sizes.ranks) == [3] and sizes.ranks[3].layers == 8
+    with pytest.raises(CapacityError) as error:
+        sizes_on(network(), {0: replace(gpu, free=7 * GIB)}, Grid(1, 2), None, None, None)
+    assert str(error.value).endswith("what would fit: quantize='int8'; or quantize='fp8'")
+
+
+def test_more_stages_are_advised_where_no_degree_fits() -> None:
+    odd = network(hidden=4032, heads=63, kv_heads=63, ffn=21 * 512)  # splits over 1, 3, 7, 21
+    text = refusal(odd, gpus(2, 13.5))
+    assert "pipeline_parallel=2" in text.partition("what would fit: ")[2].split("; or ")
+    assert plan(odd, gpus(2, 13.5), stages=2).limits
 
 
 def workspace(spec: ModelSpec, ranks: int = 1, batch: int = 64, tokens: int = 2048) -> int:

@@ -548,7 +548,6 @@ def test_what_streams_refuse(t5: ft.T5Model, gpt: ft.GPTModel) -> None:
     [
         ({"use_triton": True}, "use_triton is set"),
         ({"is_peft": True}, "is_peft is set"),
-        ({"pipeline_parallel_degree": 2}, "pipeline parallelism is not supported"),
         ({"pipeline_parallel_degree": 0}, "pipeline_parallel_degree is 0, must be"),
         ({"tensor_parallel_degree": "2"}, "tensor_parallel_degree is '2', must be"),
         ({"tensor_parallel_degree": True}, "tensor_parallel_degree is True, must be"),

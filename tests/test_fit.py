@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
@@ -170,6 +171,54 @@ def test_why_it_does_not_fit(llama: Path) -> None:
     assert "tokens needs" in reason(fit.RESERVED + weights + beside)
 
 
+def test_stages_by_hand(llama: Path) -> None:
+    """Two layers, one a stage: the last stage has the final norm and the head besides."""
+    network = read_network(llama)
+    whole = network.weight_bytes("bf16", None, 1)
+    hidden, vocab = 16, 37
+    ends = 2 * vocab * hidden
+    layer = (whole - 2 * ends - 2 * hidden) // 2
+    first, last = network.needs("bf16", None, 1, 2, None, 64)
+    assert (first.weights, first.layers) == (layer + ends, 1)
+    assert (last.weights, last.layers) == (layer + ends + 2 * hidden, 1)
+    # The last one draws: 64 rows of logits, 32 bytes each, twice.
+    assert last.workspace - first.workspace == 2 * 64 * vocab * 32
+    # Each is a process of its own, for which 1 GiB is kept; its graphs have half of the layers.
+    alone = network.workspace_bytes("bf16", None, 1, None, 64)
+    assert last.workspace - alone == GIB - 64 * 16 * 16 * 1024
+    one = machine(fit.RESERVED + last.weights + last.workspace + 2**20)
+    staged = estimate(network, one, "bf16", None, 1, max_tokens=64, stages=2)
+    assert staged.weight_bytes == last.weights and staged.pipeline_parallel == 2
+    assert staged.cache_bytes == 2**20
+    halved = 16 * 2 * 1 * 2 * 4 * 2  # a block of one layer
+    assert staged.batch == staged.cache_bytes // halved // 4
+
+
+def test_the_stage_with_least_room_for_each_layer_counts(llama: Path) -> None:
+    two = read_network(llama)
+    third = (n.replace(".1.", ".2.") for n in two.tensors if n.startswith("decoder.1."))
+    spec = replace(two.spec, decoder_layers=3)
+    network = replace(two, spec=spec, tensors=(*two.tensors, *third))
+    needs = network.needs("bf16", None, 1, 2, None, None)
+    assert sorted(need.layers for need in needs) == [1, 2]
+    budget = max(need.weights + need.workspace for need in needs) + 2**30
+    least = min(needs, key=lambda need: need.room(budget))
+    assert least.layers == 2
+    option = estimate(network, machine(fit.RESERVED + budget), "bf16", None, 1, stages=2)
+    assert option.weight_bytes == least.weights
+    assert option.cache_bytes == least.left(budget)
+
+
+def test_stages_need_devices_of_their_own(llama: Path) -> None:
+    network = read_network(llama)
+    found = report(network, [find("g5.12xlarge"), find("inf2.24xlarge")], pipeline_parallel=2)
+    degrees = {i.name: {o.tensor_parallel for o in i.options} for i in found.instances}
+    assert degrees == {"g5.12xlarge": {1, 2}, "inf2.24xlarge": set()}
+    assert {s.pipeline_parallel for s in found.smallest} == {2}
+    with pytest.raises(OptionError, match="pipeline_parallel is 3, but the decoder has 2 layers"):
+        report(network, pipeline_parallel=3)
+
+
 # Rules
 
 
@@ -299,6 +348,13 @@ def test_one_instance(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert shown.count("NeuronCores run no fp8 weights") == 9
 
 
+def test_stages_are_shown(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", str(llama), "--instance", "g5.12xlarge", "--pipeline-parallel", "2"]) == 0
+    shown = capsys.readouterr()
+    assert "2 stages" in shown.out
+    assert "smallest for bf16: g5.12xlarge at tp 1 pp 2" in shown.err
+
+
 def test_json(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["plan", str(llama), "--instance", "p5.48xlarge", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
@@ -311,7 +367,7 @@ def test_json(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert {o["tensor_parallel"] for o in instance["options"]} == {1, 2, 4}
     assert set(instance["options"][0]) == {
         *("dtype", "quantize", "tensor_parallel", "weight_bytes", "cache_bytes", "fits"),
-        *("reason", "batch", "max_tokens", "longest"),
+        *("pipeline_parallel", "reason", "batch", "max_tokens", "longest"),
     }
     assert shown["assumptions"]["memory_share_of_a_gpu"] == 0.9
 
@@ -322,6 +378,7 @@ def test_json(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--instance", "g7.big"], 2, "instance is 'g7.big'; did you mean"),
         (["--max-tokens", "0"], 2, "max_tokens is 0, must be an integer, at least 1"),
         (["--max-tokens", "9999"], 2, "but the model's positions end at 2048"),
+        (["--pipeline-parallel", "3"], 2, "pipeline_parallel is 3, but the decoder has 2 layers"),
         (["--revision", "x"], 2, "is a local folder without any"),
     ],
 )

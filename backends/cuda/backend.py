@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -12,12 +13,14 @@ from lmi_multi.backends.base import Availability, Executor, Limits
 from lmi_multi.backends.memory import Device
 from lmi_multi.backends.torch_executor import TorchExecutor
 from lmi_multi.checkpoint.artifact import Artifact
+from lmi_multi.checkpoint.share import Share
 from lmi_multi.errors import CapacityError
 from lmi_multi.fit import Network
 from lmi_multi.models.schema import check_degree
 from lmi_multi.ops.reference import Reference
-from lmi_multi.parallel.collectives import SingleRank, TorchCollectives
-from lmi_multi.parallel.executor import RankedExecutor
+from lmi_multi.parallel import torchrun
+from lmi_multi.parallel.executor import identity, open_ranks
+from lmi_multi.parallel.grid import Grid, connect
 
 from . import kernels
 from .executor import CudaExecutor
@@ -53,24 +56,43 @@ class CudaBackend:
         artifact: Artifact,
         *,
         tensor_parallel: int,
+        pipeline_parallel: int = 1,
         max_batch: int | None,
         max_tokens: int | None,
         memory_share: float | None = None,
     ) -> Executor:
         """See `Backend.load`."""
-        spec, degree = artifact.spec, tensor_parallel
-        check_degree(spec, degree)
-        count = torch.cuda.device_count()
-        if degree > count:
-            raise CapacityError(f"tensor_parallel is {degree}, but this machine has {count} GPUs")
+        grid = Grid(tensor_parallel, pipeline_parallel)
+        check_degree(artifact.spec, grid.tensor)
         network = Network.of(artifact, str(artifact.folder))
-        devices = [_device(i) for i in range(count)]
-        sizes = sizes_on(network, devices, degree, max_batch, max_tokens, memory_share)
-        build = partial(_build_rank, artifact.folder, sizes)
-        if degree == 1:
-            return build(0, 1)
-        names = ", ".join(_describe(i) for i in range(degree))
-        return RankedExecutor(degree, build, sizes.limits, names, process_group="nccl")
+        devices = _devices(grid)
+        gpus = {rank: _device(index) for rank, index in devices.items()}
+        sizes = sizes_on(network, gpus, grid, max_batch, max_tokens, memory_share)
+        build = partial(_build_rank, artifact.folder, grid, devices, sizes)
+        if grid.size == 1:
+            return build(sizes.limits, 0, 1)
+        names = ", ".join(_describe(devices[rank]) for rank in sizes.ranks)
+        return open_ranks(grid, build, sizes.limits, names, "nccl", identity(artifact, grid))
+
+
+def _devices(grid: Grid) -> dict[int, int]:
+    """The GPUs that this process may ask, by the ranks that they are for: all of the machine,
+    also those that no rank needs, or, under torchrun, its own. Raises CapacityError where
+    there are too few."""
+    count = torch.cuda.device_count()
+    if job := torchrun.job(grid.tensor, grid.pipeline):
+        if job.local_rank >= count:
+            raise CapacityError(
+                f"LOCAL_RANK is {job.local_rank}, but this machine has {count} GPUs; allowed: as "
+                "many processes as there are GPUs"
+            )
+        return {job.rank: job.local_rank}
+    if grid.size > count:
+        raise CapacityError(
+            f"tensor_parallel {grid.tensor} x pipeline_parallel {grid.pipeline} is {grid.size}, "
+            f"but this machine has {count} GPUs"
+        )
+    return {index: index for index in range(count)}
 
 
 def _describe(index: int) -> str:
@@ -83,21 +105,33 @@ def _device(index: int) -> Device:
     return Device(f"cuda:{index}", total, free)
 
 
-def _build_rank(folder: Path, sizes: Sizes, rank: int, size: int) -> Executor:
-    artifact = Artifact.open(folder)
-    device = torch.device("cuda", rank)
+def _build_rank(
+    folder: Path,
+    grid: Grid,
+    devices: Mapping[int, int],
+    sizes: Sizes,
+    limits: Limits,
+    rank: int,
+    size: int,
+) -> Executor:
+    share = Share(grid.slice_of(rank), grid.tensor)
+    artifact, index = Artifact.open_share(folder, share), devices[rank]
+    device = torch.device("cuda", index)
     torch.cuda.set_device(device)
-    free = _device(rank).free
-    executor = _open(artifact, sizes.limits, rank, size, device)
-    log.info("cuda:%d: %s", rank, sizes.compared(free - _device(rank).free))
+    free = _device(index).free
+    executor = _open(artifact, grid, limits, rank, device)
+    taken = free - _device(index).free
+    log.info("rank %d on cuda:%d: %s", rank, index, sizes.compared(rank, limits, taken))
     return executor
 
 
 def _open(
-    artifact: Artifact, limits: Limits, rank: int, size: int, device: torch.device
+    artifact: Artifact, grid: Grid, limits: Limits, rank: int, device: torch.device
 ) -> Executor:
-    tensors = load_rank(artifact, rank, size, device)
-    collectives = SingleRank() if size == 1 else TorchCollectives()
+    stage = artifact.stages(grid.pipeline)[grid.stage_of(rank)]
+    names = stage.tensors(tensor.name for tensor in artifact.stored)
+    tensors = load_rank(artifact, grid.slice_of(rank), grid.tensor, device, names)
+    collectives = connect(grid, rank, stage)
     if kernels.missing():
         return TorchExecutor(artifact.spec, tensors, limits, Reference(), collectives)
     scratch = Scratch(device, limits.max_batch * artifact.spec.heads)

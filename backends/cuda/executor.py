@@ -51,6 +51,7 @@ class CudaExecutor(TorchExecutor):
         program_rows: int | None = None,
     ) -> None:
         super().__init__(spec, tensors, limits, CudaOps(scratch), collectives)
+        self._whole = collectives.pipeline.stage is None
         self._kernel = DecodeAttention(self._cache, scratch)
         self._prefill = Prefill(self._network, self._heads, self._cache)
         self._prefill_graphs: PrefillGraphs | None = None
@@ -180,7 +181,7 @@ class CudaExecutor(TorchExecutor):
 
     def _prefill_logits(self, rows: Sequence[Row]) -> Tensor | None:
         """As `TorchExecutor` does, but rows of several tokens by a graph or by the kernels."""
-        if all(len(row.token_ids) == 1 for row in rows):
+        if not self._whole or all(len(row.token_ids) == 1 for row in rows):
             return super()._next_logits(rows)
         if self._prefill_graphs is not None:
             logits = self._prefill_graphs.logits(rows)
@@ -189,9 +190,9 @@ class CudaExecutor(TorchExecutor):
         hidden, last = self._prefill.decode(rows)
         return self._network.logits(hidden.index_select(0, last)) if len(last) else None
 
-    def _decode(self, rows: Sequence[Row]) -> Tensor:
+    def _decode_part(self, rows: Sequence[Row]) -> Tensor:
         if all(len(row.token_ids) == 1 for row in rows):
-            return super()._decode(rows)
+            return super()._decode_part(rows)
         return self._prefill.decode(rows)[0]
 
     def _encode(self, prompts: Sequence[Prompt]) -> Tensor:

@@ -232,9 +232,10 @@ def capture(body: Callable[[], Tensor], stream: torch.cuda.Stream, pool: Any) ->
 
 def can_capture(network: Transformer) -> bool:
     """Whether steps of this network depend on nothing but the rows' tokens and lengths, and are
-    one process's affair."""
-    spec = network.spec
-    return network.collectives.size == 1 and spec.decoder_layers > 0 and not spec.length_dependent
+    one process's affair: a captured step of several would hold their messages."""
+    spec, others = network.spec, network.collectives
+    alone = others.size == 1 and others.pipeline.stage is None
+    return alone and spec.decoder_layers > 0 and not spec.length_dependent
 
 
 def _covered(out: Tensor | None) -> Tensor:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+import os
+from collections.abc import Container, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from io import FileIO
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -13,8 +17,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from lmi_multi import progress
 from lmi_multi.checkpoint.artifact import Artifact
 from lmi_multi.checkpoint.header import TensorInfo, read_header
+from lmi_multi.checkpoint.shard import pieces
 from lmi_multi.errors import CheckpointError
 
 THREADS = 8
@@ -22,25 +28,97 @@ CHUNK = 16 * 2**20  # bytes of a pinned buffer, of which each thread fills one w
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Bytes of the file from `start` on, and where on the device they go: uint8."""
+class Span:
+    """Rows of a file, and where they go: `target` uint8 [rows, bytes]. The first row's bytes begin
+    at `start`, and each further row's `pitch` bytes after those of the one before."""
 
+    path: Path
     start: int
+    pitch: int
     target: Tensor
 
+    @classmethod
+    def of(cls, path: Path, start: int, tensor: Tensor) -> Span:
+        """A contiguous tensor that is stored whole."""
+        flat = tensor.view(1, -1).view(torch.uint8)
+        return cls(path, start, flat.shape[1], flat)
 
-def load_rank(artifact: Artifact, rank: int, size: int, device: torch.device) -> dict[str, Tensor]:
-    """`Artifact.load_rank` on `device`. Ranks that the artifact was not written for are put
-    together in host memory first. Raises the errors of `Artifact.load_rank`."""
-    if size != artifact.tensor_parallel:
-        whole = artifact.load_rank(rank, size)
-        return {name: tensor.to(device) for name, tensor in whole.items()}
+    def chunks(self) -> Iterator[Span]:
+        """The same in spans of at most `CHUNK` bytes, or of one row."""
+        rows, width = self.target.shape
+        if not rows * width:
+            return
+        if rows == 1:
+            for at in range(0, width, CHUNK):
+                target = self.target[:, at : at + CHUNK]
+                yield Span(self.path, self.start + at, self.pitch, target)
+            return
+        step = max(1, CHUNK // width)
+        for row in range(0, rows, step):
+            target = self.target[row : row + step]
+            yield Span(self.path, self.start + row * self.pitch, self.pitch, target)
+
+    def read(self, file: FileIO, view: memoryview) -> None:
+        """Fill `view` with the rows. Raises CheckpointError if the file became shorter."""
+        rows, width = self.target.shape
+        for row in range(rows):
+            _fill(file, view[row * width : (row + 1) * width], self.start + row * self.pitch)
+
+
+def load_rank(
+    artifact: Artifact,
+    rank: int,
+    size: int,
+    device: torch.device,
+    names: Container[str] | None = None,
+) -> dict[str, Tensor]:
+    """`Artifact.load_rank` on `device`, for any degree; raises its errors."""
     artifact.check_rank(rank, size)
-    path = artifact.rank_path(rank)
+    tensors = {
+        t.name: torch.empty(t.local_shape(size), dtype=t.dtype, device=device)
+        for t in artifact.wanted(names)
+    }
     try:
-        return read_file(path, read_header(path), device)
+        read_spans(plan_spans(artifact, rank, size, tensors), device)
     except OSError as error:
         raise CheckpointError(f"{artifact.folder} changed while it was read: {error}") from None
+    return tensors
+
+
+def plan_spans(
+    artifact: Artifact, rank: int, size: int, tensors: Mapping[str, Tensor]
+) -> list[Span]:
+    """Where in the artifact's files `tensors`, those of `rank` of `size`, lie, whatever degree the
+    files have. What lies beyond the vocabulary is set to zero here."""
+    stored = artifact.tensor_parallel
+    paths = [artifact.rank_path(owner) for owner in range(stored)]
+    headers = [read_header(path) for path in paths]
+    spans: list[Span] = []
+    for entry in artifact.wanted(tensors):
+        target, split, name = tensors[entry.name], entry.split, entry.name
+        if split is None or size == stored:
+            owner = rank if size == stored else 0
+            spans.append(Span.of(paths[owner], headers[owner][name].start, target))
+            continue
+        at = 0
+        for part in pieces(split, entry.shape[split.dim], stored, size, rank):
+            own = target.narrow(split.dim, at, part.size)
+            at += part.size
+            if part.rank is None:
+                own.zero_()
+            else:
+                info = headers[part.rank][name]
+                spans.append(_part(paths[part.rank], info, split.dim, part.start, own))
+    return spans
+
+
+def _part(path: Path, info: TensorInfo, dim: int, first: int, target: Tensor) -> Span:
+    """Rows (`dim` 0) or columns (1) of a stored tensor, from its `first` on."""
+    item = info.dtype.itemsize
+    row = item * math.prod(info.shape[1:])
+    if dim == 0:
+        return Span.of(path, info.start + first * row, target)
+    return Span(path, info.start + first * item, row, target.view(torch.uint8))
 
 
 def read_file(path: Path, infos: dict[str, TensorInfo], device: torch.device) -> dict[str, Tensor]:
@@ -49,69 +127,71 @@ def read_file(path: Path, infos: dict[str, TensorInfo], device: torch.device) ->
         name: torch.empty(info.shape, dtype=info.dtype, device=device)
         for name, info in infos.items()
     }
-    pieces: SimpleQueue[Piece] = SimpleQueue()
-    for name, info in infos.items():
-        for piece in _pieces(info.start, tensors[name]):
-            pieces.put(piece)
-    ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    ready.record(torch.cuda.current_stream(device))
-    with ThreadPoolExecutor(THREADS) as pool:
-        for done in [pool.submit(_send, path, pieces, device, ready) for _ in range(THREADS)]:
-            done.result()
+    spans = [Span.of(path, info.start, tensors[name]) for name, info in infos.items()]
+    read_spans(spans, device)
     return tensors
 
 
-def _pieces(start: int, tensor: Tensor) -> Iterator[Piece]:
-    if tensor.numel() == 0:
-        return
-    place = start
-    flat = tensor.view(-1).view(torch.uint8)
-    for first in range(0, len(flat), CHUNK):
-        part = flat[first : first + CHUNK]
-        yield Piece(place, part)
-        place += len(part)
+def read_spans(spans: Iterable[Span], device: torch.device) -> None:
+    """Fill the targets, on a GPU. Raises CheckpointError if a file became shorter."""
+    queue: SimpleQueue[Span] = SimpleQueue()
+    largest = CHUNK
+    for span in spans:
+        for chunk in span.chunks():
+            queue.put(chunk)
+            largest = max(largest, chunk.target.numel())
+    ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    ready.record(torch.cuda.current_stream(device))
+    with ThreadPoolExecutor(THREADS) as pool:
+        send = partial(_send, queue, device, ready, largest)
+        for done in [pool.submit(send) for _ in range(THREADS)]:
+            done.result()
 
 
 def _send(
-    path: Path, pieces: SimpleQueue[Piece], device: torch.device, ready: torch.cuda.Event
+    queue: SimpleQueue[Span], device: torch.device, ready: torch.cuda.Event, largest: int
 ) -> None:
-    """Read and send pieces until there are none."""
-    buffers = [torch.empty(CHUNK, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+    """Read and send chunks, of at most `largest` bytes, until there are none."""
+    buffers = [torch.empty(largest, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
     views = [memoryview(cast(Any, buffer.numpy())) for buffer in buffers]
     sent = [torch.cuda.Event() for _ in buffers]  # type: ignore[no-untyped-call]
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     stream.wait_event(ready)  # what had the new tensors' memory before may still be used
     turn = 0
+    files: dict[Path, FileIO] = {}
     try:
-        with path.open("rb", buffering=0) as file, torch.cuda.stream(stream):
-            while (piece := _next(pieces)) is not None:
-                count = len(piece.target)
+        with ExitStack() as opened, torch.cuda.stream(stream):
+            while (chunk := _next(queue)) is not None:
+                progress.tick()
+                if chunk.path not in files:
+                    files[chunk.path] = opened.enter_context(chunk.path.open("rb", buffering=0))
+                count = chunk.target.numel()
                 sent[turn].synchronize()
-                file.seek(piece.start)
-                _fill(file, views[turn][:count])
-                piece.target.copy_(buffers[turn][:count], non_blocking=True)
+                chunk.read(files[chunk.path], views[turn][:count])
+                there = buffers[turn][:count].view(chunk.target.shape)
+                chunk.target.copy_(there, non_blocking=True)
                 sent[turn].record(stream)
                 turn = 1 - turn
     except BaseException:
-        while _next(pieces) is not None:  # the others need not go on
+        while _next(queue) is not None:  # the others need not go on
             pass
         raise
     finally:
         stream.synchronize()  # nothing may still be written to tensors that are dropped
 
 
-def _next(pieces: SimpleQueue[Piece]) -> Piece | None:
+def _next(queue: SimpleQueue[Span]) -> Span | None:
     try:
-        return pieces.get_nowait()
+        return queue.get_nowait()
     except Empty:
         return None
 
 
-def _fill(file: FileIO, view: memoryview) -> None:
-    """Read until `view` is full."""
+def _fill(file: FileIO, view: memoryview, start: int) -> None:
+    """Read from `start` on until `view` is full."""
     done = 0
     while done < len(view):
-        count = file.readinto(view[done:])
+        count = os.preadv(file.fileno(), [view[done:]], start + done)
         if not count:
             raise CheckpointError(f"{file.name} became shorter while it was read")
         done += count

@@ -154,7 +154,7 @@ class Prefill:
     def __init__(self, network: Transformer, heads: Heads, cache: PagedCache) -> None:
         self.network, self.kernel = network, PrefillKernel(heads, cache)
         self._heads, self._cache = heads, cache
-        self._device = network.weights.embed.device
+        self._device = network.weights.device
         self._processors = processors(self._device)
 
     def covers(self) -> bool:
@@ -163,7 +163,7 @@ class Prefill:
         inputs = PrefillInputs(1, 1, 1, 1, self._device)
         inputs.clear()
         angles = heads.angles(inputs.positions, inputs.reach)
-        width, dtype = (heads.q + 2 * heads.kv) * heads.dim, weights.embed.dtype
+        width, dtype = (heads.q + 2 * heads.kv) * heads.dim, weights.dtype
         qkv = torch.zeros((1, width), dtype=dtype, device=self._device)
         encoder = weights.encoder.layers if weights.encoder else ()
         decoder = weights.decoder.layers if weights.decoder else ()

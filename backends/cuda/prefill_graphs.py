@@ -14,9 +14,10 @@ from lmi_multi.backends.base import Limits
 from lmi_multi.engine.batch import Prompt, Row
 from lmi_multi.ops import Attention
 
-from .graphs import Angles, Captured, NotCoveredError, capture
+from .graphs import Angles, Captured, capture
 from .prefill import Prefill, PrefillAttention
 from .prefill_inputs import PrefillInputs
+from .program import NotCoveredError
 
 # Tokens of all rows together. Above, the GPU is busy for longer than the launches take.
 SIZES = (16, 32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)

@@ -17,7 +17,7 @@ from lmi_multi.models.weights import Layer, Linear
 
 MOST_ROWS = 8  # of a program
 # Bytes of a product's weights, in the mean, from which on a program is the faster one: it wins by
-# not letting memory idle, and loses by its barriers. Measured at 2.7 MB (loses) and 38 to 76 (wins).
+# not letting memory idle, and loses by its barriers. Measured at 2.7 MB (loses), 38 to 76 (wins).
 LEAST_PRODUCT = 8 << 20
 PHASE_BYTES = 256  # see csrc/step.h
 # Rows up to which every block normalizes x by itself, in front of a product. With more it takes

@@ -2,61 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import get_args
 
 from lmi_multi.backends.base import Limits
 from lmi_multi.backends.limits import block_bytes, plan_limits
-from lmi_multi.backends.memory import DEFAULT_BATCH, MEMORY_SHARE, Device
+from lmi_multi.backends.memory import DEFAULT_BATCH, MEMORY_SHARE, Device, Need
 from lmi_multi.checkpoint.files import gib
 from lmi_multi.checkpoint.layout import DTYPES, DtypeName, QuantizeName
 from lmi_multi.errors import CapacityError
 from lmi_multi.fit import Network, report
 from lmi_multi.instances import INSTANCES
 from lmi_multi.models.schema import valid_degrees
+from lmi_multi.models.spec import ModelSpec
+from lmi_multi.models.stages import most_stages
+from lmi_multi.parallel.grid import Grid
 
 _AMPLE = 2**60  # bytes of a cache that leaves every limit as it was asked for
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a model was planned with: its limits, and the bytes of each rank."""
+    """What a model was planned with: the limits of all ranks, what each rank needs, and the bytes
+    of a cache block in one layer."""
 
     limits: Limits
-    weights: int
-    workspace: int
-    cache: int
+    ranks: Mapping[int, Need]
+    layer_block: int
 
-    def compared(self, taken: int) -> str:
+    def cache(self, rank: int, limits: Limits) -> int:
+        """Bytes of a rank's cache with `limits`, which may be less than those planned."""
+        return limits.blocks * self.ranks[rank].layers * self.layer_block
+
+    def compared(self, rank: int, limits: Limits, taken: int) -> str:
         """`taken` bytes of a GPU, measured after loading, beside the plan, as a line for people."""
-        beside = taken - self.weights - self.cache
+        need, cache = self.ranks[rank], self.cache(rank, limits)
+        beside = taken - need.weights - cache
         return (
-            f"weights {gib(self.weights)}, cache {gib(self.cache)}, and beside them {gib(beside)} "
-            f"after loading, of the {gib(self.workspace)} that were left for steps and graphs"
+            f"weights {gib(need.weights)}, cache {gib(cache)}, and beside them {gib(beside)} "
+            f"after loading, of the {gib(need.workspace)} that were left for steps and graphs"
         )
 
 
 def sizes_on(
     network: Network,
-    devices: Sequence[Device],
-    degree: int,
+    gpus: Mapping[int, Device],
+    grid: Grid,
     max_batch: int | None,
     max_tokens: int | None,
     memory_share: float | None,
 ) -> Sizes:
-    """The sizes of `network` over the first `degree` of `devices`; None as in `Backend.load`.
+    """The sizes of `network` over the ranks of `grid`; None as in `Backend.load`.
+
+    `gpus` by the ranks that they are for: those of this machine, of which the first `grid.size` are
+    taken, or, where other processes have the other ranks, this one's. The fullest decides.
 
     Raises CapacityError that says how many GiB are missing and what would fit, OptionError for
-    `max_batch` or `max_tokens` that cannot be.
+    `max_batch`, `max_tokens` or stages that cannot be.
     """
     asked = _Asked(max_batch, max_tokens, memory_share or MEMORY_SHARE)
-    found = _plan(network, devices, degree, asked)
+    found = _plan(network, gpus, grid, asked)
     if isinstance(found, Sizes):
         return found
+    split = ", ".join(f"{name}={value}" for name, value in _split(grid).items())
     raise CapacityError(
-        f"{network.source} does not fit at tensor_parallel={degree}: {found}; "
-        f"{_advice(network, devices, degree, asked)}"
+        f"{network.source} does not fit at {split}: {found}; {_advice(network, gpus, grid, asked)}"
     )
 
 
@@ -67,69 +78,80 @@ class _Asked:
     share: float
 
 
-def _plan(network: Network, devices: Sequence[Device], degree: int, asked: _Asked) -> Sizes | str:
+def _split(grid: Grid) -> dict[str, int]:
+    """The settings that ask for `grid`."""
+    stages = {"pipeline_parallel": grid.pipeline} if grid.pipeline > 1 else {}
+    return {"tensor_parallel": grid.tensor, **stages}
+
+
+def _plan(network: Network, gpus: Mapping[int, Device], grid: Grid, asked: _Asked) -> Sizes | str:
     """The sizes, or why there are none."""
-    ample = _limits(network, degree, _AMPLE, asked)
-    weights = network.weight_bytes(network.dtype, network.quantize, degree)
-    workspace = network.workspace_bytes(
-        network.dtype, network.quantize, degree, ample.max_batch, ample.max_tokens
+    ample = _limits(network, grid, network.spec.decoder_layers, _AMPLE, asked)
+    needs = network.needs(
+        network.dtype,
+        network.quantize,
+        grid.tensor,
+        grid.pipeline,
+        ample.max_batch,
+        ample.max_tokens,
     )
-    least = min(devices[:degree], key=lambda device: device.budget(asked.share))
-    room = least.budget(asked.share) - weights - workspace
+    ranks = {rank: needs[grid.stage_of(rank)] for rank in gpus if rank < grid.size}
+    least = min(ranks, key=lambda rank: ranks[rank].room(gpus[rank].budget(asked.share)))
+    need, gpu = ranks[least], gpus[least]
+    left = need.left(gpu.budget(asked.share))
     try:
-        if room >= 0:
-            limits = _limits(network, degree, room, asked)
-            return Sizes(limits, weights, workspace, _cache(network, degree, limits))
-        fault = f"{gib(-room)} are missing"
+        if left >= 0:
+            limits = _limits(network, grid, need.layers, left, asked)
+            item_bytes = DTYPES[network.dtype].itemsize
+            block = block_bytes(network.spec, item_bytes, grid.tensor, limits.block_size, layers=1)
+            return Sizes(limits, ranks, block)
+        fault = f"{gib(-left)} are missing"
     except CapacityError as error:
         fault = str(error)
+    stage = f" of stage {grid.stage_of(least)}" if grid.pipeline > 1 else ""
     return (
-        f"of each GPU weights need {gib(weights)} and steps {gib(workspace)}, and {least.name} has "
-        f"{gib(least.free)} of {gib(least.total)} free, of which memory_share={asked.share:g} "
-        f"allows {gib(least.budget(asked.share))}: {fault}"
+        f"of each GPU{stage} weights need {gib(need.weights)} and steps {gib(need.workspace)}, and "
+        f"{gpu.name} has {gib(gpu.free)} of {gib(gpu.total)} free, of which "
+        f"memory_share={asked.share:g} allows {gib(gpu.budget(asked.share))}: {fault}"
     )
 
 
-def _cache(network: Network, degree: int, limits: Limits) -> int:
-    item_bytes = DTYPES[network.dtype].itemsize
-    return limits.blocks * block_bytes(network.spec, item_bytes, degree, limits.block_size)
-
-
-def _limits(network: Network, degree: int, memory: int, asked: _Asked) -> Limits:
+def _limits(network: Network, grid: Grid, layers: int, memory: int, asked: _Asked) -> Limits:
     return plan_limits(
         network.spec,
         item_bytes=DTYPES[network.dtype].itemsize,
-        ranks=degree,
+        ranks=grid.tensor,
         memory=memory,
+        layers=layers,
         max_batch=asked.max_batch,
         max_tokens=asked.max_tokens,
         default_batch=DEFAULT_BATCH,
     )
 
 
-def _advice(network: Network, devices: Sequence[Device], degree: int, asked: _Asked) -> str:
+def _advice(network: Network, gpus: Mapping[int, Device], grid: Grid, asked: _Asked) -> str:
     """What would fit these GPUs with the fewest changes, or else the smallest instance."""
     ways = [
         way
         for dtype in _narrower(network.dtype)
         for quantize in _smaller(network.quantize)
-        if (way := _way(network, dtype, quantize, devices, degree, asked))
+        if (way := _way(network, dtype, quantize, gpus, grid, asked))
     ]
     fewest = [way for way in ways if not any(other < way for other in ways)]
     if fewest:
         each = (", ".join(f"{n}={v!r}" for n, v in sorted(way)) for way in fewest)
         return f"what would fit: {'; or '.join(each)}"
-    gpus = [instance for instance in INSTANCES if instance.backend == "cuda"]
-    other = report(network.convertible(), gpus, asked.max_tokens, asked.share).smallest
-    return next(
-        (
-            f"nothing would fit here; {o.instance} takes it with dtype={o.dtype!r}, "
-            f"quantize={o.quantize!r}, tensor_parallel={o.tensor_parallel}"
-            for o in other
-            if (o.dtype, o.quantize) == (network.dtype, network.quantize)
-        ),
-        "nothing would fit here, nor any instance in this format",
-    )
+    instances = [instance for instance in INSTANCES if instance.backend == "cuda"]
+    other = report(
+        network.convertible(), instances, asked.max_tokens, asked.share, grid.pipeline
+    ).smallest
+    for o in other:
+        if (o.dtype, o.quantize) == (network.dtype, network.quantize):
+            split = _split(Grid(o.tensor_parallel, o.pipeline_parallel))
+            wanted = {"dtype": o.dtype, "quantize": o.quantize, **split}
+            each = (f"{name}={value!r}" for name, value in wanted.items())
+            return f"nothing would fit here; {o.instance} takes it with {', '.join(each)}"
+    return "nothing would fit here, nor any instance in this format"
 
 
 def _narrower(dtype: DtypeName) -> tuple[DtypeName, ...]:
@@ -145,19 +167,36 @@ def _way(
     network: Network,
     dtype: DtypeName,
     quantize: QuantizeName | None,
-    devices: Sequence[Device],
-    degree: int,
+    gpus: Mapping[int, Device],
+    grid: Grid,
     asked: _Asked,
 ) -> frozenset[tuple[str, object]] | None:
-    """The settings to change for this format, at the least degree from `degree` on that fits."""
+    """The settings to change for this format, with the first of `_larger` that fits."""
     other = replace(network, dtype=dtype, quantize=quantize)
-    for more in valid_degrees(network.spec, len(devices)):
-        if more >= degree and isinstance(_plan(other, devices, more, asked), Sizes):
-            wanted = {"dtype": dtype, "quantize": quantize, "tensor_parallel": more}
-            given = {
-                "dtype": network.dtype,
-                "quantize": network.quantize,
-                "tensor_parallel": degree,
-            }
-            return frozenset(wanted.items() - given.items())
+    for more in _larger(network.spec, grid, len(gpus)):
+        if isinstance(_plan(other, gpus, more, asked), Sizes):
+            return frozenset(
+                _settings(dtype, quantize, more).items()
+                - _settings(network.dtype, network.quantize, grid).items()
+            )
     return None
+
+
+def _settings(dtype: DtypeName, quantize: QuantizeName | None, grid: Grid) -> dict[str, object]:
+    return {
+        "dtype": dtype,
+        "quantize": quantize,
+        "tensor_parallel": grid.tensor,
+        "pipeline_parallel": grid.pipeline,
+    }
+
+
+def _larger(spec: ModelSpec, grid: Grid, count: int) -> list[Grid]:
+    """`grid`, and those of at most `count` ranks that share the network among more: the fewest
+    stages first, as more of them make no step faster."""
+    stages = range(grid.pipeline, min(count, most_stages(spec)) + 1)
+    every = [
+        Grid(degree, of) for of in stages for degree in valid_degrees(spec, count // of)
+        if degree >= grid.tensor
+    ]  # fmt: skip
+    return [grid, *(other for other in every if other != grid)]

@@ -53,11 +53,17 @@ class NeuronBackend:
         artifact: Artifact,
         *,
         tensor_parallel: int,
+        pipeline_parallel: int = 1,
         max_batch: int | None,
         max_tokens: int | None,
         memory_share: float | None = None,
     ) -> Executor:
         """See `Backend.load`. Raises BackendError for what a runtime cannot carry."""
+        if pipeline_parallel != 1:
+            raise BackendError(
+                f"pipeline_parallel is {pipeline_parallel}; allowed on NeuronCores: 1, with a "
+                "higher tensor_parallel"
+            )
         if memory_share is not None:
             raise OptionError(
                 f"memory_share is {memory_share!r}, must be None on NeuronCores, whose memory the "

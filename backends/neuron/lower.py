@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lmi_multi.errors import BackendError
+from lmi_multi.parallel.pipeline import OneStage
 
 from . import lint
 from .program import Trace
@@ -55,6 +56,7 @@ class TraceCollectives:
     """
 
     rank = 0
+    pipeline = OneStage()
 
     def __init__(self, size: int) -> None:
         self.size = size

@@ -84,12 +84,16 @@ class Backend(Protocol):
         artifact: Artifact,
         *,
         tensor_parallel: int,
+        pipeline_parallel: int = 1,
         max_batch: int | None,
         max_tokens: int | None,
         memory_share: float | None = None,
     ) -> Executor:
-        """Load the model. None lets the backend choose.
+        """Load the model over tensor_parallel x pipeline_parallel ranks. None lets the backend
+        choose.
 
         `memory_share` is the part of a device's memory, above 0 and at most 1, that the model may
-        take in all. Raises CapacityError if it cannot fit, OptionError for what cannot be.
+        take in all. Raises CapacityError if it cannot fit, OptionError for what cannot be,
+        OptionError or BackendError for a way to split it that the network or the hardware does not
+        allow.
         """

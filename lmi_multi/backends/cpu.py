@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -13,11 +14,14 @@ from lmi_multi.backends.limits import plan_limits
 from lmi_multi.backends.memory import Device
 from lmi_multi.backends.torch_executor import TorchExecutor
 from lmi_multi.checkpoint.artifact import Artifact
+from lmi_multi.checkpoint.share import Share
 from lmi_multi.errors import CapacityError
 from lmi_multi.models.schema import check_degree
+from lmi_multi.models.stages import Stage
 from lmi_multi.ops.cpu import CpuOps
-from lmi_multi.parallel.collectives import SingleRank, TorchCollectives
-from lmi_multi.parallel.executor import RankedExecutor
+from lmi_multi.parallel.collectives import SingleRank
+from lmi_multi.parallel.executor import identity, open_ranks
+from lmi_multi.parallel.grid import Grid, connect
 
 CACHE_SHARE = 0.5  # of the memory that the weights leave, where nobody says
 
@@ -38,30 +42,39 @@ class CpuBackend:
         artifact: Artifact,
         *,
         tensor_parallel: int,
+        pipeline_parallel: int = 1,
         max_batch: int | None,
         max_tokens: int | None,
         memory_share: float | None = None,
     ) -> Executor:
         """See `Backend.load`."""
-        spec, degree = artifact.spec, tensor_parallel
-        check_degree(spec, degree)
+        spec, grid = artifact.spec, Grid(tensor_parallel, pipeline_parallel)
+        check_degree(spec, grid.tensor)
+        stages = artifact.stages(grid.pipeline)
         limits = plan_limits(
             spec,
             item_bytes=4 if artifact.dtype == "fp32" else 2,
-            ranks=degree,
-            memory=_cache_memory(artifact, degree, memory_share),
+            ranks=grid.tensor,
+            memory=_cache_memory(artifact, grid, stages, memory_share),
+            layers=max(len(stage.decoder) for stage in stages),
             max_batch=max_batch,
             max_tokens=max_tokens,
         )
-        if degree == 1:
+        if grid.size == 1:
             return TorchExecutor(spec, artifact.load_rank(0, 1), limits, CpuOps(), SingleRank())
-        build = partial(_build_rank, artifact.folder, limits)
-        return RankedExecutor(degree, build, limits, f"{degree} processes")
+        build = partial(_build_rank, artifact.folder, grid)
+        device = f"{grid.size} processes"
+        return open_ranks(grid, build, limits, device, "gloo", identity(artifact, grid))
 
 
-def _cache_memory(artifact: Artifact, degree: int, memory_share: float | None) -> int:
+def _cache_memory(
+    artifact: Artifact, grid: Grid, stages: Sequence[Stage], memory_share: float | None
+) -> int:
     """Bytes that each rank may spend on its cache. Raises CapacityError if weights do not fit."""
-    weights = sum(artifact.tensor_bytes(rank, degree) for rank in range(degree))
+    names = [tensor.name for tensor in artifact.stored]
+    weights = grid.tensor * sum(
+        artifact.tensor_bytes(0, grid.tensor, stage.tensors(names)) for stage in stages
+    )
     memory = psutil.virtual_memory()
     host = Device("the host", memory.total, memory.available)
     room = host.free if memory_share is None else host.budget(memory_share)
@@ -71,13 +84,16 @@ def _cache_memory(artifact: Artifact, degree: int, memory_share: float | None) -
             "free; try dtype='bf16' or quantize='int8' or 'fp8'"
         )
     share = CACHE_SHARE if memory_share is None else 1.0
-    return int((room - weights) * share / degree)
+    return int((room - weights) * share / grid.size)
 
 
-def _build_rank(folder: Path, limits: Limits, rank: int, size: int) -> Executor:
-    artifact = Artifact.open(folder)
-    tensors = artifact.load_rank(rank, size)
-    return TorchExecutor(artifact.spec, tensors, limits, CpuOps(), TorchCollectives())
+def _build_rank(folder: Path, grid: Grid, limits: Limits, rank: int, size: int) -> Executor:
+    artifact = Artifact.open_share(folder, Share(grid.slice_of(rank), grid.tensor))
+    stage = artifact.stages(grid.pipeline)[grid.stage_of(rank)]
+    names = stage.tensors(tensor.name for tensor in artifact.stored)
+    tensors = artifact.load_rank(grid.slice_of(rank), grid.tensor, names)
+    collectives = connect(grid, rank, stage)
+    return TorchExecutor(artifact.spec, tensors, limits, CpuOps(), collectives)
 
 
 BACKEND = CpuBackend()

@@ -21,8 +21,12 @@ def plan_limits(
     default_batch: int = 16,
     block_size: int = 16,
     max_step_tokens: int = 2048,
+    layers: int | None = None,
 ) -> Limits:
     """Limits for a cache of at most `memory` bytes a rank, `item_bytes` a cached element.
+
+    `ranks` share each layer; `layers` are the decoder layers that a rank has, of a pipeline's
+    stages the most; None: all.
 
     Raises OptionError if `max_tokens` exceeds what the positions allow or a value is below 1,
     and CapacityError if not even one row of `max_tokens` fits.
@@ -36,12 +40,13 @@ def plan_limits(
     tokens = max_tokens or default_tokens(spec)
     batch = max_batch or default_batch
     per_row = row_blocks(spec, tokens, tokens, block_size)
-    block = block_bytes(spec, item_bytes, ranks, block_size)
+    block = block_bytes(spec, item_bytes, ranks, block_size, layers)
     fitting = memory // block if block else batch * per_row
     if fitting < per_row:
         raise CapacityError(
             f"a row of {tokens} tokens needs {per_row * block / 2**30:.2f} GiB of cache, but only "
-            f"{memory / 2**30:.2f} GiB are free; lower max_tokens or raise tensor_parallel"
+            f"{memory / 2**30:.2f} GiB are free; lower max_tokens or raise tensor_parallel or "
+            "pipeline_parallel"
         )
     return Limits(
         max_batch=batch,
@@ -63,7 +68,10 @@ def row_blocks(spec: ModelSpec, tokens: int, prompt: int, block_size: int) -> in
     return own + (-(-prompt // block_size) if spec.kind == "encoder-decoder" else 0)
 
 
-def block_bytes(spec: ModelSpec, item_bytes: int, ranks: int, block_size: int) -> int:
-    """Bytes of one block on one rank: keys and values of every decoder layer."""
+def block_bytes(
+    spec: ModelSpec, item_bytes: int, ranks: int, block_size: int, layers: int | None = None
+) -> int:
+    """Bytes of one block on one rank: keys and values of its decoder layers; None: of all."""
     kv_heads = Split(0, (spec.kv_heads,)).size(ranks)
-    return 2 * spec.decoder_layers * block_size * kv_heads * spec.head_dim * item_bytes
+    count = spec.decoder_layers if layers is None else layers
+    return 2 * count * block_size * kv_heads * spec.head_dim * item_bytes

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from lmi_multi.errors import OptionError
 from lmi_multi.models.schema import Split
 from lmi_multi.models.spec import Learned, ModelSpec, Rope
+from lmi_multi.models.stages import Stage
 
 MEMORY_SHARE = 0.9
 DEFAULT_BATCH = 64
@@ -40,6 +41,25 @@ class Device:
         return min(int(self.total * share), self.free)
 
 
+@dataclass(frozen=True)
+class Need:
+    """What a rank holds: bytes of weights, bytes of workspace if it is a GPU, and how many decoder
+    layers it caches keys and values of."""
+
+    weights: int
+    workspace: int
+    layers: int
+
+    def left(self, budget: int) -> int:
+        """Bytes for the cache, of `budget` in all; below 0: so many are missing."""
+        return budget - self.weights - self.workspace
+
+    def room(self, budget: int) -> float:
+        """How many tokens find room, up to a factor that all ranks have in common: the rank with
+        the least bounds the cache of all."""
+        return self.left(budget) / max(1, self.layers)
+
+
 def check_share(share: float | None) -> None:
     """Raise OptionError unless `share` is None or a number above 0 and at most 1."""
     number = isinstance(share, (int, float)) and not isinstance(share, bool)
@@ -57,12 +77,15 @@ def workspace_bytes(
     ranks: int,
     max_batch: int,
     max_tokens: int,
+    stage: Stage | None = None,
 ) -> int:
     """Bytes that each of `ranks` needs beside weights and cache, at `item_bytes` an activation.
 
     `widest`: elements on a rank of the largest quantized weight, which torch widens before a
     product of many rows; 0: none is quantized. `max_tokens` are those of the longest sequence.
+    `stage`: the part of a pipeline that `ranks` share, of which the last draws; None: the whole.
     """
+    layers = spec.decoder_layers if stage is None else len(stage.decoder)
     heads, kv_heads = (Split(0, (n,)).size(ranks) for n in (spec.heads, spec.kv_heads))
     rows = max(STEP_TOKENS, max_tokens)
     residual = 4 * spec.hidden * 4  # before and after the norm, the sum and its addend, as float32
@@ -70,11 +93,12 @@ def workspace_bytes(
     up = 2 * (2 if spec.gated else 1) * -(-spec.ffn // ranks) * item_bytes
     step = rows * (residual + max(qkv, up))
     drawn = 2 * max_batch * spec.vocab * _DRAW_BYTES  # by hand, and in the pool of graphs
-    graphs = _GRAPHS * _NODES * spec.decoder_layers * _NODE_BYTES
+    graphs = _GRAPHS * _NODES * layers * _NODE_BYTES
     total = _FIXED + step + _bias(spec, heads, max_tokens, item_bytes) + widest * item_bytes
     if spec.decoder_layers:
-        total += drawn + graphs
-    return total + (_RANK if ranks > 1 else 0)
+        total += graphs + (drawn if stage is None or stage.last else 0)
+    alone = ranks == 1 and (stage is None or stage.count == 1)
+    return total + (0 if alone else _RANK)
 
 
 def _bias(spec: ModelSpec, heads: int, tokens: int, item_bytes: int) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from lmi_multi.backends import microbatches
 from lmi_multi.backends.base import Limits
 from lmi_multi.backends.drawing import draw
 from lmi_multi.engine.batch import Batch, Passage, Prompt, Row, StepResult
@@ -22,7 +23,11 @@ SCORED_TOKENS = 256
 
 
 class TorchExecutor:
-    """An `Executor` over one rank's tensors, on the device they lie on."""
+    """An `Executor` over one rank's tensors, on the device they lie on.
+
+    On a pipeline's last stage its answers are those of the whole network; on the others they mean
+    nothing.
+    """
 
     spare_blocks = 0  # of the cache, beyond the limits': they belong to nobody
     clears_blocks = True  # zeroes a block for a new owner
@@ -36,16 +41,21 @@ class TorchExecutor:
         collectives: Collectives,
     ) -> None:
         self.limits = limits
-        weights = bind(spec, tensors, collectives.rank, collectives.size)
+        pipeline = collectives.pipeline
+        weights = bind(spec, tensors, collectives.rank, collectives.size, pipeline.stage)
         self._network = Transformer(spec, weights, ops, collectives)
-        self._device = weights.embed.device
+        self._device = weights.device
+        self._draws = pipeline.last
+        # With dynamic rope scaling a token's keys depend on the length that its row has in the end.
+        self._staged = pipeline.stage is not None and not spec.length_dependent
         self._heads = ops.heads(spec, collectives.size)
         self._cache = PagedCache(
             self._heads,
             limits.blocks + self.spare_blocks,
             limits.block_size,
-            weights.embed.dtype,
+            weights.dtype,
             self._device,
+            0 if weights.decoder is None else len(weights.decoder.layers),
         )
 
     @property
@@ -70,12 +80,15 @@ class TorchExecutor:
         if not batch.rows:
             raise ValueError("the batch has no rows")
         self._prepare(batch)
-        return self._network.logits(self._decode(batch.rows)).cpu()
+        hidden = self._decode(batch.rows)
+        return self._network.logits(hidden).cpu() if self._draws else hidden
 
     @torch.inference_mode()
     def encode(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor | None]:
         """See `Executor.encode`."""
         hidden = self._network.project_out(self._encode(prompts))
+        if not self._draws:
+            return hidden, None
         counts = torch.tensor([len(prompt.token_ids) for prompt in prompts])
         first = counts.cumsum(0) - counts
         pooled = self._network.pool(hidden[first.to(self._device)])
@@ -85,6 +98,8 @@ class TorchExecutor:
     def score(self, passages: Sequence[Passage]) -> Tensor:
         """See `Executor.score`."""
         hidden = self._decode_packed(passages)
+        if not self._draws:
+            return hidden
         known = [p.token_ids for p in passages]
         targets = torch.tensor([t for own in known for t in (*own[1:], 0)], device=self._device)
         # A few tokens at a time: the scores of a long text over a large vocabulary are large.
@@ -119,15 +134,28 @@ class TorchExecutor:
 
     def _decode(self, rows: Sequence[Row]) -> Tensor:
         """The decoder's output [tokens, hidden] for the rows' tokens."""
+        if not self._staged:
+            return self._decode_part(rows)
+        parts = [
+            self._decode_part(part)
+            for part in microbatches.micro_batches(
+                rows, self.limits.block_size, microbatches.TOKENS
+            )
+        ]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _decode_part(self, rows: Sequence[Row]) -> Tensor:
         ids = torch.tensor([t for row in rows for t in row.token_ids], device=self._device)
         attention = self._attention(rows)
         return self._network.decode(ids, attention.positions, attention)
 
     def _next_logits(self, rows: Sequence[Row]) -> Tensor | None:
-        """Decode the rows; float32 [drawing rows, vocab], None if no row draws."""
+        """Decode the rows; float32 [drawing rows, vocab], None if no row draws, or not here."""
         if not rows:
             return None
         hidden = self._decode(rows)
+        if not self._draws:
+            return None
         last = self._last_tokens(rows)
         return self._network.logits(hidden[last]) if len(last) else None
 

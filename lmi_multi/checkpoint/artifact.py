@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lmi_multi import progress
 from lmi_multi.checkpoint.atomic import recover
 from lmi_multi.checkpoint.files import MANIFEST, file_size, listed, plain_name
 from lmi_multi.checkpoint.header import NAMES, read_header
@@ -25,6 +27,7 @@ from lmi_multi.errors import CheckpointError, OptionError
 from lmi_multi.models.registry import FAMILIES
 from lmi_multi.models.schema import check_degree, valid_degrees
 from lmi_multi.models.spec import ModelSpec
+from lmi_multi.models.stages import Stage, plan_stages
 
 FORMAT_VERSION = 1
 
@@ -176,6 +179,12 @@ class Artifact:
         """The degree for which the files are partitioned."""
         return self.manifest.tensor_parallel
 
+    @property
+    def digest(self) -> str:
+        """What tells these weights from others, by the manifest: 16 hexadecimal digits."""
+        told = self.manifest.model_dump_json(include={"spec", "dtype", "quantize", "files"})
+        return hashlib.sha256(told.encode()).hexdigest()[:16]
+
     def rank_path(self, rank: int) -> Path:
         """The file of one of the artifact's own ranks."""
         return self.folder / rank_file(rank, self.tensor_parallel)
@@ -202,23 +211,38 @@ class Artifact:
         if not 0 <= rank < degree:
             raise OptionError(f"rank is {rank}, must be in 0..{degree - 1}")
 
-    def tensor_bytes(self, rank: int, degree: int) -> int:
-        """The bytes of weights that `load_rank(rank, degree)` brings, from shapes alone."""
+    def tensor_bytes(self, rank: int, degree: int, names: Container[str] | None = None) -> int:
+        """The bytes of weights that `load_rank` brings, from shapes alone."""
         self.check_rank(rank, degree)
-        return sum(tensor.nbytes(degree) for tensor in self.stored)
+        return sum(tensor.nbytes(degree) for tensor in self.wanted(names))
 
-    def load_rank(self, rank: int, degree: int) -> dict[str, Tensor]:
+    def stages(self, count: int) -> list[Stage]:
+        """The network cut into `count` pipeline stages. Raises OptionError if it cannot be."""
+        sizes = {tensor.name: tensor.nbytes(1) for tensor in self.stored}
+        return plan_stages(self.spec, sizes, count)
+
+    def wanted(self, names: Container[str] | None) -> list[Stored]:
+        """The stored tensors of these names; None: all."""
+        return [t for t in self.stored if names is None or t.name in names]
+
+    def load_rank(
+        self, rank: int, degree: int, names: Container[str] | None = None
+    ) -> dict[str, Tensor]:
         """Canonical names -> CPU tensors of `rank` of `degree`, whatever degree the files have.
 
-        Only what is needed is read. Vocabulary rows beyond the vocabulary are zeros. Raises
-        OptionError for a degree at which the network cannot be split, CheckpointError when a file
-        changed since it was opened.
+        Only what is needed is read: of the tensors those with these `names`; None: all. Vocabulary
+        rows beyond the vocabulary are zeros. Raises OptionError for a degree at which the network
+        cannot be split, CheckpointError when a file changed since it was opened.
         """
         self.check_rank(rank, degree)
         with self._open_ranks() as files:
-            if degree == self.tensor_parallel:
-                return {t.name: files.tensor(rank, t.name) for t in self.stored}
-            return {t.name: self._resplit(files, t, rank, degree) for t in self.stored}
+            return {t.name: self._load(files, t, rank, degree) for t in self.wanted(names)}
+
+    def _load(self, files: _RankFiles, tensor: Stored, rank: int, degree: int) -> Tensor:
+        progress.tick()
+        if degree == self.tensor_parallel:
+            return files.tensor(rank, tensor.name)
+        return self._resplit(files, tensor, rank, degree)
 
     def _resplit(self, files: _RankFiles, tensor: Stored, rank: int, degree: int) -> Tensor:
         split = tensor.split

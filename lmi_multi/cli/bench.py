@@ -29,6 +29,7 @@ def bench(
     dtype: options.Dtype = "auto",
     quantize: options.Quantize = None,
     tensor_parallel: options.TensorParallel = 1,
+    pipeline_parallel: options.PipelineParallel = 1,
     memory_share: options.MemoryShare = None,
     revision: options.Revision = None,
 ) -> None:
@@ -49,6 +50,7 @@ def bench(
             dtype=dtype,
             quantize=quantize,
             tensor_parallel=tensor_parallel,
+            pipeline_parallel=pipeline_parallel,
             max_batch=max(batch),
             max_tokens=prompt_tokens + new_tokens,
             memory_share=memory_share,

@@ -30,7 +30,14 @@ Quantize = Annotated[
     ),
 ]
 TensorParallel = Annotated[
-    int, typer.Option(help="Ranks that share the model.", rich_help_panel=LOADING)
+    int, typer.Option(help="Ranks that share each layer.", rich_help_panel=LOADING)
+]
+PipelineParallel = Annotated[
+    int,
+    typer.Option(
+        help="Stages that share the layers; each takes --tensor-parallel ranks.",
+        rich_help_panel=LOADING,
+    ),
 ]
 MaxBatch = Annotated[
     int | None, typer.Option(help="Prompts computed at once.", rich_help_panel=LOADING)

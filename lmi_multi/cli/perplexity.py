@@ -30,6 +30,7 @@ def perplexity(
     dtype: options.Dtype = "auto",
     quantize: options.Quantize = None,
     tensor_parallel: options.TensorParallel = 1,
+    pipeline_parallel: options.PipelineParallel = 1,
     max_tokens: Annotated[
         int | None, typer.Option(help="Tokens of context.", rich_help_panel=options.LOADING)
     ] = None,
@@ -54,6 +55,7 @@ def perplexity(
             dtype=dtype,
             quantize=quantize,
             tensor_parallel=tensor_parallel,
+            pipeline_parallel=pipeline_parallel,
             max_tokens=max_tokens,
             revision=revision,
             fallback=fallback,

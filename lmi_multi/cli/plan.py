@@ -12,7 +12,7 @@ from lmi_multi.cli.console import graph_progress, json_page, note, out, size, ta
 
 if TYPE_CHECKING:
     from lmi_multi.backends.ahead_of_time import GraphPlan
-    from lmi_multi.fit import InstanceFit, Network, Option, Report
+    from lmi_multi.fit import InstanceFit, Network, Option, Report, Smallest
 
 
 def plan(
@@ -28,6 +28,9 @@ def plan(
         int | None,
         typer.Option(help="With an instance that has NeuronCores: list the graphs for so many."),
     ] = None,
+    pipeline_parallel: Annotated[
+        int, typer.Option(help="Stages that share the layers, each on GPUs of its own.")
+    ] = 1,
     max_batch: Annotated[
         int | None, typer.Option(help="Prompts computed at once, for the graphs.")
     ] = None,
@@ -50,13 +53,18 @@ def plan(
     if tensor_parallel is not None:
         if instance is None:
             raise OptionError("tensor_parallel needs an instance: the one to list graphs for")
+        if pipeline_parallel != 1:
+            raise OptionError(
+                f"pipeline_parallel is {pipeline_parallel}; allowed for the list of graphs: 1"
+            )
         network = read_network(source, revision)
         _graphs(network, instance, tensor_parallel, max_batch, max_tokens, json)
         return
     if max_batch is not None:
         raise OptionError("max_batch needs tensor_parallel: it is for the list of graphs")
     chosen = INSTANCES if instance is None else (find(instance),)
-    found = report(read_network(source, revision), chosen, max_tokens)
+    network = read_network(source, revision)
+    found = report(network, chosen, max_tokens, pipeline_parallel=pipeline_parallel)
     if json:
         json_page(found.model_dump(mode="json"))
         return
@@ -137,8 +145,13 @@ def _only_fp8(found: Report) -> bool:
 def _cell(option: Option | None) -> str:
     if option is None:
         return "-"
-    degree = f"tp {option.tensor_parallel}"
+    degree = _degree(option)
     return degree if option.batch is None else f"{degree}: {option.batch:,}"
+
+
+def _degree(option: Option | Smallest) -> str:
+    stages = f" pp {option.pipeline_parallel}" if option.pipeline_parallel > 1 else ""
+    return f"tp {option.tensor_parallel}{stages}"
 
 
 def _detail(found: Report, fit: InstanceFit) -> Table:
@@ -146,6 +159,8 @@ def _detail(found: Report, fit: InstanceFit) -> Table:
         f"{_title(found)} on {fit.name}: {fit.devices} x {fit.device} with "
         f"{size(fit.device_bytes)}, host {size(fit.host_bytes)}"
     )
+    if any(option.pipeline_parallel > 1 for option in fit.options):
+        title += f", {fit.options[0].pipeline_parallel} stages"
     shown = table("dtype", "tp", "weights a rank", "cache a rank", "batch", "longest", title=title)
     for option in fit.options:
         name = f"{option.dtype} {option.quantize}" if option.quantize else option.dtype
@@ -172,7 +187,7 @@ def _closing(found: Report) -> None:
         note("fp8 takes on GPUs what int8 takes")
     for best in found.smallest:
         name = f"{best.dtype} {best.quantize}" if best.quantize else best.dtype
-        note(f"smallest for {name}: {best.instance} at tp {best.tensor_parallel}")
+        note(f"smallest for {name}: {best.instance} at {_degree(best)}")
     if not found.smallest:
         note("none of these instances takes it")
     note("estimates from shapes, ordered by memory and not by price; see `lmi-multi plan --help`")

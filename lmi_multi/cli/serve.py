@@ -12,6 +12,7 @@ import typer
 from lmi_multi.cli import options
 from lmi_multi.cli.console import note
 from lmi_multi.errors import LmiError, OptionError
+from lmi_multi.parallel import job
 
 if TYPE_CHECKING:
     from lmi_multi.serve.settings import ServeSettings
@@ -93,7 +94,14 @@ def serve(
     quantize: options.Quantize = None,
     tensor_parallel: Annotated[
         str | None,
-        typer.Option(help="Ranks that share the model, or max.", rich_help_panel=options.LOADING),
+        typer.Option(help="Ranks that share each layer, or max.", rich_help_panel=options.LOADING),
+    ] = None,
+    pipeline_parallel: Annotated[
+        int | None,
+        typer.Option(
+            help="Stages that share the layers; each takes --tensor-parallel ranks.",
+            rich_help_panel=options.LOADING,
+        ),
     ] = None,
     max_batch: options.MaxBatch = None,
     max_tokens: options.MaxTokens = None,
@@ -123,6 +131,11 @@ def serve(
         raise OptionError(
             f"{error.name} is not installed, which serving needs: pip install 'lmi_multi[serve]'"
         ) from None
+    if job.read(os.environ) is not None:
+        raise OptionError(
+            "a server does not run under torchrun: it starts ranks of its own, on its host; start "
+            "it by itself, with --tensor-parallel and --pipeline-parallel"
+        )
     logs.set_up("text")  # until the settings are known
     given = {
         "model": model,
@@ -136,6 +149,7 @@ def serve(
         "dtype": dtype,
         "quantize": quantize,
         "tensor_parallel": tensor_parallel,
+        "pipeline_parallel": pipeline_parallel,
         "max_batch": max_batch,
         "max_tokens": max_tokens,
         "memory_share": memory_share,

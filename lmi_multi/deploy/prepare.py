@@ -11,9 +11,8 @@ from lmi_multi.checkpoint.s3.address import Address, is_address
 from lmi_multi.checkpoint.source import DEMO, is_local
 from lmi_multi.deploy.deployment import MAX_VOLUME, Deployment, name_for
 from lmi_multi.errors import CapacityError, OptionError
-from lmi_multi.fit import Network, Option, estimate, read_network, report
+from lmi_multi.fit import Network, Option, read_network, report
 from lmi_multi.instances import GIB, INSTANCES, Instance, find
-from lmi_multi.models.schema import valid_degrees
 from lmi_multi.serve.settings import ServeSettings
 
 VARIABLES = {
@@ -73,9 +72,11 @@ def prepare(
 
 
 def place(network: Network, instance: Instance, settings: ServeSettings) -> Option:
-    """How the model would run there: at the degree of `settings`, or at the least that fits.
+    """How the model would run there: at the degree of `settings`, or at the least that fits, over
+    its pipeline stages.
 
-    Raises CapacityError if it does not fit, OptionError for a degree or format that is impossible.
+    Raises CapacityError if it does not fit, OptionError for a degree, stages or a format that are
+    impossible.
     """
     dtype = network.dtype if settings.dtype == "auto" else settings.dtype
     quantize = settings.quantize or (network.quantize if network.is_artifact else None)
@@ -84,8 +85,17 @@ def place(network: Network, instance: Instance, settings: ServeSettings) -> Opti
             f"dtype is {dtype!r} and quantize {quantize!r}, but {network.source} was converted "
             f"with {network.dtype!r} and {network.quantize!r}; convert its source again"
         )
-    found = report(network, (instance,), settings.max_tokens, settings.memory_share).instances[0]
+    stages = settings.pipeline_parallel
+    [found] = report(
+        network, (instance,), settings.max_tokens, settings.memory_share, stages
+    ).instances
     options = [o for o in found.options if (o.dtype, o.quantize) == (dtype, quantize)]
+    if not options:
+        most = instance.devices if instance.backend == "cuda" else 1
+        raise OptionError(
+            f"pipeline_parallel is {stages}; allowed on ml.{instance.name}: an integer from 1 to "
+            f"{most}"
+        )
     degree = _degree(settings, instance, [o.tensor_parallel for o in options])
     options = [o for o in options if degree in (None, o.tensor_parallel)]
     best = next((o for o in options if o.fits), None)
@@ -103,7 +113,7 @@ def _degree(settings: ServeSettings, instance: Instance, possible: list[int]) ->
     if "tensor_parallel" not in settings.model_fields_set:
         return None
     asked = settings.tensor_parallel
-    degree = instance.devices if asked == "max" else asked
+    degree = instance.devices // settings.pipeline_parallel if asked == "max" else asked
     if degree not in possible:
         raise OptionError(
             f"tensor_parallel is {asked}; allowed for this model on ml.{instance.name}: "
@@ -114,20 +124,13 @@ def _degree(settings: ServeSettings, instance: Instance, possible: list[int]) ->
 
 def _elsewhere(network: Network, settings: ServeSettings, option: Option) -> str:
     """What would do instead."""
-    possible = set(valid_degrees(network.spec))
-    for machine in sorted(INSTANCES, key=lambda machine: machine.size):
-        for degree in sorted(possible.intersection(machine.degrees)):
-            other = estimate(
-                network,
-                machine,
-                option.dtype,
-                option.quantize,
-                degree,
-                settings.max_tokens,
-                settings.memory_share,
-            )
-            if other.fits:
-                return f"it fits ml.{machine.name} at tensor_parallel {degree}"
+    own = (option.dtype, option.quantize)
+    found = report(
+        network, INSTANCES, settings.max_tokens, settings.memory_share, option.pipeline_parallel
+    )
+    for best in found.smallest:
+        if (best.dtype, best.quantize) == own:
+            return f"it fits ml.{best.instance} at tensor_parallel {best.tensor_parallel}"
     return "no instance takes it in this format"
 
 

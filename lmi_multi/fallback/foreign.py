@@ -24,6 +24,7 @@ def check_options(
     *,
     quantize: str | None,
     tensor_parallel: int,
+    pipeline_parallel: int,
     max_batch: int | None,
     verify: bool,
     memory_share: float | None = None,
@@ -34,6 +35,7 @@ def check_options(
     for name, value, allowed, why in (
         ("quantize", quantize, (None,), "weights stay as they are stored"),
         ("tensor_parallel", tensor_parallel, (1,), "accelerate spreads layers over all GPUs"),
+        ("pipeline_parallel", pipeline_parallel, (1,), "accelerate spreads layers over all GPUs"),
         ("max_batch", max_batch, (None, 1), "one prompt runs at a time"),
         ("memory_share", memory_share, (None,), "accelerate places layers where they fit"),
         ("verify", verify, (False,), "there are no hashes to compare with"),

@@ -49,15 +49,22 @@ def init_inference(
     verify, progress; `lib_path` and `num_convert_process` have nothing to do and are logged.
 
     Raises TypeError for any other keyword; OptionError (a ValueError), naming the argument, for
-    pipeline parallelism, Triton, PEFT and invalid values; and what `lmi_multi.load` raises.
+    Triton, PEFT and invalid values; and what `lmi_multi.load` raises.
     """
     _refuse(use_triton=use_triton, is_peft=is_peft)
     if not isinstance(do_streaming, bool):
         raise OptionError(f"do_streaming is {do_streaming!r:.80}, must be True or False")
     given = _keywords("init_inference", kwargs, _LOADING)
-    degree = _degree(tensor_parallel_degree, pipeline_parallel_degree)
+    tensor, pipeline = _degrees(tensor_parallel_degree, pipeline_parallel_degree)
     kind, quantize = _precision(model, dtype, given.get("revision"))
-    loaded = load(model, dtype=kind, quantize=quantize, tensor_parallel=degree, **given)
+    loaded = load(
+        model,
+        dtype=kind,
+        quantize=quantize,
+        tensor_parallel=tensor,
+        pipeline_parallel=pipeline,
+        **given,
+    )
     if loaded.spec.kind == "encoder":
         loaded.close()
         raise OptionError(f"model is a {loaded.spec.family}, which generates no text")
@@ -74,19 +81,20 @@ def save_checkpoint(
 ) -> None:
     """Write `model` into the folder `save_mp_checkpoint_path`, which `init_inference` then loads.
 
-    It becomes an artifact of this package, whole or not at all, that loads at any degree.
+    It becomes an artifact of this package, whole or not at all, that loads at any degree; pipeline
+    stages read their own tensors from the same files.
     Further keywords are `revision` and `progress`; raises what `init_inference` raises.
     """
     _refuse(use_triton=kwargs.pop("use_triton", None), is_peft=kwargs.pop("is_peft", False))
     given = _keywords("save_checkpoint", kwargs, _SAVING)
-    degree = _degree(tensor_parallel_degree, pipeline_parallel_degree)
+    tensor, _ = _degrees(tensor_parallel_degree, pipeline_parallel_degree)
     kind, quantize = _precision(model, dtype, given.get("revision"))
     convert(
         model,
         save_mp_checkpoint_path,
         dtype=kind,
         quantize=quantize,
-        tensor_parallel=degree,
+        tensor_parallel=tensor,
         **given,
     )
 
@@ -112,19 +120,14 @@ def _keywords(function: str, given: Mapping[str, Any], known: tuple[str, ...]) -
     return {name: value for name, value in given.items() if name in known}
 
 
-def _degree(tensor: Any, pipeline: Any) -> int:
-    """The tensor-parallel degree; no other parallelism exists yet."""
+def _degrees(tensor: Any, pipeline: Any) -> tuple[int, int]:
+    """Both as integers. Raises OptionError for what is none."""
     degrees = []
     for name, value in (("tensor_parallel_degree", tensor), ("pipeline_parallel_degree", pipeline)):
         if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
             raise OptionError(f"{name} is {value!r:.80}, must be an integer, at least 1")
         degrees.append(operator.index(value))
-    if degrees[1] > 1:
-        raise OptionError(
-            f"pipeline_parallel_degree is {degrees[1]}, but pipeline parallelism is not "
-            f"supported; allowed: 1, with a higher tensor_parallel_degree than {degrees[0]}"
-        )
-    return degrees[0]
+    return degrees[0], degrees[1]
 
 
 def _precision(model: str | Path, dtype: str, revision: str | None) -> tuple[str, str | None]:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lmi_multi import progress
 from lmi_multi.models.schema import Split
 from lmi_multi.models.spec import ModelSpec
 from lmi_multi.models.weights import Layer, Linear, Stack, Weights
@@ -17,6 +18,9 @@ from lmi_multi.parallel.collectives import Collectives
 
 class Transformer:
     """One rank's share of the network, on packed tokens: activations are [tokens, features].
+
+    In a pipeline every stage calls the same methods in the same order: `encode` and `decode` take
+    activations from the stage before, and hand theirs to the next.
 
     It holds no state: keys and values live behind the `Attention` that each call is given.
     """
@@ -28,28 +32,34 @@ class Transformer:
         vocabulary = Split(0, (spec.vocab,), padded=True)
         [(first, _)] = vocabulary.ranges(collectives.size, collectives.rank)
         self._first_id: int | Tensor = first if weights.first_id is None else weights.first_id
-        wide = spec.wide_residual and weights.embed.dtype == torch.float16
-        self._residual_dtype = torch.float32 if wide else weights.embed.dtype
+        self._pipeline = collectives.pipeline
+        wide = spec.wide_residual and weights.dtype == torch.float16
+        self._residual_dtype = torch.float32 if wide else weights.dtype
 
     def encode(
         self, token_ids: Tensor, positions: Tensor, segments: Tensor | None, attention: Attention
     ) -> Tensor:
-        """The encoder's output [tokens, hidden] for packed int64 ids and positions [tokens]."""
+        """The encoder's output [tokens, hidden] for packed int64 ids and positions [tokens].
+
+        An encoder-decoder's is whole on every stage, an encoder's on the last.
+        """
         if self.weights.encoder is None:
             raise ValueError(f"a {self.spec.kind} has no encoder")
-        x = self._embed(token_ids, positions, segments)
-        return self._run(self.weights.encoder, x, attention)
+        x = self._enter(token_ids, positions, segments)
+        x = self._run(self.weights.encoder, x, attention)
+        return x if self.weights.decoder is None else self._pipeline.share(x.to(self.weights.dtype))
 
     def decode(self, token_ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
-        """The decoder's output [tokens, hidden], before the head."""
-        return self.decode_embedded(self.embed(token_ids, positions), attention)
+        """The decoder's output [tokens, hidden], before the head: the whole one's on the last
+        stage, only its own on another."""
+        return self.decode_embedded(self._enter(token_ids, positions, None), attention)
 
     def embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
-        """What the decoder's layers begin with [tokens, hidden]."""
+        """What the decoder's layers begin with [tokens, hidden], on the first stage."""
         return self._embed(token_ids, positions, None)
 
     def decode_embedded(self, x: Tensor, attention: Attention) -> Tensor:
-        """`decode` of what `embed` returned."""
+        """`decode` of what `embed` returned, or the stage before sent."""
         if self.weights.decoder is None:
             raise ValueError(f"an {self.spec.kind} has no decoder")
         return self._run(self.weights.decoder, x, attention)
@@ -67,7 +77,10 @@ class Transformer:
         return self.ops.linear(memory, layer.cross_kv)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Scores float32 [tokens, vocab] of `decode`'s output, whole on every rank."""
+        """Scores float32 [tokens, vocab] of `decode`'s output, whole on every rank of the last
+        stage, which alone has them."""
+        if self.weights.head is None:
+            raise ValueError("only a pipeline's last stage has a head")
         hidden = self.project_out(hidden)
         if self.spec.logit_scale != 1.0:
             hidden = hidden * self.spec.logit_scale
@@ -83,6 +96,14 @@ class Transformer:
         """BERT's pooler on the first token of each row [rows, hidden]; None where there is none."""
         pooler = self.weights.pooler
         return None if pooler is None else torch.tanh(self.ops.linear(hidden, pooler))
+
+    def _enter(self, token_ids: Tensor, positions: Tensor, segments: Tensor | None) -> Tensor:
+        """What the rank's first layer reads: [tokens, hidden]."""
+        if self._pipeline.first:
+            return self._embed(token_ids, positions, segments)
+        shape = (len(token_ids), self.spec.hidden)
+        x = torch.empty(shape, dtype=self._residual_dtype, device=token_ids.device)
+        return self._pipeline.receive(x)
 
     def _embed(self, token_ids: Tensor, positions: Tensor, segments: Tensor | None) -> Tensor:
         w = self.weights
@@ -100,6 +121,8 @@ class Transformer:
 
     def _lookup(self, token_ids: Tensor) -> Tensor:
         table = self.weights.embed
+        if table is None:
+            raise ValueError("only a pipeline's first stage embeds")
         if self.collectives.size == 1:
             return F.embedding(token_ids, table)
         local = token_ids - self._first_id
@@ -110,7 +133,10 @@ class Transformer:
     def _run(self, stack: Stack, x: Tensor, attention: Attention) -> Tensor:
         block = {"pre": self._pre, "post": self._post, "parallel": self._parallel}[self.spec.block]
         for layer in stack.layers:
+            progress.tick()
             x = block(layer, x, attention)
+        if not self._pipeline.last:
+            self._pipeline.send(x)
         if stack.norm is None:
             return x
         return self.ops.norm(x, stack.norm, self.spec.norm_eps)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from lmi_multi.models.bias import alibi_slopes
 from lmi_multi.models.schema import Split
 from lmi_multi.models.spec import Alibi, ModelSpec, RelativeBias
+from lmi_multi.models.stages import Stage
 
 # What differs between ranks beside the weights, for backends that trace one program for all.
 FIRST_ID = "rank.first_id"
@@ -51,8 +53,10 @@ class Norm:
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer of a stack. `position_bias` is the relative-bias table [buckets, heads], or the
-    ALiBi slopes [heads]; heads are this rank's. `window` and `scale` belong to its attention."""
+    """One layer of a stack. `index` counts the layers of the stack that the rank holds: it is where
+    the cache keeps this one's keys and values. `position_bias` is the relative-bias table [buckets,
+    heads], or the ALiBi slopes [heads]; heads are this rank's. `window` and `scale` belong to its
+    attention."""
 
     index: int
     qkv: Linear
@@ -74,7 +78,8 @@ class Layer:
 
 @dataclass(frozen=True)
 class Stack:
-    """An encoder or a decoder: its layers and the norm after them, if there is one."""
+    """An encoder or a decoder, or a stage's part of one: its layers, and the norm after them if
+    there is one."""
 
     layers: tuple[Layer, ...]
     norm: Norm | None
@@ -82,14 +87,15 @@ class Stack:
 
 @dataclass(frozen=True)
 class Weights:
-    """Everything one rank holds. A tied head shares the tensor of `embed`.
+    """Everything one rank holds. A tied head shares the tensor of `embed`. A pipeline's stage has
+    `embed` if it is the first, `head` if it is the last.
 
     `first_id` int64 [1] is the first id in the rank's share of `embed`, where that must be data:
     one traced program that serves every rank. None: it follows from the rank's number.
     """
 
-    embed: Tensor
-    head: Linear
+    embed: Tensor | None
+    head: Linear | None
     positions: Tensor | None
     segments: Tensor | None
     embed_norm: Norm | None
@@ -99,6 +105,24 @@ class Weights:
     encoder: Stack | None
     decoder: Stack | None
     first_id: Tensor | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of activations."""
+        return self._typical.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where it all lies."""
+        return self._typical.device
+
+    @property
+    def _typical(self) -> Tensor:
+        """A tensor of the common type, which every stage has."""
+        stack = self.decoder or self.encoder
+        if self.embed is not None or stack is None:
+            return cast(Tensor, self.embed)
+        return stack.layers[0].norm1.weight
 
 
 class _Binder:
@@ -133,17 +157,17 @@ class _Binder:
             heads = Split(0, (self.spec.heads,))
             [(start, stop)] = heads.ranges(self.size, self.rank)
             slopes = alibi_slopes(self.spec.heads)[start:stop]
-            return slopes.to(self.tensors["embed.weight"].device)
+            return slopes.to(self.tensors[f"{stack}.{index}.qkv.weight"].device)
         return None
 
-    def layer(self, stack: str, index: int) -> Layer:
+    def layer(self, stack: str, index: int, place: int) -> Layer:
         name = f"{stack}.{index}."
         decoder = stack == "decoder"
         norm1 = self.norm(name + "norm1")
         if norm1 is None:
             raise KeyError(f"{name}norm1.weight")
         return Layer(
-            index=index,
+            index=place,
             qkv=self.need(name + "qkv"),
             out=self.need(name + "out"),
             up=self.need(name + "up"),
@@ -162,28 +186,39 @@ class _Binder:
             position_bias=self.position_bias(stack, index),
         )
 
-    def stack(self, stack: str, count: int) -> Stack | None:
-        if not count:
+    def stack(self, stack: str, held: range) -> Stack | None:
+        if not held:
             return None
-        layers = tuple(self.layer(stack, i) for i in range(count))
+        layers = tuple(self.layer(stack, i, place) for place, i in enumerate(held))
         return Stack(layers, self.norm(f"{stack}.norm"))
 
 
-def bind(spec: ModelSpec, tensors: Mapping[str, Tensor], rank: int = 0, size: int = 1) -> Weights:
-    """Arrange one rank's canonical tensors. Raises KeyError with the name of a missing one."""
+def bind(
+    spec: ModelSpec,
+    tensors: Mapping[str, Tensor],
+    rank: int = 0,
+    size: int = 1,
+    stage: Stage | None = None,
+) -> Weights:
+    """Arrange one rank's canonical tensors: those of its pipeline `stage`; None is the whole
+    network. Raises KeyError with the name of a missing one."""
     b = _Binder(spec, tensors, rank, size)
-    embed = tensors["embed.weight"]
+    held = stage or Stage(0, 1, range(spec.encoder_layers), range(spec.decoder_layers))
+    head = b.linear("head") if held.last else None
+    embed = tensors["embed.weight"] if held.first or (held.last and head is None) else None
+    if held.last and head is None and embed is not None:
+        head = Linear(embed)
     positions, segments = tensors.get("positions.weight"), tensors.get("segments.weight")
     return Weights(
         embed=embed,
-        head=b.linear("head") or Linear(embed),
+        head=head,
         positions=positions,
         segments=segments,
         embed_norm=b.norm("embed_norm"),
         project_in=b.linear("project_in"),
         project_out=b.linear("project_out"),
         pooler=b.linear("pooler"),
-        encoder=b.stack("encoder", spec.encoder_layers),
-        decoder=b.stack("decoder", spec.decoder_layers),
+        encoder=b.stack("encoder", held.encoder),
+        decoder=b.stack("decoder", held.decoder),
         first_id=tensors.get(FIRST_ID),
     )

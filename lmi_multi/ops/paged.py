@@ -31,7 +31,8 @@ class PagedCache:
     """Keys and values of every sequence in blocks of `block_size` tokens.
 
     `k[layer]` and `v[layer]` are [blocks, block_size, kv_heads, head_dim] of the decoder's
-    layers. Self- and cross-attention take blocks from the same pool.
+    layers, or of the `layers` that a pipeline's stage has of them. Self- and
+    cross-attention take blocks from the same pool.
     """
 
     def __init__(
@@ -41,12 +42,13 @@ class PagedCache:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        layers: int | None = None,
     ) -> None:
         self.heads, self.block_size = heads, block_size
         shape = (blocks, block_size, heads.kv, heads.dim)
-        layers = range(heads.spec.decoder_layers)
-        self.k = [_lazy_zeros(shape, dtype, device) for _ in layers]
-        self.v = [_lazy_zeros(shape, dtype, device) for _ in layers]
+        count = heads.spec.decoder_layers if layers is None else layers
+        self.k = [_lazy_zeros(shape, dtype, device) for _ in range(count)]
+        self.v = [_lazy_zeros(shape, dtype, device) for _ in range(count)]
 
     def slots(self, blocks: Sequence[int], start: int, stop: int) -> Tensor:
         """Where tokens start to stop of a sequence lie: int64, block * block_size + offset."""

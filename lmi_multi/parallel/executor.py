@@ -3,48 +3,79 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from torch import Tensor
 
 from lmi_multi.backends.base import Executor, Limits
+from lmi_multi.checkpoint.artifact import Artifact
 from lmi_multi.engine.batch import Batch, Passage, Prompt, StepResult
-from lmi_multi.parallel.ranks import RankGroup
+from lmi_multi.parallel import torchrun
+from lmi_multi.parallel.grid import Grid
+from lmi_multi.parallel.local import LocalRanks
+from lmi_multi.parallel.ranks import Ranks
+
+Build = Callable[[Limits, int, int], Executor]
+"""What makes a rank's executor: from limits, the rank's number, and how many there are."""
+
+
+def open_ranks(
+    grid: Grid, build: Build, limits: Limits, device: str, process_group: str, identity: str
+) -> RankedExecutor:
+    """An executor over the ranks of `grid`: processes of its own, or those that torchrun started.
+
+    Under torchrun only rank 0's process returns; the others serve until it closes the executor,
+    then raise SystemExit. There `limits` are this process's own, of which the least blocks count,
+    and `identity` must be the same everywhere: it says what is loaded.
+    """
+    job = torchrun.job(grid.tensor, grid.pipeline)
+    if job is None:
+        of_rank = partial(build, limits)
+        ranks: Ranks = LocalRanks(grid.size, of_rank, process_group, grid.answering)
+    else:
+        ranks, limits = torchrun.join(job, grid.answering, build, limits, process_group, identity)
+    return RankedExecutor(ranks, limits, device)
+
+
+def identity(artifact: Artifact, grid: Grid) -> str:
+    """What all ranks must agree on: which weights they load, and how they share them."""
+    return f"weights {artifact.digest} at {grid.tensor} x {grid.pipeline}"
 
 
 class RankedExecutor:
-    """Forwards every call to all ranks and returns rank 0's answer."""
+    """Forwards every call to all ranks and returns the answering one's result."""
 
-    def __init__(
-        self,
-        size: int,
-        build: Callable[[int, int], Executor],
-        limits: Limits,
-        device: str,
-        process_group: str = "gloo",
-    ) -> None:
-        self.limits, self.device = limits, device
-        self._ranks = RankGroup(size, build, process_group)
+    def __init__(self, ranks: Ranks, limits: Limits, device: str) -> None:
+        self.limits, self.device, self._ranks = limits, device, ranks
 
     def step(self, batch: Batch) -> StepResult:
         """See `Executor.step`."""
-        result: StepResult = self._ranks.call("step", batch)
+        result: StepResult = self._ranks.call("step", batch, tokens=_tokens(batch))
         return result
 
     def logits(self, batch: Batch) -> Tensor:
         """See `Executor.logits`."""
-        result: Tensor = self._ranks.call("logits", batch)
+        result: Tensor = self._ranks.call("logits", batch, tokens=_tokens(batch))
         return result
 
     def encode(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor | None]:
         """See `Executor.encode`."""
-        result: tuple[Tensor, Tensor | None] = self._ranks.call("encode", prompts)
+        tokens = sum(len(prompt.token_ids) for prompt in prompts)
+        result: tuple[Tensor, Tensor | None] = self._ranks.call("encode", prompts, tokens=tokens)
         return result
 
     def score(self, passages: Sequence[Passage]) -> Tensor:
         """See `Executor.score`."""
-        result: Tensor = self._ranks.call("score", passages)
+        tokens = sum(len(p.token_ids) + len(p.encoder_ids or ()) for p in passages)
+        result: Tensor = self._ranks.call("score", passages, tokens=tokens)
         return result
 
     def close(self) -> None:
         """End the ranks."""
         self._ranks.close()
+
+
+def _tokens(batch: Batch) -> int:
+    """How many tokens a step computes."""
+    rows = sum(len(row.token_ids) for row in batch.rows)
+    return rows + sum(len(prompt.token_ids) for prompt in batch.prompts)

@@ -193,9 +193,7 @@ class ServeSettings(BaseModel):
     tensor_parallel: Annotated[Literal["max"], _words("max")] | _Count = Field(
         default=1, description=f"{_COUNT}, or max"
     )
-    pipeline_parallel: Annotated[_Integer, Field(ge=1, le=1)] = Field(
-        default=1, description="1: pipelines are not supported, tensor parallelism is"
-    )
+    pipeline_parallel: _Count = Field(default=1, description=_COUNT)
     max_batch: _Count | None = Field(default=None, description=_COUNT)
     max_tokens: _Count | None = Field(default=None, description=_COUNT)
     memory_share: Annotated[Float, BeforeValidator(_number), Field(gt=0, le=1)] | None = Field(
@@ -282,6 +280,7 @@ class ServeSettings(BaseModel):
         for field, free, allowed in (
             ("quantize", (None,), "nothing"),
             ("tensor_parallel", (1,), "1"),
+            ("pipeline_parallel", (1,), "1"),
             ("max_batch", (None, 1), "1"),
             ("memory_share", (None,), "nothing"),
             ("verify", (False,), "false"),
@@ -344,6 +343,7 @@ class ServeSettings(BaseModel):
             "dtype": self.dtype,
             "quantize": self.quantize,
             "tensor_parallel": self.degree(),
+            "pipeline_parallel": self.pipeline_parallel,
             "max_batch": self.max_batch,
             "max_tokens": self.max_tokens,
             "memory_share": self.memory_share,
@@ -354,12 +354,13 @@ class ServeSettings(BaseModel):
         return keywords if self.fallback is None else keywords | {"fallback": self.fallback}
 
     def degree(self) -> int:
-        """Ranks that share the model; "max" is one for every device of the backend."""
+        """Ranks that share each layer; "max": as many as there are devices for every stage."""
         if isinstance(self.tensor_parallel, int):
             return self.tensor_parallel
         from lmi_multi import backends  # imports torch, which reading settings does not need
 
-        return max(1, len(backends.select(self.backend).probe().devices))
+        devices = len(backends.select(self.backend).probe().devices)
+        return max(1, devices // self.pipeline_parallel)
 
 
 def _folded(value: object) -> object:

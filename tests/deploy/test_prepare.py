@@ -74,6 +74,20 @@ def test_the_least_degree_that_fits() -> None:
     assert place(network(8), g5, settings(tensor_parallel=2)).tensor_parallel == 2
 
 
+def test_stages_have_gpus_of_their_own() -> None:
+    g5 = find("g5.12xlarge")
+    both = place(network(70), g5, settings(pipeline_parallel=2))
+    assert (both.tensor_parallel, both.pipeline_parallel) == (1, 2)
+    most = place(network(8), g5, settings(tensor_parallel="max", pipeline_parallel=2))
+    assert (most.tensor_parallel, most.pipeline_parallel) == (2, 2)
+    for name, allowed in (("g5.12xlarge", 4), ("inf2.24xlarge", 1)):
+        with pytest.raises(OptionError) as error:
+            place(network(8), find(name), settings(pipeline_parallel=5))
+        assert str(error.value) == (
+            f"pipeline_parallel is 5; allowed on ml.{name}: an integer from 1 to {allowed}"
+        )
+
+
 def test_what_does_not_fit_says_what_would(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CapacityError) as error:
         place(network(70), find("g5.xlarge"), settings())

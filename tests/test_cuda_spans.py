@@ -1,0 +1,95 @@
+"""Where a GPU's share of an artifact lies in its files. Reading it needs no GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from lmi_multi.backends.cuda import loading
+from lmi_multi.backends.cuda.loading import Span, plan_spans
+from torch import Tensor
+
+from lmi_multi import fit
+from lmi_multi.checkpoint.artifact import Artifact
+from lmi_multi.checkpoint.convert import convert
+from lmi_multi.errors import CheckpointError
+from tests import tiny_models
+
+
+def read(spans: list[Span]) -> int:
+    """Fill the targets as the GPU's threads do; the most bytes that were in hand at once."""
+    most = 0
+    for span in spans:
+        for chunk in span.chunks():
+            buffer = bytearray(chunk.target.numel())
+            with chunk.path.open("rb", buffering=0) as file:
+                chunk.read(file, memoryview(buffer))
+            there = torch.frombuffer(buffer, dtype=torch.uint8)
+            chunk.target.copy_(there.view(chunk.target.shape))
+            most = max(most, len(buffer))
+    return most
+
+
+def poisoned(artifact: Artifact, size: int, names: set[str] | None = None) -> dict[str, Tensor]:
+    return {
+        t.name: torch.full(t.local_shape(size), 77, dtype=t.dtype) for t in artifact.wanted(names)
+    }
+
+
+@pytest.fixture(scope="module", params=["t5", "llama-mqa-biased-tied", "gpt2", "bloom"])
+def source(request: pytest.FixtureRequest, checkpoints: Path) -> Path:
+    return tiny_models.checkpoint(checkpoints, request.param)
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("stored", [1, 2])
+def test_any_degree_from_any_files(
+    monkeypatch: pytest.MonkeyPatch,
+    source: Path,
+    tmp_path: Path,
+    stored: int,
+    quantize: str | None,
+) -> None:
+    """Rows and columns, parts of one file and of two, replicated heads, the padded vocabulary; the
+    files are never in memory as a whole."""
+    monkeypatch.setattr(loading, "CHUNK", 300)
+    artifact = convert(
+        source, tmp_path / "a", dtype="fp32", quantize=quantize, tensor_parallel=stored
+    )
+    widest = max(t.shape[-1] * t.dtype.itemsize for t in artifact.stored)
+    for size in (1, 2, 4):
+        for rank in range(size):
+            tensors = poisoned(artifact, size)
+            most = read(plan_spans(artifact, rank, size, tensors))
+            expected = artifact.load_rank(rank, size)
+            assert set(tensors) == set(expected)
+            for name, tensor in expected.items():
+                assert torch.equal(tensors[name], tensor), (name, rank, size)
+            assert most <= max(300, widest)
+
+
+def test_a_stage_reads_its_own_tensors_alone(checkpoints: Path) -> None:
+    artifact = tiny_models.artifact(checkpoints, "t5")
+    names = artifact.stages(2)[1].tensors(t.name for t in artifact.stored)
+    assert 0 < len(names) < len(artifact.stored)
+    tensors = poisoned(artifact, 2, names)
+    spans = plan_spans(artifact, 1, 2, tensors)
+    read(spans)
+    expected = artifact.load_rank(1, 2, names)
+    assert set(tensors) == set(expected) == names
+    assert all(torch.equal(tensors[name], expected[name]) for name in names)
+    assert sum(s.target.numel() for s in spans) <= artifact.tensor_bytes(1, 2, names)
+
+
+def test_a_file_cut_short(checkpoints: Path, tmp_path: Path) -> None:
+    made = convert(tiny_models.checkpoint(checkpoints, "gpt2"), tmp_path / "a", dtype="fp32")
+    spans = plan_spans(made, 0, 1, poisoned(made, 1))
+    with made.rank_path(0).open("r+b") as file:
+        file.truncate(made.rank_path(0).stat().st_size - 1)
+    with pytest.raises(CheckpointError, match="became shorter"):
+        read(spans)
+
+
+def test_the_buffers_are_those_of_the_estimates() -> None:
+    assert fit.BUFFERS == 2 * loading.THREADS * loading.CHUNK

@@ -1,0 +1,269 @@
+"""Ranks that die, hang, or are only slow: told apart in time, and nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from multiprocessing import Pipe
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch.distributed as dist
+
+import lmi_multi
+from lmi_multi import progress
+from lmi_multi.errors import OptionError, RankError
+from lmi_multi.parallel.local import LocalRanks
+from lmi_multi.parallel.ranks import Rank, Ranks
+from lmi_multi.parallel.serving import CallerGoneError, serve
+from lmi_multi.parallel.watch import VARIABLE, Patience, Watch, fault
+from lmi_multi.progress import Reading
+from tests.test_ranks import rank_processes
+from tests.tiny_models import checkpoint
+
+LIMIT = 4  # seconds, in place of 30
+
+
+class Toy:
+    """What a rank may hold; no model needed."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank = rank
+
+    def work(self, seconds: float, every: float) -> str:
+        """Work on pieces that take `every` seconds each."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            progress.tick()
+            time.sleep(every)
+        return "done"
+
+    def meet(self, late: int, seconds: float, every: float) -> str:
+        """Meet the other rank, which waits while rank `late` works."""
+        if self.rank == late:
+            self.work(seconds, every)
+        with progress.waiting():
+            dist.barrier()
+        return "met"
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[LocalRanks]:
+    """Ranks for the tests that leave them whole; and at last for one that does not."""
+    opened = LocalRanks(2, Toy)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, str(LIMIT))
+
+
+def gone(processes: list[psutil.Process], seconds: float = 3) -> bool:
+    deadline = time.monotonic() + seconds
+    while any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def test_a_slow_call_that_gets_on(two: LocalRanks, short: None) -> None:
+    """More than twice the limit in all, but no piece of it."""
+    assert two.call("work", 2.2 * LIMIT, 0.5) == "done"
+
+
+def test_a_long_call_may_be_still_for_longer(two: LocalRanks, short: None) -> None:
+    """A piece of 140 tokens may take 7 s."""
+    assert two.call("work", 1, LIMIT + 1.5, tokens=140) == "done"
+
+
+def test_waiting_for_a_slow_rank(two: LocalRanks, short: None) -> None:
+    """For longer than a rank may stand still, while the other one gets on."""
+    assert two.call("meet", 0, 1.7 * LIMIT, 0.5) == "met"
+
+
+@pytest.mark.parametrize("late", [1])
+def test_a_rank_that_does_not_get_on(two: LocalRanks, short: None, late: int) -> None:
+    """It is named, and not the one that waits for it in a collective."""
+    processes = [psutil.Process(rank.process.pid) for rank in two.ranks]
+    began = time.monotonic()
+    with pytest.raises(RankError) as caught:
+        two.call("meet", late, 600, 600)
+    assert LIMIT <= time.monotonic() - began < LIMIT + 4
+    assert str(caught.value) == f"rank {late} hangs: no progress for {LIMIT} s"
+    assert gone(processes)
+    with pytest.raises(RankError, match="hangs"):
+        two.call("meet", late, 0, 0)
+
+
+def test_a_rank_that_is_stopped(checkpoints: Path) -> None:
+    """With the limits that everybody has: noticed within 30 s, and ended though it is stopped."""
+    folder = checkpoint(checkpoints, "gpt2")
+    before = {process.pid for process in rank_processes()}
+    with lmi_multi.load(folder, backend="cpu", dtype="fp32", pipeline_parallel=2) as model:
+        own = [process for process in rank_processes() if process.pid not in before]
+        victim = model._engine.executor._ranks.ranks[1].process  # type: ignore[attr-defined]
+        stopped: list[float] = []
+
+        def stop() -> None:
+            os.kill(victim.pid, signal.SIGSTOP)
+            stopped.append(time.monotonic())
+
+        with pytest.raises(RankError) as caught:
+            for chunk in model.stream([[5, 6, 7]], max_new_tokens=120, ignore_eos=True):
+                if not stopped and chunk.token_ids:
+                    stop()
+        assert time.monotonic() - stopped[0] < 30
+        assert str(caught.value) == "rank 1 hangs: nothing was heard for 15 s"
+        assert gone(own)
+
+
+# --- the same without processes
+
+
+def _ranks(count: int = 1) -> tuple[Ranks, list[Any]]:
+    """Ranks that nobody answers for, and the other ends of their pipes."""
+    ends = [Pipe() for _ in range(count)]
+    return Ranks([Rank(i, ours) for i, (ours, _) in enumerate(ends)], 0), [end[1] for end in ends]
+
+
+def test_half_an_answer(short: None) -> None:
+    """A rank that is stopped while it sends: what it sent is there, the rest never comes."""
+    ranks, [rank] = _ranks()
+    os.write(rank.fileno(), struct.pack("!i", 1000) + b"half")
+    began = time.monotonic()
+    with pytest.raises(RankError, match="rank 0 hangs in the middle of a message"):
+        ranks.call("anything")
+    assert time.monotonic() - began < LIMIT
+
+
+def test_a_rank_that_takes_no_message(short: None) -> None:
+    ranks, ends = _ranks(2)
+    began = time.monotonic()
+    with pytest.raises(RankError, match="rank 0 hangs: it takes no message"):
+        ranks.call("anything", b"x" * 10_000_000)
+    assert time.monotonic() - began < LIMIT
+    for end in ends:
+        end.close()
+
+
+def test_a_connection_that_ends(short: None) -> None:
+    ranks, [first, second] = _ranks(2)
+    threading.Timer(0.2, second.close).start()
+    began = time.monotonic()
+    with pytest.raises(RankError, match="rank 1 died: its connection has ended"):
+        ranks.call("anything")
+    assert time.monotonic() - began < 2
+    with pytest.raises(EOFError):
+        while True:
+            first.recv()  # the call, and then the end: nobody waits for it any more
+
+
+def test_an_end_of_file_in_a_rank_is_not_a_lost_caller() -> None:
+    """What a rank raises is told, whatever it is."""
+    ours, theirs = Pipe()
+    lost: list[bool] = []
+
+    def build() -> None:
+        raise EOFError("a short file")
+
+    assert isinstance(serve(theirs, build, True, lambda: lost.append(True)), EOFError)
+    number, kind, text = ours.recv()
+    assert (number, kind) == (0, "traceback") and "EOFError: a short file" in text
+    assert not lost
+    ours.close()
+    assert isinstance(serve(theirs, list, True, lambda: lost.append(True)), CallerGoneError)
+    assert lost
+    theirs.close()
+
+
+def test_a_caller_that_was_stopped_has_not_waited(
+    short: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A host that was suspended, with all that is on it, comes back: no rank was silent."""
+    ranks, [rank] = _ranks()
+    now = [0.0]
+    monkeypatch.setattr("lmi_multi.parallel.ranks.time", _Clock(now))
+    naps = iter([0.5, 3600.0, 0.5])
+
+    def wait(watched: list[Any], seconds: float) -> list[Any]:
+        nap = next(naps, None)
+        if nap is None:
+            rank.send((1, "ok", "late"))
+            return []
+        now[0] += nap
+        return []
+
+    monkeypatch.setattr("lmi_multi.parallel.ranks.wait", wait)
+    monkeypatch.setenv(VARIABLE, "8")
+    assert ranks.call("anything") == "late"
+
+
+class _Clock:
+    def __init__(self, now: list[float]) -> None:
+        self._now = now
+
+    def monotonic(self) -> float:
+        return self._now[0]
+
+    sleep = staticmethod(time.sleep)
+
+
+def _watch(silent: float, still: float, waiting: bool = False) -> Watch:
+    watch = Watch()
+    watch.heard(Reading(1, waiting))
+    watch.passed(still - silent)
+    watch.heard(Reading(1, waiting))
+    watch.passed(silent)
+    return watch
+
+
+@pytest.mark.parametrize(
+    ("watches", "expected"),
+    [
+        ([(1, 1), (1, 29)], None),
+        ([(16, 16), (1, 1)], "rank 0 hangs: nothing was heard for 15 s"),
+        ([(16, 31), (1, 31)], "rank 0 hangs: nothing was heard for 15 s"),
+        ([(1, 31, True), (1, 31)], "rank 1 hangs: no progress for 30 s"),
+        ([(1, 31, True), (1, 31, True)], "ranks 0, 1 hang: no progress for 30 s"),
+        ([(1, 31, True), (1, 2)], None),  # it waits for one that gets on
+        ([(1, 31, True), (1, 2, True)], None),
+        ([(1, 31, True)], "rank 0 hangs: no progress for 30 s"),  # the others have answered
+    ],
+)
+def test_who_hangs(watches: list[Any], expected: str | None) -> None:
+    assert fault({i: _watch(*w) for i, w in enumerate(watches)}, Patience.of(1)) == expected
+
+
+def test_a_rank_that_starts() -> None:
+    """Its first word may be long in coming: it has libraries to load before."""
+    new, begun = Watch(), _watch(0, 0)
+    for watch in (new, begun):
+        watch.passed(61)
+    assert fault({0: new}, Patience.building()) is None
+    assert fault({0: begun}, Patience.building()) == "rank 0 hangs: nothing was heard for 60 s"
+    new.passed(240)
+    assert fault({0: new}, Patience.building()) == "rank 0 hangs: nothing was heard for 300 s"
+    new = Watch()
+    new.passed(16)
+    assert fault({0: new}, Patience.of(1)) == "rank 0 hangs: nothing was heard for 15 s"
+
+
+def test_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Patience.of(1) == Patience.of(600) == Patience(15, 30, 15)
+    assert Patience.of(2048) == Patience(15, 0.05 * 2048, 15)
+    assert Patience.building() == Patience(60, 300, 300)
+    monkeypatch.setenv(VARIABLE, "120")
+    assert Patience.of(2048) == Patience(60, 120, 60)
+    for value in ("0", "-3", "soon", "1e9", "nan"):
+        monkeypatch.setenv(VARIABLE, value)
+        with pytest.raises(OptionError, match=rf"{VARIABLE} is '{value}'; allowed: seconds"):
+            Patience.of(1)

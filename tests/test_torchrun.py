@@ -1,0 +1,283 @@
+"""Ranks that torchrun starts, on one host and on two that are both this one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Client, answer_challenge, deliver_challenge
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from torch._C._distributed_c10d import HashStore
+
+import lmi_multi
+from lmi_multi.backends.base import Limits
+from lmi_multi.cli import main as cli
+from lmi_multi.errors import OptionError, RankError
+from lmi_multi.parallel import torchrun
+from tests.tiny_models import checkpoint
+
+ROOT = Path(__file__).parents[1]
+PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
+OPTIONS: list[dict[str, Any]] = [{}, {"do_sample": True, "seed": 3}, {"num_beams": 2}]
+
+SCRIPT = """
+import json, os, sys, time
+import lmi_multi
+
+folder, tensor, pipeline, then = sys.argv[1:]
+print("rank", os.environ["RANK"], "pid", os.getpid(), flush=True)
+model = lmi_multi.load(
+    folder, backend="cpu", dtype="fp32", tensor_parallel=int(tensor),
+    pipeline_parallel=int(pipeline), max_batch=2, max_tokens=120,
+)
+print("loaded on rank", os.environ["RANK"], flush=True)
+prompts, options = json.loads(os.environ["ASKED"])
+answers = [
+    [c.token_ids for c in model.generate(prompts, max_new_tokens=12, **own)] for own in options
+]
+print("answers", json.dumps(answers), flush=True)
+if then == "close":
+    model.close()
+    try:
+        lmi_multi.load(
+            folder, backend="cpu", tensor_parallel=int(tensor), pipeline_parallel=int(pipeline)
+        )
+    except lmi_multi.errors.OptionError as error:
+        print("second:", error, flush=True)
+elif then == "go on":
+    try:
+        while True:
+            model.generate(prompts, max_new_tokens=100, ignore_eos=True)
+            print("going", flush=True)
+    except lmi_multi.errors.RankError as error:
+        print("failed:", error, flush=True)
+        time.sleep(2)  # torchrun ends it meanwhile, or it ends by itself
+        sys.exit(3)
+# Else it ends as a script does that never closes its model.
+"""
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Run:
+    """torchrun's processes, one for each host, and what all of them print."""
+
+    def __init__(self, folder: Path, nodes: int, per_node: int, arguments: list[str]) -> None:
+        script = folder / "script.py"
+        script.write_text(SCRIPT)
+        port = _free_port()
+        self.log = folder / "log"
+        environ = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "ASKED": json.dumps([PROMPTS, OPTIONS]),
+        }
+        self.agents = []
+        with self.log.open("a") as log:  # appended: no write may lie upon another
+            for node in range(nodes):
+                command = [
+                    *(sys.executable, "-m", "torch.distributed.run"),
+                    *("--nnodes", str(nodes), "--nproc-per-node", str(per_node)),
+                    *("--node-rank", str(node), "--master-addr", "127.0.0.1"),
+                    *("--master-port", str(port), str(script), *arguments),
+                ]
+                agent = subprocess.Popen(
+                    command, stdout=log, stderr=log, cwd=folder, env=environ, start_new_session=True
+                )
+                self.agents.append(agent)
+
+    def wait(self, seconds: float = 200) -> list[int]:
+        """The exit codes of torchrun itself."""
+        deadline = time.monotonic() + seconds
+        return [agent.wait(max(0.1, deadline - time.monotonic())) for agent in self.agents]
+
+    def until(self, text: str, seconds: float = 150) -> None:
+        deadline = time.monotonic() + seconds
+        while text not in self.log.read_text():
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.05)
+
+    def line(self, start: str) -> str:
+        """What follows `start` in the first line that begins so."""
+        [first, *_] = [
+            own for own in self.log.read_text().splitlines() if own.startswith(start)
+        ] or [self.log.read_text()]
+        return first.removeprefix(start).strip()
+
+    def pid(self, rank: int) -> int:
+        return int(self.line(f"rank {rank} pid"))
+
+
+@contextmanager
+def running(folder: Path, nodes: int, per_node: int, *arguments: str) -> Iterator[Run]:
+    """Ended whatever happens, with all that it started."""
+    run = Run(folder, nodes, per_node, list(arguments))
+    try:
+        yield run
+    finally:
+        for agent in run.agents:
+            children = psutil.Process(agent.pid).children(True) if agent.poll() is None else []
+            for process in [*children, agent]:
+                process.kill()
+            agent.wait()
+
+
+def _expected(folder: Path) -> list[list[list[int]]]:
+    with lmi_multi.load(folder, backend="cpu", dtype="fp32", max_batch=2, max_tokens=120) as one:
+        return [
+            [list(c.token_ids) for c in one.generate(PROMPTS, max_new_tokens=12, **own)]
+            for own in OPTIONS
+        ]
+
+
+@pytest.mark.parametrize(
+    ("family", "nodes", "per_node", "tensor", "pipeline", "then"),
+    [("t5", 1, 2, 2, 1, "close"), ("t5", 2, 1, 1, 2, "end"), ("gpt2", 2, 2, 2, 2, "close")],
+)
+def test_the_same_tokens_as_one_process(
+    checkpoints: Path,
+    tmp_path: Path,
+    family: str,
+    nodes: int,
+    per_node: int,
+    tensor: int,
+    pipeline: int,
+    then: str,
+) -> None:
+    """Only rank 0's script goes on; the others end with it, and torchrun sees no failure."""
+    folder = checkpoint(checkpoints, family)
+    expected = _expected(folder)
+    with running(tmp_path, nodes, per_node, str(folder), str(tensor), str(pipeline), then) as run:
+        codes = run.wait()
+        text = run.log.read_text()
+        assert codes == [0] * nodes, text
+        assert json.loads(run.line("answers")) == expected
+        assert text.count("loaded on rank") == 1
+        if then == "close":
+            assert "allowed: one a run" in run.line("second:")
+        for rank in range(nodes * per_node):
+            assert not psutil.pid_exists(run.pid(rank))
+
+
+@pytest.mark.parametrize("what", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_on_another_host(checkpoints: Path, tmp_path: Path, what: signal.Signals) -> None:
+    """Its death fails the call at once, its silence within 30 s, and nothing is left running."""
+    folder = checkpoint(checkpoints, "gpt2")
+    with running(tmp_path, 2, 1, str(folder), "2", "1", "go on") as run:
+        run.until("going")
+        victim, caller = run.pid(1), run.pid(0)
+        os.kill(victim, what)
+        began = time.monotonic()
+        run.until("failed:", 35)
+        took = time.monotonic() - began
+        said = run.line("failed:")
+        if what == signal.SIGKILL:
+            assert took < 2
+            assert said == f"rank 1 died: its connection to {socket.gethostname()} has ended"
+        else:
+            assert took < 30
+            assert said == "rank 1 hangs: nothing was heard for 15 s"
+            os.kill(victim, signal.SIGCONT)  # as its host would end it
+        codes = run.wait(60)
+        assert all(codes), codes
+        deadline = time.monotonic() + 5
+        while psutil.pid_exists(victim) or psutil.pid_exists(caller):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+def test_strangers_are_turned_away() -> None:
+    """Who does not know the secret is not listened to: neither one that is silent, nor one that
+    sends a wrong answer, nor one that sends a pickle at once."""
+    store = HashStore()
+    limits = Limits(2, 100, 64, 32, 8)
+    own, other = (torchrun._Hello(rank, "here", "weights", limits) for rank in (0, 1))
+    found: list[Any] = []
+    job = torchrun.Job(0, 2, 0, "127.0.0.1")
+    caller = threading.Thread(target=lambda: found.append(torchrun._gather(job, own, store)))
+    caller.start()
+    address, port, secret = json.loads(store.get("caller"))
+    with socket.create_connection((address, port)) as stranger:
+        stranger.close()
+    wrong = Client((address, port))
+    wrong.send(other)
+    with pytest.raises(AuthenticationError):
+        answer_challenge(wrong, b"a guess")
+        deliver_challenge(wrong, b"a guess")
+    wrong.close()
+    known = Client((address, port), authkey=bytes.fromhex(secret))
+    known.send(other)
+    caller.join(20)
+    [peers] = found
+    assert list(peers.values()) == [other]
+    for connection in (*peers, known):
+        connection.close()
+
+
+def test_ranks_that_load_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = HashStore()
+    limits = Limits(2, 100, 64, 32, 8)
+    own = torchrun._Hello(0, "here", "weights a", limits)
+    store_said = threading.Thread(target=lambda: _greet(store, replace(own, identity="weights b")))
+    store_said.start()
+    with pytest.raises(
+        OptionError, match="rank 0 on here loads weights b, but rank 0 loads weights a"
+    ):
+        torchrun._gather(torchrun.Job(0, 2, 0, "127.0.0.1"), own, store)
+    store_said.join(20)
+    with pytest.raises(RankError, match=r"cannot listen at MASTER_ADDR 192\.0\.2\.1"):
+        torchrun._gather(torchrun.Job(0, 2, 0, "192.0.2.1"), own, store)
+
+
+def _greet(store: HashStore, hello: Any) -> None:
+    address, port, secret = json.loads(store.get("caller"))
+    with Client((address, port), authkey=bytes.fromhex(secret)) as known:
+        known.send(hello)
+        with suppress(EOFError, ConnectionResetError):
+            known.recv()
+
+
+def _variables(**changed: str) -> dict[str, str]:
+    told = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1"}
+    return told | {"MASTER_PORT": "1"} | changed
+
+
+def _set(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_how_many_processes_there_must_be(
+    monkeypatch: pytest.MonkeyPatch, checkpoints: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert torchrun.job(2, 2) is None
+    _set(monkeypatch, _variables())
+    assert torchrun.job(2, 2) == torchrun.Job(1, 4, 1, "127.0.0.1")
+    assert torchrun.job(1, 1) is None  # every process has a model of its own
+    with pytest.raises(OptionError, match=r"2 x pipeline_parallel 1 is 2, but torchrun started 4"):
+        lmi_multi.load(checkpoint(checkpoints, "gpt2"), backend="cpu", tensor_parallel=2)
+    assert cli.run(["serve", "demo"]) == 2
+    assert "a server does not run under torchrun" in capsys.readouterr().err
+    _set(monkeypatch, _variables(WORLD_SIZE="1", RANK="0"))
+    assert torchrun.job(2, 2) is None
+    _set(monkeypatch, _variables(RANK="one"))
+    with pytest.raises(OptionError, match="RANK is 'one'; allowed: an integer"):
+        torchrun.job(2, 2)
