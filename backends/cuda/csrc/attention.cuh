@@ -205,43 +205,44 @@ __device__ float new_feature(const T* head, int d, Operand norm, float factor) {
 }
 
 // An item's heads, normalized and rotated in half-split layout, as the team shares them: queries,
-// scaled, and the new key, which goes to the cache with its value. A warp does a head.
-template <typename T, int AT_ONCE>
+// scaled, and the new key, which goes to the cache with its value. A warp does 32 features of a head
+// at a time, so that all of it is on its way at once.
+template <typename T>
 __device__ void share_heads(const AttentionParams& p, const Item& it, const Team& team,
                             float* shared) {
-  const int lane = threadIdx.x % 32, count = it.heads + (it.newest ? 1 : 0);
+  const int lane = threadIdx.x % 32, pieces = (p.dim + 31) / 32;
+  const int count = it.heads + (it.newest ? 1 : 0);
   const int64_t of_row = it.row * p.q_stride;
   const int64_t of_kv = of_row + static_cast<int64_t>(it.kv) * p.dim;
   const T* queries = static_cast<const T*>(p.q) + of_row;
   const int64_t slot = it.newest ? slot_of(p, it.row, it.kv, it.length - 1, 0) : 0;
 #pragma unroll 1
-  for (int head = team.thread / 32; head < count; head += team.warps) {
-    const bool is_key = head == it.heads, writes = is_key && it.chunk == 0;
+  for (int piece = team.thread / 32; piece < count * pieces; piece += team.warps) {
+    const int head = piece / pieces, d = piece % pieces * 32 + lane;
+    const bool is_key = head == it.heads;
     const T* from = is_key ? static_cast<const T*>(p.new_k) + of_kv
                            : queries + static_cast<int64_t>(it.first_head + head) * p.dim;
     const Operand norm = is_key ? p.k_norm : p.q_norm;
     float factor = 1;
     if (norm.data) {
       float squares = 0;
-      for (int d = lane; d < p.dim; d += 32) squares += widen(from[d]) * widen(from[d]);
+      for (int i = lane; i < p.dim; i += 32) squares += widen(from[i]) * widen(from[i]);
       factor = rsqrtf(__fdividef(sum_over(squares, 32), p.dim) + p.eps);
     }
-#pragma unroll AT_ONCE
-    for (int d = lane; d < p.dim; d += 32) {
-      float x = new_feature(from, d, norm, factor);
-      if (d < 2 * p.pairs) {
-        const bool low = d < p.pairs;
-        const int pair = low ? d : d - p.pairs, angle = it.row * p.pairs + pair;
-        const float other = new_feature(from, low ? d + p.pairs : pair, norm, factor);
-        x = x * p.cos[angle] + (low ? -other : other) * p.sin[angle];
-      }
-      if (is_key) x = widen(narrow<T>(x));  // as the cache has it
-      if (writes) {
-        static_cast<T*>(p.k)[slot + d] = narrow<T>(x);
-        static_cast<T*>(p.v)[slot + d] = static_cast<const T*>(p.new_v)[of_kv + d];
-      }
-      shared[head * p.dim + d] = is_key ? x : x * p.scale * LOG2E;
+    if (d >= p.dim) continue;
+    float x = new_feature(from, d, norm, factor);
+    if (d < 2 * p.pairs) {
+      const bool low = d < p.pairs;
+      const int pair = low ? d : d - p.pairs, angle = it.row * p.pairs + pair;
+      const float other = new_feature(from, low ? d + p.pairs : pair, norm, factor);
+      x = x * p.cos[angle] + (low ? -other : other) * p.sin[angle];
     }
+    if (is_key) x = widen(narrow<T>(x));  // as the cache has it
+    if (is_key && it.chunk == 0) {
+      static_cast<T*>(p.k)[slot + d] = narrow<T>(x);
+      static_cast<T*>(p.v)[slot + d] = static_cast<const T*>(p.new_v)[of_kv + d];
+    }
+    shared[head * p.dim + d] = is_key ? x : x * p.scale * LOG2E;
   }
 }
 
@@ -254,7 +255,7 @@ __device__ void attend(const AttentionParams& p, const Item& it, const Team& tea
   const int last_head = it.first_head + it.heads - 1, record = p.dim + 2;
   const int first = lane % p.width * 8;
   const bool active = first < p.dim;
-  share_heads<T, (N * sizeof(T) > 4 ? 2 : 4)>(p, it, team, shared);
+  share_heads<T>(p, it, team, shared);
   team.sync();
   float q[G][8];
 #pragma unroll
