@@ -329,3 +329,26 @@ def test_kinds_of_draw_are_bounded(monkeypatch: pytest.MonkeyPatch, folder: Path
             assert [c.token_ids for c in model.generate(own, chosen)] == expected
         captured = model.engine.executor._ahead._graphs._captured  # type: ignore[attr-defined]
         assert len([kind for _, kind in captured if not kind.greedy]) == 2
+
+
+def test_a_gpu_that_refuses_the_step_kernel_runs_others(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: Tensor) -> None:
+        raise RuntimeError("launch: too many blocks in cooperative launch\nmore")
+
+    monkeypatch.setattr(torch.ops.lmi_multi, "run_program", refuse)
+    assert_same_as_cpu(folder, "t5", open_model(folder, "t5"))
+    assert "kernel by kernel: launch: too many blocks in cooperative launch" in caplog.text
+
+
+def test_programs_are_for_large_products() -> None:
+    from lmi_multi.backends.cuda.program import LEAST_PRODUCT, program_rows
+
+    def layer(elements: int) -> Any:
+        linear = Linear(torch.empty(1, elements, dtype=torch.int8, device="meta"))
+        return SimpleNamespace(qkv=linear, up=linear, cross_q=None, index=0)
+
+    assert program_rows([]) == 0
+    assert program_rows([layer(LEAST_PRODUCT - 1)] * 2) == 0
+    assert program_rows([layer(LEAST_PRODUCT)] * 2) == 8

@@ -159,11 +159,22 @@ class StepGraphs:
         if size > self._most_program_rows:
             return None
         if size not in self._programs:
-            try:
-                self._programs[size] = self._record(torch.empty_like(x), angles)
-            except NotCoveredError:
-                self._programs[size] = None
+            self._programs[size] = self._tried(x, angles)
         return self._programs[size]
+
+    def _tried(self, x: Tensor, angles: tuple[Tensor, Tensor] | None) -> StepProgram | None:
+        """A program that has run once: a GPU that is shared may refuse to start all its blocks."""
+        try:
+            program = self._record(torch.empty_like(x), angles)
+            program.run(x, angles)
+        except NotCoveredError:
+            return None
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            log.warning("a step's layers run kernel by kernel: %s", str(error).splitlines()[0])
+            return None
+        return program
 
     def _record(self, x: Tensor, angles: tuple[Tensor, Tensor] | None) -> StepProgram:
         own = None if angles is None else (torch.empty_like(angles[0]), torch.empty_like(angles[1]))
