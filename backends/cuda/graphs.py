@@ -166,11 +166,11 @@ class StepGraphs:
         """A program that has run once: a GPU that is shared may refuse to start all its blocks."""
         try:
             program = self._record(torch.empty_like(x), angles)
-            program.run(x, angles)
         except NotCoveredError:
+            log.debug("a step of %d rows is not covered by the step kernel", len(x))
             return None
-        except torch.OutOfMemoryError:
-            raise
+        try:
+            program.run(x, angles)
         except RuntimeError as error:
             log.warning("a step's layers run kernel by kernel: %s", str(error).splitlines()[0])
             return None
@@ -221,7 +221,8 @@ class StepGraphs:
             except torch.OutOfMemoryError:
                 log.warning("no memory to capture a step of %d rows: it runs uncaptured", size)
                 self._captured[key] = None
-            self.inputs.ids.copy_(kept)
+            finally:
+                self.inputs.ids.copy_(kept)
         return self._captured[key]
 
 

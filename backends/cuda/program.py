@@ -50,6 +50,7 @@ class Recorder:
         self._known = {tensor.data_ptr() for tensor in inputs}
         self._since_barrier: set[int] = set()
         self._normalized: dict[tuple[int, int], Tensor] = {}
+        self._dtype = inputs[0].dtype
 
     def norm(self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, out: Tensor) -> bool:
         """See `lmi_multi::norm`."""
@@ -81,7 +82,13 @@ class Recorder:
 
     def attention(self, q: Tensor, *others: Any) -> bool:
         """See `lmi_multi::attention`."""
+        if q.dtype != self._dtype:
+            raise NotCoveredError
         return self._add(torch.ops.lmi_multi.record_attention, (q, *others), [q], others[-1])
+
+    def made(self, tensor: Tensor) -> bool:
+        """Whether a phase has written it, or it is an input."""
+        return tensor.data_ptr() in self._known
 
     def _add(
         self,
@@ -128,7 +135,11 @@ class StepProgram:
         room = torch.zeros(1 + len(recorder.phases), PHASE_BYTES, dtype=torch.uint8)
         self._program = torch.cat([room[:1], *(p[None] for p in recorder.phases), room[1:]])
         finish = torch.ops.lmi_multi.finish_program
-        if recorder.weight is None or not finish(self._program, x, recorder.weight):
+        if (
+            recorder.weight is None
+            or not recorder.made(self.out)
+            or not finish(self._program, x, recorder.weight)
+        ):
             raise NotCoveredError
         self._on_device = self._program.to(x.device)
 

@@ -177,9 +177,9 @@ struct Team {
 __device__ inline bool is_last_part(const Team& team, int* counter, int parts) {
   __shared__ bool last_part[9];
   bool& last = last_part[team.barrier];
-  __threadfence();
   team.sync();
   if (team.thread == 0) {
+    __threadfence();
     last = atomicAdd(counter, 1) == parts - 1;
     if (last) *counter = 0;
   }
@@ -192,21 +192,12 @@ struct Device {
   int major, processors, shared_per_processor, shared_per_block;
 };
 
-inline int attribute(cudaDeviceAttr name, int index) {
-  int value = 0;
-  cudaDeviceGetAttribute(&value, name, index);
-  return value;
-}
-
-inline Device device(int index) {
-  return {attribute(cudaDevAttrComputeCapabilityMajor, index),
-          attribute(cudaDevAttrMultiProcessorCount, index),
-          attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index),
-          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index)};
-}
+// What the GPU can do with the code that this library has for it.
+Device device(int index);
 
 inline void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) {
+    cudaGetLastError();  // torch looks at it behind every kernel of its own
     throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
   }
 }

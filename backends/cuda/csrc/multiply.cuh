@@ -173,8 +173,8 @@ __device__ __noinline__ void finish_splits(const LinearParams& p, Part part, int
   const Place<NT> at(thread);
 #pragma unroll 1
   for (int first = part.tile; first < w.tiles; first += THREADS * part.tile_step) {
-    __threadfence();
     __syncthreads();
+    __threadfence();
     const int asked = first + threadIdx.x * part.tile_step;
     bool last = false;
     if (asked < w.tiles) {

@@ -1,0 +1,28 @@
+// What a GPU is, as far as the kernels ask.
+#include "common.cuh"
+
+namespace lmi {
+namespace {
+
+__global__ void any_kernel() {}
+
+int attribute(cudaDeviceAttr name, int index) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, name, index), "device");
+  return value;
+}
+
+}  // namespace
+
+Device device(int index) {
+  // Code made for an older architecture does not wait for the kernel before it, and has no step
+  // kernel: it must be started as on a GPU of that architecture.
+  cudaFuncAttributes code{};
+  check(cudaFuncGetAttributes(&code, any_kernel), "code");
+  return {std::min(attribute(cudaDevAttrComputeCapabilityMajor, index), code.ptxVersion / 10),
+          attribute(cudaDevAttrMultiProcessorCount, index),
+          attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index),
+          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index)};
+}
+
+}  // namespace lmi
