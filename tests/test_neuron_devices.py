@@ -6,6 +6,7 @@ The listings are written from the documented fields of `neuron-ls -j`; none was 
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,31 @@ def test_a_process_holds_its_device() -> None:
     assert found[1] == "end that process, or lower tensor_parallel"
 
 
+def test_what_this_process_holds_is_free_to_it() -> None:
+    own = Host(("/dev/neuron0",), None, [Core(i, 0, 1, os.getpid()) for i in range(2)])
+    assert [core.index for core in own.free] == [0, 1]
+    assert devices.fault(own, 2) is None
+
+
+@pytest.mark.parametrize(
+    ("owners", "needed", "reason", "remedy"),
+    [
+        ((7, 7), 1, "1 NeuronCore is wanted, 0 of 2 are free; all are held by process 7", "end t"),
+        ((7, 8, None), 2, "1 of 3 are free; the others are held by processes 7, 8", "end those p"),
+        ((None, None), 4, "4 NeuronCores are wanted, but this host has 2", "lower tensor_parallel"),
+        ((), 1, "1 Neuron device, but neuron-ls lists no core", "modprobe neuron"),
+    ],
+)
+def test_too_few_cores(
+    owners: tuple[int | None, ...], needed: int, reason: str, remedy: str
+) -> None:
+    cores = [Core(i, i, 1, owner) for i, owner in enumerate(owners)]
+    found = devices.fault(Host(("/dev/neuron0",), None, cores), needed)
+    assert found is not None
+    assert reason in found[0]
+    assert remedy in found[1]
+
+
 @pytest.mark.parametrize(
     ("output", "fault"),
     [
@@ -112,7 +138,7 @@ def test_devices_without_the_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert [Path(name).name for name in looked.devices] == [f"neuron{i}" for i in range(12)]
     found = devices.fault(looked)
     assert found is not None
-    assert "12 Neuron devices, but their cores cannot be listed" in found[0]
+    assert "12 Neuron devices, but no list of cores: " in found[0]
     assert "aws-neuronx-tools" in found[1]
 
 

@@ -16,7 +16,7 @@ from lmi_multi.instances import INSTANCES, REFUSED, Instance
 from lmi_multi.models.schema import check_degree
 from lmi_multi.models.spec import ModelSpec
 
-from . import devices, instances, runtimes, sdk, sizing
+from . import devices, environment, instances, runtimes, sdk, sizing
 from .environment import INSTANCE
 from .loading import open_cache, open_executor, open_graphs
 from .planning import plan_graphs
@@ -42,7 +42,7 @@ class NeuronBackend:
                 return _unavailable(*missing)
             return Availability("neuron", True, "emulated on the CPU", devices=(EMULATED,))
         host = devices.look()
-        if fault := devices.fault(host) or runtimes.fault(name):
+        if fault := environment.fault(host) or runtimes.fault(name):
             return _unavailable(*fault, host)
         cores = f"{len(host.cores)} NeuronCores, {len(host.free)} free"
         by = f"{runtimes.choose()} on SDK 2.{sdk.installed().release}"
