@@ -91,7 +91,9 @@ def test_named_cores_count_once(machine: Any) -> None:
 def test_another_process_on_the_device_of_a_named_core(machine: Any) -> None:
     """The tool tells who holds a device, not which of its cores."""
     machine(TAKEN, NXD, NEURON_RT_VISIBLE_CORES="1")
-    assert BACKEND.probe().ok
+    state = BACKEND.probe()
+    assert state.ok
+    assert "2 NeuronCores of 16 GiB, 1 named by NEURON_RT_VISIBLE_CORES" in state.reason
     environment.take_cores(1)
     machine(UNLISTED, NXD, NEURON_RT_VISIBLE_CORES="1")
     assert not BACKEND.probe().ok
@@ -123,9 +125,19 @@ def test_the_runtime_follows_the_sdk(
     machine(INF2, packages, **({runtimes.VARIABLE: asked} if asked else {}))
     state = BACKEND.probe()
     assert state.ok
-    assert state.reason.startswith(f"2 NeuronCores, 2 free, by {runtime}")
+    cores = "inf2.xlarge: 2 NeuronCores of 16 GiB, 2 free, tensor_parallel 1, 2"
+    assert state.reason.startswith(f"{cores}, by {runtime}")
     assert state.devices == ("/dev/neuron0",)
     assert runtime.startswith(runtimes.choose())
+
+
+def test_instance_types_that_are_not_known(machine: Any) -> None:
+    machine(Host(("/dev/neuron0",), None, INF2.cores), NXD)
+    state = BACKEND.probe()
+    assert state.ok
+    assert "of no known instance type: set LMI_MULTI_NEURON_INSTANCE" in state.reason
+    machine(INF2, NXD, **{environment.INSTANCE: "inf2.9xlarge"})
+    assert BACKEND.probe().reason.startswith("instance is 'inf2.9xlarge'; did you mean")
 
 
 def test_the_emulator_where_it_is_asked_for(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,7 +189,9 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded(
     machine(INF2, TNX)
     given: dict[str, Any] = {"max_batch": None, "max_tokens": 64}
     llama = artifact("llama", checkpoints)
-    with pytest.raises(OptionError, match=r"tensor_parallel is 4, but inf2.xlarge .* runs 1, 2"):
+    with pytest.raises(
+        OptionError, match=r"tensor_parallel is 4, but inf2.xlarge .* runs this model over 1, 2"
+    ):
         BACKEND.load(llama, tensor_parallel=4, **given)
     monkeypatch.setattr(backend.sizing, "RESERVED", 10**12)
     monkeypatch.setattr("lmi_multi.fit.RESERVED", 10**12)

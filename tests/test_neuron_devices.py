@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lmi_multi.backends.neuron import BACKEND, devices, instances, sizing
+from lmi_multi.backends.neuron import BACKEND, devices, instances, runtimes, sizing
 from lmi_multi.backends.neuron.buckets import Buckets
 from lmi_multi.backends.neuron.devices import Core, Host
 
@@ -194,6 +194,10 @@ def test_wrong_degrees_list_the_valid_ones() -> None:
         OptionError, match=r"tensor_parallel is 4, but trn1.32xlarge .* 1, 2, 8, 16, 32$"
     ):
         instances.check(spec(), trn1, 4)
+    with pytest.raises(OptionError, match=r"trn1.32xlarge .* runs this model over 1, 2$"):
+        instances.check(spec(12), trn1, 4)
+    with pytest.raises(OptionError, match=r"has 32 NeuronCores and runs 1, 2, 8, 16, 32$"):
+        instances.check(None, trn1, 4)
     with pytest.raises(OptionError, match=r"heads 12, .* split on trn1.32xlarge over 1, 2$"):
         instances.check(spec(12), trn1, 8)
     with pytest.raises(OptionError, match=r"instance is 'inf2.9xlarge'; did you mean 'inf2.xla"):
@@ -367,7 +371,7 @@ def test_buckets_that_cannot_be_pruned_so(pruned: str, fault: str) -> None:
         ),
         (
             "plan demo --tensor-parallel 4 --instance trn1.32xlarge",
-            "tensor_parallel is 4, but trn1.32xlarge has 32 NeuronCores and runs 1, 2, 8, 16, 32",
+            "but trn1.32xlarge has 32 NeuronCores and runs this model over 1, 2, 8",
         ),
         (
             "plan demo --tensor-parallel 24 --instance inf2.48xlarge",
@@ -380,6 +384,12 @@ def test_buckets_that_cannot_be_pruned_so(pruned: str, fault: str) -> None:
             "compile demo --instance inf2.xlarge --cache s3:///x",
             "'s3:///x' is no address on S3, expected s3://BUCKET/PREFIX",
         ),
+        (
+            "compile demo --instance inf2.xlarge --cache gs://bucket/x",
+            "cache is 'gs://bucket/x', must be a folder or s3://BUCKET/PREFIX",
+        ),
+        ("compile demo --instance inf2.xlarge --tensor-parallel 3", "and runs 1, 2"),
+        ("compile demo --instance inf2.xlarge --max-tokens 0", "max_tokens is 0, must be an integ"),
     ],
 )
 def test_commands_say_what_is_valid(
@@ -387,9 +397,28 @@ def test_commands_say_what_is_valid(
     fault: str,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     monkeypatch.setenv("LMI_MULTI_NEURON_RUNTIME", "emulator")
+    monkeypatch.setenv("LMI_MULTI_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
     assert run(arguments.split()) == 2
     shown = capsys.readouterr().err
     assert shown.startswith("error: ")
     assert fault in shown
+    if arguments.startswith("compile"):
+        assert not list(tmp_path.iterdir()), "converted before it was refused"
+
+
+def test_compile_refuses_what_cores_cannot_run_before_it_converts(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("LMI_MULTI_CACHE", str(tmp_path))
+    on = ["compile", "demo", "--instance", "inf2.xlarge"]
+    assert run([*on, "--quantize", "fp8"]) != 0
+    assert "quantize is 'fp8', must be None or int8" in capsys.readouterr().err
+    monkeypatch.setattr(runtimes, "find_spec", lambda name: None)
+    monkeypatch.setenv(runtimes.VARIABLE, "emulator")
+    assert run(on) != 0
+    assert "the emulator needs torch_xla" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -118,8 +118,8 @@ def _too_few(count: int, host: devices.Host) -> str:
     asked = os.environ[CORES]
     if asked in _own:
         return (
-            f"tensor_parallel is {count}, but this process has taken the NeuronCores {asked} for an "
-            "earlier model, and the Neuron runtime takes cores once a process; load a model of "
+            f"tensor_parallel is {count}, but this process has taken the NeuronCores {asked} for "
+            "an earlier model, and the Neuron runtime takes cores once a process; load a model of "
             f"another degree in a process of its own, or set {CORES} before the first"
         )
     known = [core.index for core in host.cores]
