@@ -120,7 +120,8 @@ def _too_few(count: int, host: devices.Host) -> str:
         return (
             f"tensor_parallel is {count}, but this process has taken the NeuronCores {asked} for "
             "an earlier model, and the Neuron runtime takes cores once a process; load a model of "
-            f"another degree in a process of its own, or set {CORES} before the first"
+            f"another degree in a process of its own that does not inherit {CORES}, or set it to "
+            "enough cores before the first"
         )
     known = [core.index for core in host.cores]
     of = f" of {spans(known)}" if known else ""
