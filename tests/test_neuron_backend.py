@@ -45,8 +45,8 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
     ("host", "packages", "asked", "reason", "remedy"),
     [
         (BARE, NXD, "", "inf2.xlarge has NeuronCores, but there is no /dev/neuron0", "modprobe"),
-        (UNLISTED, NXD, "", "1 Neuron devices, but their cores cannot be listed", "-tools"),
-        (TAKEN, NXD, "", "0 of 2 are free; the others are held by process 4711", "end that proc"),
+        (UNLISTED, NXD, "", "1 Neuron device, but no list of cores: no such", "-tools"),
+        (TAKEN, NXD, "", "0 of 2 are free; all are held by process 4711", "end that proc"),
         (INF2, {}, "", "the Neuron SDK is not installed", "install neuronx-cc==2.26.*"),
         (INF2, NXD, "transformers_neuronx", "SDK 2.29 is too new for transformers_n", "SDK 2.25"),
         (INF2, TNX, "nxd", "SDK 2.25 is too old for nxd (SDK 2.28 to 2.31)", "torch-neuronx==2.9"),
@@ -72,6 +72,45 @@ def test_what_stands_in_the_way_and_what_helps(
     assert remedy in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("cores", ["30-31", "0-2"])
+def test_named_cores_must_exist(cores: str, machine: Any) -> None:
+    machine(INF2, NXD, NEURON_RT_VISIBLE_CORES=cores)
+    refusal = f"NEURON_RT_VISIBLE_CORES is '{cores}', but this host's NeuronCores are 0-1"
+    state = BACKEND.probe()
+    assert (state.ok, state.reason) == (False, refusal)
+    with pytest.raises(BackendError, match=refusal):
+        environment.take_cores(1)
+
+
+def test_named_cores_count_once(machine: Any) -> None:
+    machine(INF2, NXD, NEURON_RT_VISIBLE_CORES="0,0")
+    with pytest.raises(BackendError, match=r"is '0,0', but tensor_parallel is 2; name 2 of 0-1"):
+        environment.take_cores(2)
+
+
+def test_another_process_on_the_device_of_a_named_core(machine: Any) -> None:
+    """The tool tells who holds a device, not which of its cores."""
+    machine(TAKEN, NXD, NEURON_RT_VISIBLE_CORES="1")
+    state = BACKEND.probe()
+    assert state.ok
+    assert "2 NeuronCores of 16 GiB, 1 named by NEURON_RT_VISIBLE_CORES" in state.reason
+    environment.take_cores(1)
+    machine(UNLISTED, NXD, NEURON_RT_VISIBLE_CORES="1")
+    assert not BACKEND.probe().ok
+
+
+def test_cores_are_taken_once_a_process(machine: Any) -> None:
+    machine(INF2, NXD)
+    environment.take_cores(1)
+    assert os.environ["NEURON_RT_VISIBLE_CORES"] == "0"
+    environment.take_cores(1)
+    assert BACKEND.probe().ok
+    with pytest.raises(
+        BackendError, match=r"this process has taken the NeuronCores 0 for an earli"
+    ):
+        environment.take_cores(2)
+
+
 @pytest.mark.parametrize(
     ("packages", "asked", "runtime"),
     [
@@ -86,9 +125,19 @@ def test_the_runtime_follows_the_sdk(
     machine(INF2, packages, **({runtimes.VARIABLE: asked} if asked else {}))
     state = BACKEND.probe()
     assert state.ok
-    assert state.reason.startswith(f"2 NeuronCores, 2 free, by {runtime}")
+    cores = "inf2.xlarge: 2 NeuronCores of 16 GiB, 2 free, tensor_parallel 1, 2"
+    assert state.reason.startswith(f"{cores}, by {runtime}")
     assert state.devices == ("/dev/neuron0",)
     assert runtime.startswith(runtimes.choose())
+
+
+def test_instance_types_that_are_not_known(machine: Any) -> None:
+    machine(Host(("/dev/neuron0",), None, INF2.cores), NXD)
+    state = BACKEND.probe()
+    assert state.ok
+    assert "of no known instance type: set LMI_MULTI_NEURON_INSTANCE" in state.reason
+    machine(INF2, NXD, **{environment.INSTANCE: "inf2.9xlarge"})
+    assert BACKEND.probe().reason.startswith("instance is 'inf2.9xlarge'; did you mean")
 
 
 def test_the_emulator_where_it_is_asked_for(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +189,9 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded(
     machine(INF2, TNX)
     given: dict[str, Any] = {"max_batch": None, "max_tokens": 64}
     llama = artifact("llama", checkpoints)
-    with pytest.raises(OptionError, match=r"tensor_parallel is 4, but inf2.xlarge .* runs 1, 2"):
+    with pytest.raises(
+        OptionError, match=r"tensor_parallel is 4, but inf2.xlarge .* runs this model over 1, 2"
+    ):
         BACKEND.load(llama, tensor_parallel=4, **given)
     monkeypatch.setattr(backend.sizing, "RESERVED", 10**12)
     monkeypatch.setattr("lmi_multi.fit.RESERVED", 10**12)

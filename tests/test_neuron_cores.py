@@ -6,6 +6,7 @@ checklist in docs/neuron.md.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,16 @@ BUCKETS = "rows=4 queries=64"  # few graphs, but two contexts
 
 @pytest.fixture(autouse=True)
 def _available(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lmi_multi.backends.neuron import runtimes
+    from lmi_multi.backends.neuron import devices, environment, runtimes
 
     state = backends.probe("neuron")
     if not state.ok or runtimes.choose() != "nxd":
         pytest.skip(f"neuron: {state.reason if not state.ok else 'these cores are not nxd'}")
     monkeypatch.setenv("LMI_MULTI_NEURON_BUCKETS", BUCKETS)
+    # A process takes cores once, and these tests load at several degrees.
+    if environment.CORES not in os.environ:
+        free = [core.index for core in devices.look().free]
+        monkeypatch.setenv(environment.CORES, environment.spans(free))
 
 
 def opened(source: Artifact, degree: int) -> Executor:

@@ -6,12 +6,13 @@ The listings are written from the documented fields of `neuron-ls -j`; none was 
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from lmi_multi.backends.neuron import BACKEND, devices, instances, sizing
+from lmi_multi.backends.neuron import BACKEND, devices, instances, runtimes, sizing
 from lmi_multi.backends.neuron.buckets import Buckets
 from lmi_multi.backends.neuron.devices import Core, Host
 
@@ -69,6 +70,31 @@ def test_a_process_holds_its_device() -> None:
     assert found[1] == "end that process, or lower tensor_parallel"
 
 
+def test_what_this_process_holds_is_free_to_it() -> None:
+    own = Host(("/dev/neuron0",), None, [Core(i, 0, 1, os.getpid()) for i in range(2)])
+    assert [core.index for core in own.free] == [0, 1]
+    assert devices.fault(own, 2) is None
+
+
+@pytest.mark.parametrize(
+    ("owners", "needed", "reason", "remedy"),
+    [
+        ((7, 7), 1, "1 NeuronCore is wanted, 0 of 2 are free; all are held by process 7", "end t"),
+        ((7, 8, None), 2, "1 of 3 are free; the others are held by processes 7, 8", "end those p"),
+        ((None, None), 4, "4 NeuronCores are wanted, but this host has 2", "lower tensor_parallel"),
+        ((), 1, "1 Neuron device, but neuron-ls lists no core", "modprobe neuron"),
+    ],
+)
+def test_too_few_cores(
+    owners: tuple[int | None, ...], needed: int, reason: str, remedy: str
+) -> None:
+    cores = [Core(i, i, 1, owner) for i, owner in enumerate(owners)]
+    found = devices.fault(Host(("/dev/neuron0",), None, cores), needed)
+    assert found is not None
+    assert reason in found[0]
+    assert remedy in found[1]
+
+
 @pytest.mark.parametrize(
     ("output", "fault"),
     [
@@ -112,7 +138,7 @@ def test_devices_without_the_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert [Path(name).name for name in looked.devices] == [f"neuron{i}" for i in range(12)]
     found = devices.fault(looked)
     assert found is not None
-    assert "12 Neuron devices, but their cores cannot be listed" in found[0]
+    assert "12 Neuron devices, but no list of cores: " in found[0]
     assert "aws-neuronx-tools" in found[1]
 
 
@@ -168,6 +194,10 @@ def test_wrong_degrees_list_the_valid_ones() -> None:
         OptionError, match=r"tensor_parallel is 4, but trn1.32xlarge .* 1, 2, 8, 16, 32$"
     ):
         instances.check(spec(), trn1, 4)
+    with pytest.raises(OptionError, match=r"trn1.32xlarge .* runs this model over 1, 2$"):
+        instances.check(spec(12), trn1, 4)
+    with pytest.raises(OptionError, match=r"has 32 NeuronCores and runs 1, 2, 8, 16, 32$"):
+        instances.check(None, trn1, 4)
     with pytest.raises(OptionError, match=r"heads 12, .* split on trn1.32xlarge over 1, 2$"):
         instances.check(spec(12), trn1, 8)
     with pytest.raises(OptionError, match=r"instance is 'inf2.9xlarge'; did you mean 'inf2.xla"):
@@ -341,7 +371,7 @@ def test_buckets_that_cannot_be_pruned_so(pruned: str, fault: str) -> None:
         ),
         (
             "plan demo --tensor-parallel 4 --instance trn1.32xlarge",
-            "tensor_parallel is 4, but trn1.32xlarge has 32 NeuronCores and runs 1, 2, 8, 16, 32",
+            "but trn1.32xlarge has 32 NeuronCores and runs this model over 1, 2, 8",
         ),
         (
             "plan demo --tensor-parallel 24 --instance inf2.48xlarge",
@@ -354,6 +384,12 @@ def test_buckets_that_cannot_be_pruned_so(pruned: str, fault: str) -> None:
             "compile demo --instance inf2.xlarge --cache s3:///x",
             "'s3:///x' is no address on S3, expected s3://BUCKET/PREFIX",
         ),
+        (
+            "compile demo --instance inf2.xlarge --cache gs://bucket/x",
+            "cache is 'gs://bucket/x', must be a folder or s3://BUCKET/PREFIX",
+        ),
+        ("compile demo --instance inf2.xlarge --tensor-parallel 3", "and runs 1, 2"),
+        ("compile demo --instance inf2.xlarge --max-tokens 0", "max_tokens is 0, must be an integ"),
     ],
 )
 def test_commands_say_what_is_valid(
@@ -361,9 +397,28 @@ def test_commands_say_what_is_valid(
     fault: str,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     monkeypatch.setenv("LMI_MULTI_NEURON_RUNTIME", "emulator")
+    monkeypatch.setenv("LMI_MULTI_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
     assert run(arguments.split()) == 2
     shown = capsys.readouterr().err
     assert shown.startswith("error: ")
     assert fault in shown
+    if arguments.startswith("compile"):
+        assert not list(tmp_path.iterdir()), "converted before it was refused"
+
+
+def test_compile_refuses_what_cores_cannot_run_before_it_converts(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("LMI_MULTI_CACHE", str(tmp_path))
+    on = ["compile", "demo", "--instance", "inf2.xlarge"]
+    assert run([*on, "--quantize", "fp8"]) != 0
+    assert "quantize is 'fp8', must be None or int8" in capsys.readouterr().err
+    monkeypatch.setattr(runtimes, "find_spec", lambda name: None)
+    monkeypatch.setenv(runtimes.VARIABLE, "emulator")
+    assert run(on) != 0
+    assert "the emulator needs torch_xla" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

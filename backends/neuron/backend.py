@@ -9,6 +9,7 @@ import psutil
 
 from lmi_multi.backends.ahead_of_time import Compilation, GraphPlan, Progress
 from lmi_multi.backends.base import Availability, Executor
+from lmi_multi.backends.limits import check_sizes
 from lmi_multi.checkpoint.artifact import Artifact
 from lmi_multi.errors import BackendError, CapacityError, OptionError
 from lmi_multi.fit import Network, estimate
@@ -16,9 +17,9 @@ from lmi_multi.instances import INSTANCES, REFUSED, Instance
 from lmi_multi.models.schema import check_degree
 from lmi_multi.models.spec import ModelSpec
 
-from . import devices, instances, runtimes, sdk, sizing
-from .environment import INSTANCE
-from .loading import open_cache, open_executor, open_graphs
+from . import devices, environment, instances, runtimes, sdk, sizing
+from .environment import CORES, INSTANCE
+from .loading import check_place, open_cache, open_executor, open_graphs
 from .planning import plan_graphs
 from .runtimes import VARIABLE as RUNTIME
 
@@ -42,9 +43,12 @@ class NeuronBackend:
                 return _unavailable(*missing)
             return Availability("neuron", True, "emulated on the CPU", devices=(EMULATED,))
         host = devices.look()
-        if fault := devices.fault(host) or runtimes.fault(name):
+        if fault := environment.fault(host) or runtimes.fault(name):
             return _unavailable(*fault, host)
-        cores = f"{len(host.cores)} NeuronCores, {len(host.free)} free"
+        try:
+            cores = _cores(host, _instance())
+        except OptionError as error:
+            return _unavailable(str(error), f"correct {INSTANCE}, or unset it", host)
         by = f"{runtimes.choose()} on SDK 2.{sdk.installed().release}"
         return Availability("neuron", True, f"{cores}, by {by}", devices=host.devices)
 
@@ -70,7 +74,7 @@ class NeuronBackend:
                 "compiled graphs divide"
             )
         network = Network.of(artifact, str(artifact.folder))
-        _check_weights(network)
+        _check_quantize(network.quantize)
         name, instance = runtimes.choose(), _instance()
         if name == "emulator" and instance is None:
             memory = _free_memory(artifact, tensor_parallel)
@@ -108,10 +112,30 @@ class NeuronBackend:
     ) -> GraphPlan:
         """See `AheadOfTime.plan`."""
         on = instances.find(instance)
-        _check_weights(network)
+        _check_quantize(network.quantize)
         limits = sizing.limits_on(network, on, tensor_parallel, max_batch, max_tokens)
         _check(network.spec, tensor_parallel)
         return plan_graphs(network, on, tensor_parallel, limits, progress)
+
+    def check(
+        self,
+        *,
+        instance: str,
+        tensor_parallel: int,
+        max_batch: int | None,
+        max_tokens: int | None,
+        quantize: str | None = None,
+        cache: str | Path | None = None,
+        jobs: int | None = None,
+    ) -> None:
+        """See `AheadOfTime.check`."""
+        on = instances.find(instance)
+        instances.check(None, on, tensor_parallel)
+        _check_quantize(quantize)
+        check_sizes(max_batch, max_tokens)
+        _check_jobs(jobs)
+        check_place(cache)
+        runtimes.open_runtime(runtimes.choose(), on)
 
     def compile(
         self,
@@ -127,10 +151,9 @@ class NeuronBackend:
     ) -> Compilation:
         """See `AheadOfTime.compile`."""
         on = instances.find(instance)
-        if jobs is not None and jobs < 1:
-            raise OptionError(f"jobs is {jobs}, must be at least 1")
+        _check_jobs(jobs)
         network = Network.of(artifact, str(artifact.folder))
-        _check_weights(network)
+        _check_quantize(network.quantize)
         limits = sizing.limits_on(network, on, tensor_parallel, max_batch, max_tokens)
         _check(artifact.spec, tensor_parallel)
         place = open_cache(network, tensor_parallel, limits, cache)
@@ -146,6 +169,17 @@ def _instance() -> Instance | None:
         return instances.find(name)
     here = devices.instance_type()
     return next((i for i in INSTANCES if i.backend == "neuron" and i.name == here), None)
+
+
+def _cores(host: devices.Host, instance: Instance | None) -> str:
+    """The cores of a host that has some, for people."""
+    named = environment.named_cores(host)
+    usable = f"{len(host.free)} free" if named is None else f"{len(named)} named by {CORES}"
+    cores = f"{len(host.cores)} NeuronCores of {host.cores[0].memory / 2**30:.0f} GiB"
+    if instance is None:
+        return f"{cores}, {usable}, of no known instance type: set {INSTANCE}"
+    degrees = ", ".join(map(str, instance.degrees))
+    return f"{instance.name}: {cores}, {usable}, tensor_parallel {degrees}"
 
 
 def _open_library(
@@ -180,9 +214,15 @@ def _check(spec: ModelSpec, degree: int) -> None:
     check_degree(spec, degree)
 
 
-def _check_weights(network: Network) -> None:
-    if network.quantize and (refusal := REFUSED.get(("neuron", network.quantize))):
-        raise BackendError(f"quantize is {network.quantize!r}, must be None or int8: {refusal}")
+def _check_jobs(jobs: int | None) -> None:
+    if jobs is not None and jobs < 1:
+        raise OptionError(f"jobs is {jobs}, must be at least 1")
+
+
+def _check_quantize(quantize: str | None) -> None:
+    refused = {name: why for (backend, name), why in REFUSED.items() if backend == "neuron"}
+    if quantize in refused:
+        raise BackendError(f"quantize is {quantize!r}, must be None or int8: {refused[quantize]}")
 
 
 def _free_memory(artifact: Artifact, degree: int) -> int:

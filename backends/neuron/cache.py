@@ -18,10 +18,10 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lmi_multi.checkpoint.s3.address import Address, is_address
+from lmi_multi.checkpoint.s3.address import Address
 from lmi_multi.errors import LmiError
 
-from .places import Folder, Place, Prefix
+from .places import Folder, Place, Prefix, parse
 from .program import Toolchain
 
 logger = logging.getLogger(__name__)
@@ -89,10 +89,10 @@ class Cache:
     def at(cls, where: str | Path, inner: str) -> Cache:
         """The cache in the folder `inner` of `where`, a folder or `s3://BUCKET/PREFIX`. Raises
         OptionError for a bad address, CheckpointError when it cannot be listed."""
-        if is_address(where):
-            address = Address.parse(str(where))
-            return cls(Prefix(Address(address.bucket, address.key(inner))))
-        return cls(Folder(Path(where) / inner))
+        place = parse(where)
+        if isinstance(place, Address):
+            return cls(Prefix(Address(place.bucket, place.key(inner))))
+        return cls(Folder(place / inner))
 
     def __str__(self) -> str:
         return str(self._place)

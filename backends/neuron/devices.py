@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,8 +39,8 @@ class Host:
 
     @property
     def free(self) -> list[Core]:
-        """Cores that no process holds."""
-        return [core for core in self.cores if core.owner is None]
+        """Cores that no other process holds."""
+        return [core for core in self.cores if core.owner in (None, os.getpid())]
 
 
 def look(devices: Path = DEVICES, product: Path = PRODUCT) -> Host:
@@ -125,19 +126,32 @@ def fault(host: Host, needed: int = 1) -> tuple[str, str] | None:
         return "no Neuron device (/dev/neuron0) here", "use backend='cpu', or an inf2 or trn host"
     if host.error:
         return (
-            f"{len(host.devices)} Neuron devices, but their cores cannot be listed: {host.error}",
+            f"{_counted(len(host.devices), 'Neuron device')}, but no list of cores: {host.error}",
             "install aws-neuronx-tools and check `neuron-ls`",
         )
+    if not host.cores:
+        devices = _counted(len(host.devices), "Neuron device")
+        return f"{devices}, but neuron-ls lists no core", "load the driver: `modprobe neuron`"
     return _taken(host, needed) if len(host.free) < needed else None
 
 
 def _taken(host: Host, needed: int) -> tuple[str, str]:
-    holders = sorted({core.owner for core in host.cores if core.owner is not None})
-    by = f"; the others are held by process {', '.join(map(str, holders))}" if holders else ""
+    free, total = len(host.free), len(host.cores)
+    wanted = f"{_counted(needed, 'NeuronCore')} {'is' if needed == 1 else 'are'} wanted"
+    if needed > total:
+        return f"{wanted}, but this host has {total}", "lower tensor_parallel"
+    holders = sorted({core.owner for core in host.cores if core.owner not in (None, os.getpid())})
+    several = len(holders) > 1
+    by = f"process{'es' if several else ''} {', '.join(map(str, holders))}"
+    end = f"end {'those processes' if several else 'that process'}"
     return (
-        f"{needed} NeuronCores are wanted, {len(host.free)} of {len(host.cores)} are free{by}",
-        "end that process, or lower tensor_parallel" if holders else "lower tensor_parallel",
+        f"{wanted}, {free} of {total} are free; {'the others' if free else 'all'} are held by {by}",
+        f"{end}, or lower tensor_parallel" if free else end,
     )
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def choose(host: Host, degree: int) -> list[int]:

@@ -15,6 +15,8 @@ FLAGS = "NEURON_CC_FLAGS"
 CORES = "NEURON_RT_VISIBLE_CORES"
 INSTANCE = "LMI_MULTI_NEURON_INSTANCE"
 TARGETS = ("inf2", "trn1", "trn2")
+# Values of NEURON_RT_VISIBLE_CORES that this process has set: none that the user asked for.
+_own: set[str] = set()
 
 
 def instance_here() -> str | None:
@@ -36,10 +38,11 @@ def compiler_flags(instance: str | None) -> str:
 
 def variables(cores: Sequence[int]) -> dict[str, str]:
     """What to set for a process on `cores`."""
-    return {CORES: _spans(cores), "NEURON_RT_NUM_CORES": str(len(cores))}
+    return {CORES: spans(cores), "NEURON_RT_NUM_CORES": str(len(cores))}
 
 
-def _spans(cores: Sequence[int]) -> str:
+def spans(cores: Sequence[int]) -> str:
+    """Ascending numbers as NEURON_RT_VISIBLE_CORES takes them: a range, or a list."""
     first, last = cores[0], cores[-1]
     if list(cores) != list(range(first, last + 1)):
         return ",".join(map(str, cores))
@@ -47,14 +50,42 @@ def _spans(cores: Sequence[int]) -> str:
 
 
 def parse_cores(value: str) -> list[int]:
-    """The numbers in a value of NEURON_RT_VISIBLE_CORES, as "0-3,8". Raises BackendError."""
+    """The numbers in a value of NEURON_RT_VISIBLE_CORES, as "0-3,8", each once. Raises
+    BackendError."""
     found: list[int] = []
     for part in value.split(","):
         first, _, last = part.strip().partition("-")
-        if not (first.isdigit() and (last or first).isdigit()):
+        last = last or first
+        if not (first.isdigit() and last.isdigit() and int(first) <= int(last)):
             raise BackendError(f"{CORES} is {value!r}, must be numbers and ranges, as '0-3,8'")
-        found += range(int(first), int(last or first) + 1)
-    return found
+        found += range(int(first), int(last) + 1)
+    return list(dict.fromkeys(found))
+
+
+def named_cores(host: devices.Host) -> list[int] | None:
+    """The cores that NEURON_RT_VISIBLE_CORES names; None if it is not set. Raises BackendError for
+    cores that `host` does not have, where its cores are known."""
+    asked = os.environ.get(CORES)
+    if asked is None:
+        return None
+    named, known = parse_cores(asked), [core.index for core in host.cores]
+    if known and not set(named) <= set(known):
+        raise BackendError(f"{CORES} is {asked!r}, but this host's NeuronCores are {spans(known)}")
+    return named
+
+
+def fault(host: devices.Host) -> tuple[str, str] | None:
+    """Why a process with these variables cannot use a core of `host`, and what helps; None if it
+    can. Who holds named cores is not known, only who holds their devices: they need but exist."""
+    if CORES not in os.environ:
+        return devices.fault(host)
+    if found := devices.fault(host, 0):
+        return found
+    try:
+        named_cores(host)
+    except BackendError as error:
+        return str(error), "name cores that exist, or unset it"
+    return None
 
 
 def apply(wanted: Mapping[str, str], environment: MutableMapping[str, str]) -> None:
@@ -71,16 +102,30 @@ def apply(wanted: Mapping[str, str], environment: MutableMapping[str, str]) -> N
 def take_cores(count: int) -> None:
     """Name the cores of this process: those that NEURON_RT_VISIBLE_CORES names already, or else
     `count` free ones. Raises BackendError, with a remedy, if there are fewer."""
-    asked = os.environ.get(CORES)
-    if asked is None:
-        host = devices.look()
-        if fault := devices.fault(host, count):
-            raise BackendError("; ".join(fault))
-        apply(variables(devices.choose(host, count)), os.environ)
-    elif len(parse_cores(asked)) < count:
-        raise BackendError(
-            f"{CORES} is {asked!r}, but tensor_parallel is {count}; name so many cores, or unset it"
+    host = devices.look()
+    named = named_cores(host)
+    if named is None:
+        if found := devices.fault(host, count):
+            raise BackendError("; ".join(found))
+        chosen = variables(devices.choose(host, count))
+        apply(chosen, os.environ)
+        _own.add(chosen[CORES])
+    elif len(named) < count:
+        raise BackendError(_too_few(count, host))
+
+
+def _too_few(count: int, host: devices.Host) -> str:
+    asked = os.environ[CORES]
+    if asked in _own:
+        return (
+            f"tensor_parallel is {count}, but this process has taken the NeuronCores {asked} for "
+            "an earlier model, and the Neuron runtime takes cores once a process; load a model of "
+            f"another degree in a process of its own that does not inherit {CORES}, or set it to "
+            "enough cores before the first"
         )
+    known = [core.index for core in host.cores]
+    of = f" of {spans(known)}" if known else ""
+    return f"{CORES} is {asked!r}, but tensor_parallel is {count}; name {count}{of}, or unset it"
 
 
 def compile_for(instance: str) -> None:

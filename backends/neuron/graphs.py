@@ -36,6 +36,7 @@ class Graphs(Mapping[str, Compiled[Any]]):
     ) -> None:
         self._builder, self._toolchain = builder, toolchain
         self._cache, self._keeps, self._must_keep = cache, True, must_keep
+        self._told = False
         self._traces = {trace.tag: trace for trace in traces}
         self._made: dict[str, Compiled[Any]] = {}
         self.count = Count(len(self._traces))
@@ -97,6 +98,14 @@ class Graphs(Mapping[str, Compiled[Any]]):
         found = None if self._cache is None else self._cache.find(key)
         if found is not None:
             return Compiled(graph, found), True
+        if not (self._must_keep or self._told):
+            self._told = True
+            logger.info(
+                "graph %s of %d is not cached and is compiled now; compile them ahead with "
+                "`lmi-multi compile`",
+                graph.tag,
+                len(self),
+            )
         binary = self._builder.compile(graph)
         if self._cache is not None and self._keeps:
             self._keep(self._cache, key, binary)

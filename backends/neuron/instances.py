@@ -18,18 +18,18 @@ def find(name: str) -> Instance:
     return found
 
 
-def check(spec: ModelSpec, instance: Instance, degree: int) -> None:
+def check(spec: ModelSpec | None, instance: Instance, degree: int) -> None:
     """Raise OptionError that lists what is valid unless `degree` cores of `instance` can share
-    the network."""
+    the network; without a spec, any network."""
+    possible = instance.degrees if spec is None else valid_degrees(spec)
+    both = ", ".join(str(n) for n in instance.degrees if n in possible)
     if degree not in instance.degrees:
-        valid = ", ".join(map(str, instance.degrees))
+        runs = "runs" if spec is None else "runs this model over"
         raise OptionError(
             f"tensor_parallel is {degree}, but {instance.name} has {instance.devices} NeuronCores "
-            f"and runs {valid}"
+            f"and {runs} {both}"
         )
-    possible = valid_degrees(spec)
-    if degree not in possible:
-        both = ", ".join(str(n) for n in instance.degrees if n in possible)
+    if spec is not None and degree not in possible:
         raise OptionError(
             f"tensor_parallel is {degree}, but heads {spec.heads}, kv_heads {spec.kv_heads} and "
             f"ffn {spec.ffn} can be split on {instance.name} over {both}"

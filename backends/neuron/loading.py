@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from pathlib import Path
 
@@ -21,11 +22,20 @@ from .executor import NeuronExecutor
 from .graphs import Graphs
 from .lower import TraceCollectives
 from .module import StaticModel, buffer_name
+from .places import parse
 from .program import Runtime
 from .sizing import spare_blocks
 
+logger = logging.getLogger(__name__)
+
 CACHE = "LMI_MULTI_NEURON_CACHE"
 FOLDER = "neuron"
+
+
+def check_place(where: str | Path | None) -> None:
+    """Raise OptionError if `open_cache` would for its place, whatever the network."""
+    if place := where or os.environ.get(CACHE):
+        parse(place)
 
 
 def open_cache(
@@ -87,6 +97,8 @@ def open_executor(
     graphs = open_graphs(network, degree, limits, runtime, cache)
     if not runtime.lazy:
         graphs.make_all(os.cpu_count() or 1)
+        if compiled := graphs.count.total - graphs.count.hits:
+            logger.info("compiled %d of %d graphs", compiled, graphs.count.total)
     program = graphs.assemble()
     shards = (
         artifact.load_rank(rank, degree) | rank_data(spec, rank, degree) for rank in range(degree)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 import time
 from collections.abc import Iterator
@@ -10,11 +11,22 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
-from lmi_multi.checkpoint.s3.address import Address
-from lmi_multi.errors import CheckpointError
+from lmi_multi.checkpoint.s3.address import Address, is_address
+from lmi_multi.errors import CheckpointError, OptionError
 
 _PARTIAL = ".partial"
 ABANDONED_SECONDS = 3600.0
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+
+
+def parse(where: str | Path) -> Address | Path:
+    """`s3://BUCKET/PREFIX`, or a folder. Raises OptionError for a bad address, and for a URL of
+    another scheme, which as a folder's name nobody means."""
+    if is_address(where):
+        return Address.parse(str(where))
+    if isinstance(where, str) and _SCHEME.match(where):
+        raise OptionError(f"cache is {where!r}, must be a folder or s3://BUCKET/PREFIX")
+    return Path(where)
 
 
 class Place(Protocol):

@@ -75,6 +75,20 @@ class AheadOfTime(Protocol):
         """What `load` on `instance` would compile, without compiling it. Raises OptionError, and
         CapacityError if the model does not fit."""
 
+    def check(
+        self,
+        *,
+        instance: str,
+        tensor_parallel: int,
+        max_batch: int | None,
+        max_tokens: int | None,
+        quantize: str | None = None,
+        cache: str | Path | None = None,
+        jobs: int | None = None,
+    ) -> None:
+        """Raise what `compile` would for these of any model: OptionError for what is not valid,
+        BackendError where nothing can compile here. For who has to convert the model first."""
+
     def compile(
         self,
         artifact: Artifact,

@@ -31,9 +31,7 @@ def plan_limits(
     Raises OptionError if `max_tokens` exceeds what the positions allow or a value is below 1,
     and CapacityError if not even one row of `max_tokens` fits.
     """
-    for name, value in (("max_batch", max_batch), ("max_tokens", max_tokens)):
-        if value is not None and (type(value) is not int or value < 1):
-            raise OptionError(f"{name} is {value!r}, must be an integer, at least 1")
+    check_sizes(max_batch, max_tokens)
     longest = spec.max_positions
     if max_tokens is not None and longest and max_tokens > longest:
         raise OptionError(f"max_tokens is {max_tokens}, but the model's positions end at {longest}")
@@ -55,6 +53,13 @@ def plan_limits(
         blocks=min(batch * per_row, fitting),
         block_size=block_size,
     )
+
+
+def check_sizes(max_batch: int | None, max_tokens: int | None) -> None:
+    """Raise OptionError for a value below 1, whatever the model."""
+    for name, value in (("max_batch", max_batch), ("max_tokens", max_tokens)):
+        if value is not None and (type(value) is not int or value < 1):
+            raise OptionError(f"{name} is {value!r}, must be an integer, at least 1")
 
 
 def default_tokens(spec: ModelSpec) -> int:

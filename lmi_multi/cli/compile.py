@@ -40,9 +40,16 @@ def compile(
     """
     from lmi_multi.backends import compiler
     from lmi_multi.checkpoint.cache import open_or_convert
-    from lmi_multi.instances import find
 
-    find(instance)  # before anything is converted
+    compiler().check(  # before anything is downloaded or converted
+        instance=instance,
+        tensor_parallel=tensor_parallel,
+        max_batch=max_batch,
+        max_tokens=max_tokens,
+        quantize=quantize,
+        cache=cache,
+        jobs=jobs,
+    )
     start = time.perf_counter()
     with byte_progress(f"converting {source}") as converting:
         artifact = open_or_convert(

@@ -237,3 +237,23 @@ def test_a_kill_in_the_midst_of_writing(tmp_path: Path, monkeypatch: pytest.Monk
     os.utime(left, (0, left.stat().st_mtime - places.ABANDONED_SECONDS - 60))
     cache.put(key, b"neff")
     assert [path.name for path in (tmp_path / "m").iterdir()] == [key.name]
+
+
+def test_loading_tells_once_that_it_compiles(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    told = f"graph {TRACES[0].tag} of 6 is not cached and is compiled now; compile them ahead with"
+    place = str(tmp_path)
+    graphs(Builder(), Cache.at(place, "m")).make_all(1)
+    assert [r.getMessage() for r in caplog.records] == [f"{told} `lmi-multi compile`"]
+    caplog.clear()
+    graphs(Builder(), Cache.at(place, "m")).make_all(1)
+    graphs(Builder(), Cache.at(place, "n"), must_keep=True).make_all(1)  # as `compile` does
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("where", ["gs://bucket/x", "file:///tmp/x", "S3://bucket/x"])
+def test_other_schemes_are_refused(where: str) -> None:
+    with pytest.raises(OptionError, match=f"cache is '{where}', must be a folder or s3://BUCKET"):
+        Cache.at(where, "m")
