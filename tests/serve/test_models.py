@@ -238,7 +238,7 @@ def test_memory_evicts_what_was_idle_for_longest(room: int, root: Path, tmp_path
         assert invoke(server, "a") == 200 and server.gauge("lmi_evicted_models_total") == 1
         assert invoke(server, "b") == 200 and server.gauge("lmi_evicted_models_total") == 2
         assert invoke(server, "a") == 200 and server.gauge("lmi_evicted_models_total") == 2
-        # Nothing goes that somebody asks: "a" and "b" both are asked, however long "c" takes to start.
+        # "a" and "b" are both asked, however long "c" takes to start: neither goes.
         answered = Event()
 
         def ask(name: str) -> set[int]:
