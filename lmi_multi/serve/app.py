@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lmi_multi.errors import LmiError
 from lmi_multi.serve import models, openai, sagemaker
-from lmi_multi.serve.client import EngineClient
+from lmi_multi.serve.client import EngineClient, OverloadedError
 from lmi_multi.serve.errors import HttpError
 from lmi_multi.serve.metrics import Metrics
 from lmi_multi.serve.served import Served
@@ -106,7 +106,7 @@ class Application:
 
     async def _failed(self, request: Request, error: Exception) -> Response:
         failure = error if isinstance(error, HttpError) else HttpError.of(error)  # type: ignore[arg-type]
-        if failure.status == 503:
+        if isinstance(error, OverloadedError):
             self.metrics.shed.inc()
         return _answer(request.scope, failure)
 
@@ -117,7 +117,9 @@ class Application:
 
     async def _broken(self, request: Request, error: Exception) -> Response:
         log.error("%s failed", request.url.path, exc_info=error)
-        return _answer(request.scope, HttpError(500, "something went wrong here; the log says what"))
+        return _answer(
+            request.scope, HttpError(500, "something went wrong here; the log says what")
+        )
 
 
 def _answer(scope: Scope, failure: HttpError) -> Response:

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from starlette.testclient import TestClient
 
 from lmi_multi.serve.app import Application
 from lmi_multi.serve.server import LAST_WORDS, Server
@@ -240,6 +241,18 @@ def test_a_client_that_does_not_read_does_not_hold_the_server(tmp_path: Path) ->
             assert time.monotonic() - start < 4
     log = server.log.read_text()
     assert "Traceback" not in log and "1 connections are reset" in log
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/invocations"])
+def test_draining_is_told_in_the_route_s_form(path: str) -> None:
+    settings = ServeSettings(model="demo")
+    application = Application(settings, "demo", lambda _: settings)
+    application.drain()
+    answer = TestClient(application.app).post(path, json={})
+    assert answer.status_code == 503 and answer.headers["connection"] == "close"
+    error = answer.json()["error"]
+    message = error["message"] if path.startswith("/v1/") else error
+    assert message == "the server is shutting down"
 
 
 def test_the_default_drain_adds_up() -> None:
