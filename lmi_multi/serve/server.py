@@ -15,8 +15,9 @@ from lmi_multi.serve.connections import bounded
 from lmi_multi.serve.settings import ServeSettings
 
 BACKLOG = 2048  # connections that wait to be accepted
-LAST_WORDS = 3.0  # seconds of the drain that are left from the cut to the end, in three parts:
-# to tell clients that they are cut, for what uvicorn then waits for, and to end the engine
+LAST_WORDS = 4.0  # seconds of the drain that are left from the cut to the end, in parts:
+# to tell clients that they are cut, for what uvicorn then waits for, and two to end the engine and
+# this process
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, application: Application, settings: ServeSettings) -> None:
         drain = settings.drain_timeout
-        self._part = min(LAST_WORDS, drain / 2) / 3
+        self._part = min(LAST_WORDS, drain / 2) / 4
         super().__init__(
             uvicorn.Config(
                 application.app,
@@ -48,7 +49,7 @@ class Server(uvicorn.Server):
                 port=settings.port,
                 http=bounded(settings.max_queue),
                 ws="none",
-                timeout_graceful_shutdown=drain - self._part,  # type: ignore[arg-type]
+                timeout_graceful_shutdown=drain - 2 * self._part,  # type: ignore[arg-type]
                 log_config=None,
                 access_log=False,
                 server_header=False,
@@ -88,8 +89,8 @@ class Server(uvicorn.Server):
         self._application.drain()
         loop = asyncio.get_running_loop()
         cut = self._application.cut
-        loop.call_later(self._drain - 3 * self._part, cut, "the server is shutting down")
-        loop.call_later(self._drain - 2 * self._part, self._reset)
+        loop.call_later(self._drain - 4 * self._part, cut, "the server is shutting down")
+        loop.call_later(self._drain - 3 * self._part, self._reset)
 
     def _reset(self) -> None:
         """Give up clients that do not read what they are told."""

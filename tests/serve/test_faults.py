@@ -260,4 +260,4 @@ def test_the_default_drain_adds_up() -> None:
     settings = ServeSettings(model="demo")
     server = Server(Application(settings, "demo", lambda _: settings), settings)
     waits = server.config.timeout_graceful_shutdown
-    assert waits is not None and settings.drain_timeout - LAST_WORDS < waits <= 24
+    assert waits is not None and settings.drain_timeout - LAST_WORDS < waits <= 23
