@@ -15,9 +15,9 @@ from lmi_multi.serve.connections import bounded
 from lmi_multi.serve.settings import ServeSettings
 
 BACKLOG = 2048  # connections that wait to be accepted
-LAST_WORDS = 4.0  # seconds of the drain that are left from the cut to the end, in parts:
-# to tell clients that they are cut, for what uvicorn then waits for, and two to end the engine and
-# this process
+LAST_WORDS = 6.0  # seconds of the drain that are left from the cut to the end, in parts:
+# to tell clients that they are cut, for what uvicorn then waits for, and twice that to end the
+# engine and this process, which with a long backlog takes its time
 
 log = logging.getLogger(__name__)
 

@@ -224,7 +224,7 @@ def test_a_client_that_does_not_read_does_not_hold_the_server(tmp_path: Path) ->
     # More than the buffers of both sides take: every token comes with those of 20 others.
     body = {"prompt": ["ten"] * 16, "max_tokens": 1900, "logprobs": 20, "stream": True}
     body |= {"ignore_eos": True, "min_new_tokens": 1900}
-    with serving(tmp_path, "demo", "--drain-timeout", "4") as server:
+    with serving(tmp_path, "demo", "--drain-timeout", "8") as server:
         server.wait_ready()
         address = server.client.base_url.host, server.client.base_url.port or 0
         data = json.dumps(body).encode()
@@ -237,8 +237,8 @@ def test_a_client_that_does_not_read_does_not_hold_the_server(tmp_path: Path) ->
             server.until(lambda: stands_still(server))
             start = time.monotonic()
             server.process.send_signal(signal.SIGTERM)
-            assert server.process.wait(10) == 0
-            assert time.monotonic() - start < 4
+            assert server.process.wait(15) == 0
+            assert time.monotonic() - start < 8
     log = server.log.read_text()
     assert "Traceback" not in log and "1 connections are reset" in log
 
@@ -260,4 +260,4 @@ def test_the_default_drain_adds_up() -> None:
     settings = ServeSettings(model="demo")
     server = Server(Application(settings, "demo", lambda _: settings), settings)
     waits = server.config.timeout_graceful_shutdown
-    assert waits is not None and settings.drain_timeout - LAST_WORDS < waits <= 23
+    assert waits is not None and settings.drain_timeout - LAST_WORDS < waits <= 22
