@@ -187,7 +187,8 @@ class GenerationDefaults:
             if getattr(resolved, name) and not decoder_only:
                 raise OptionError(
                     f"{name} is True; allowed: False, as an encoder-decoder's text does not "
-                    "continue the prompt"
+                    "continue the prompt",
+                    name,
                 )
         resolved.check_ids(vocab)
         return resolved
@@ -204,7 +205,8 @@ class GenerationDefaults:
         if options.num_beams > 1 and do_sample:
             raise OptionError(
                 f"num_beams is {options.num_beams}, and {self.source} has do_sample=True; allowed: "
-                "num_beams=1, or do_sample=False beside it"
+                "num_beams=1, or do_sample=False beside it",
+                "num_beams",
             )
         return options.num_beams
 
@@ -218,17 +220,20 @@ class GenerationDefaults:
             where = "" if options.num_beam_groups else f" in {self.source}"
             raise OptionError(
                 f"num_beam_groups{where} is {groups}; allowed: what num_beams, {num_beams}, can "
-                "be divided by"
+                "be divided by",
+                "num_beam_groups",
             )
         if groups > 1 and not penalty:
             raise OptionError(
                 f"diversity_penalty is 0, yet num_beam_groups is {groups}; allowed: a number "
-                "above 0, as the groups would all find the same"
+                "above 0, as the groups would all find the same",
+                "diversity_penalty",
             )
         if penalty and groups == 1:
             raise OptionError(
                 f"diversity_penalty is {penalty}, yet num_beam_groups is 1; allowed: "
-                "num_beam_groups of at least 2, or no diversity_penalty"
+                "num_beam_groups of at least 2, or no diversity_penalty",
+                "diversity_penalty",
             )
         return {"num_beam_groups": groups, "diversity_penalty": penalty}
 
@@ -244,7 +249,8 @@ class GenerationDefaults:
             reason = "num_beams" if num_beams > 1 else "as greedy decoding has one answer"
             raise OptionError(
                 f"num_return_sequences is {wanted}; allowed: at most {num_beams}, {reason}; set "
-                "do_sample=True to sample, or more num_beams"
+                "do_sample=True to sample, or more num_beams",
+                "num_return_sequences",
             )
         return wanted
 
@@ -275,14 +281,16 @@ class GenerationDefaults:
                 where = "" if given is options else f" in {self.source}"
                 raise OptionError(
                     f"max_length{where} is {given.max_length}, and {used} tokens are there "
-                    f"before the first new one; allowed: at least {used + 1}, or max_new_tokens"
+                    f"before the first new one; allowed: at least {used + 1}, or max_new_tokens",
+                    "max_length",
                 )
             if room is None or wanted <= room:
                 return wanted
             if given is options:
                 raise OptionError(
                     f"{name} is {getattr(given, name)}, which is {wanted} new tokens; allowed: "
-                    f"at most {room} new tokens, as {used} of the model's {limit} are used"
+                    f"at most {room} new tokens, as {used} of the model's {limit} are used",
+                    name,
                 )
             return room
         return DEFAULT_NEW_TOKENS if room is None else min(DEFAULT_NEW_TOKENS, room)
@@ -296,7 +304,8 @@ class GenerationDefaults:
             if wanted > most and given is options:
                 raise OptionError(
                     f"{name} is {getattr(given, name)}, which is {wanted} new tokens; allowed: "
-                    f"at most the {most} new tokens that may be generated"
+                    f"at most the {most} new tokens that may be generated",
+                    name,
                 )
             return min(max(wanted, 0), most)
         return 0
@@ -308,14 +317,16 @@ def _word_ids(word: Word, tokenizer: Tokenizer | None) -> list[tuple[int, ...]]:
         return [word]
     if tokenizer is None:
         raise OptionError(
-            f"bad_words has {word!r}, and the model has no tokenizer; allowed: lists of token ids"
+            f"bad_words has {word!r}, and the model has no tokenizer; allowed: lists of token ids",
+            "bad_words",
         )
     texts = (word, " " + word.lstrip())
     found = [tuple(tokenizer.encode(text, add_special_tokens=False)) for text in texts]
     if not all(0 < len(ids) <= MAX_WORD_TOKENS for ids in found):
         raise OptionError(
             f"bad_words has {word!r}, which is {len(found[0])} tokens; allowed: 1 to "
-            f"{MAX_WORD_TOKENS}"
+            f"{MAX_WORD_TOKENS}",
+            "bad_words",
         )
     return found
 

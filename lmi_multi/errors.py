@@ -8,7 +8,12 @@ class LmiError(Exception):
 
 
 class OptionError(LmiError, ValueError):
-    """A generation option, load argument or prompt is invalid."""
+    """A generation option, load argument or prompt is invalid; `option` names it where one is to
+    blame, as the message does first."""
+
+    def __init__(self, message: str, option: str | None = None) -> None:
+        super().__init__(message)
+        self.option = option
 
 
 class CheckpointError(LmiError):

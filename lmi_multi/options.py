@@ -225,15 +225,16 @@ class GenerateOptions(BaseModel):
             try:
                 super().__init__(**fields)
             except ValidationError as error:
-                raise OptionError(_message(error)) from None
+                raise _judged(error) from None
 
     @model_validator(mode="after")
     def _no_sampling_while_greedy(self) -> GenerateOptions:
         asked = self.sampling_asked()
         if self.do_sample is False and asked:
-            raise ValueError(
+            raise OptionError(
                 f"do_sample is False, yet {asked[0]} is {getattr(self, asked[0])!r}; "
-                f"allowed: do_sample=True, or no {asked[0]}"
+                f"allowed: do_sample=True, or no {asked[0]}",
+                asked[0],
             )
         return self
 
@@ -243,9 +244,10 @@ class GenerateOptions(BaseModel):
             return self
         asked = ["do_sample"] if self.do_sample else self.sampling_asked()
         if asked:
-            raise ValueError(
+            raise OptionError(
                 f"{asked[0]} is {getattr(self, asked[0])!r}, yet num_beams is {self.num_beams}; "
-                f"allowed: num_beams=1, or no {asked[0]}"
+                f"allowed: num_beams=1, or no {asked[0]}",
+                asked[0],
             )
         return self
 
@@ -253,9 +255,10 @@ class GenerateOptions(BaseModel):
     def _no_beam_options_without_beams(self) -> GenerateOptions:
         asked = self.beams_asked()
         if self.num_beams == 1 and asked:
-            raise ValueError(
+            raise OptionError(
                 f"{asked[0]} is {getattr(self, asked[0])!r}, yet num_beams is 1; allowed: "
-                f"num_beams of at least 2, or no {asked[0]}"
+                f"num_beams of at least 2, or no {asked[0]}",
+                asked[0],
             )
         return self
 
@@ -319,18 +322,20 @@ def per_prompt(
     return [GenerateOptions.of(one, **keywords) for one in options]
 
 
-def _message(error: ValidationError) -> str:
+def _judged(error: ValidationError) -> OptionError:
     """The first failure as one line: field, value, what is allowed."""
     first = error.errors()[0]
     if not first["loc"]:  # a rule over several fields words its own message
-        return str(first["ctx"]["error"])
+        found = first["ctx"]["error"]
+        return OptionError(str(found), getattr(found, "option", None))
     name, known = str(first["loc"][0]), GenerateOptions.model_fields
     if name in known:
         # An element of a list is judged with the list: the caller gave the list.
-        return f"{name} is {_short(first['input'])}; allowed: {known[name].description}"
+        given = _short(first["input"])
+        return OptionError(f"{name} is {given}; allowed: {known[name].description}", name)
     near = _OTHER_NAMES.get(name) or next(iter(difflib.get_close_matches(name, known, 1)), None)
     guess = f"; did you mean {near!r}?" if near else ";"
-    return f"unknown option {_short(name)}{guess} known: {', '.join(known)}"
+    return OptionError(f"unknown option {_short(name)}{guess} known: {', '.join(known)}", name)
 
 
 def _short(value: object) -> str:

@@ -154,9 +154,9 @@ class PromptReader:
                 tokenizer=self.tokenizer,
             )
         except OptionError as error:
-            raise OptionError(f"prompt {index}: {error}") from None
+            raise OptionError(f"prompt {index}: {error}", error.option) from None
         if resolved.stop and self.tokenizer is None:
-            raise OptionError("stop needs a tokenizer, and the model has none")
+            raise OptionError("stop needs a tokenizer, and the model has none", "stop")
         grows = self.tokenizer if resolved.stop or streaming else None
         answers = [
             engine.Sequence(
@@ -202,12 +202,14 @@ class PromptReader:
         if not limits.beams:
             raise OptionError(
                 f"prompt {index}: num_beams is {options.num_beams}; allowed: 1, as what the model "
-                "was loaded with has no beam search"
+                "was loaded with has no beam search",
+                "num_beams",
             )
         if options.num_beams > limits.max_batch:
             raise OptionError(
                 f"prompt {index}: {name} is {options.num_beams}; allowed: at most "
-                f"{limits.max_batch}, the max_batch that the model was loaded with"
+                f"{limits.max_batch}, the max_batch that the model was loaded with",
+                "num_beams",
             )
         needed = sum(search.blocks_needed(limits.block_size))
         if needed > limits.blocks:
@@ -215,7 +217,8 @@ class PromptReader:
                 f"prompt {index}: {name} is {options.num_beams}, which with up to "
                 f"{options.max_new_tokens} new tokens needs {needed} cache blocks of "
                 f"{limits.block_size} tokens; allowed: at most {limits.blocks}, so fewer beams or "
-                "new tokens"
+                "new tokens",
+                "num_beams",
             )
         return search
 

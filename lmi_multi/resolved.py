@@ -154,13 +154,15 @@ class Resolved:
             if vocab is not None and ids and max(ids) >= vocab:
                 raise OptionError(
                     f"{name} has the token id {max(ids)}; allowed: 0 to {vocab - 1}, the model's "
-                    "vocabulary"
+                    "vocabulary",
+                    name,
                 )
         for name, ids in forced.items():
             if ids and set(ids) <= set(self.suppress_tokens):
                 raise OptionError(
                     f"{name} is {', '.join(map(str, ids))}, which suppress_tokens has as well; "
-                    "allowed: one of the two"
+                    "allowed: one of the two",
+                    name,
                 )
 
     def _forced(self, step: int, tokens: Sequence[int]) -> tuple[int, ...]:

@@ -165,13 +165,16 @@ def test_the_entry_point(started: tuple[Running, dict[str, str]]) -> None:
     python, script = json.loads(command)
     assert (python, Path(script).name) == ("python", "ping.py")
 
-    def healthy() -> int:
+    def healthy(**ports: str) -> int:
         own = [sys.executable, ROOT / "containers" / "ping.py"]
-        return subprocess.run(own, env=settings, capture_output=True).returncode
+        return subprocess.run(own, env=settings | ports, capture_output=True).returncode
 
     assert healthy() == 1
     server.wait_ready()
     assert healthy() == 0
+    port = settings["SAGEMAKER_BIND_TO_PORT"]
+    assert healthy(OPTION_PORT=port, SAGEMAKER_BIND_TO_PORT="1") == 0  # as the server has it
+    assert healthy(OPTION_PORT="1") == 1
     assert server.post("/invocations", {"inputs": "ten"}).json() == {"generated_text": "10"}
     # The server itself, which unshare, if it is there, has started.
     parent = psutil.Process(server.process.pid)

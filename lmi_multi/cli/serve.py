@@ -125,7 +125,7 @@ def serve(
     try:
         from lmi_multi.serve import logs
         from lmi_multi.serve.app import Application
-        from lmi_multi.serve.server import Server
+        from lmi_multi.serve.server import Server, listen
         from lmi_multi.serve.settings import ServeSettings
     except ModuleNotFoundError as error:
         raise OptionError(
@@ -175,8 +175,8 @@ def serve(
 
     what = settings.models_root if settings.multi_model else settings.entry_point or settings.model
     application = Application(settings, name or str(what), read)
-    server = Server(application, settings)
-    note(f"serving {what} on {settings.host} port {settings.port}")
-    server.run()
+    with listen(settings.host, settings.port) as listener:
+        note(f"serving {what} on {settings.host} port {listener.getsockname()[1]}")
+        Server(application, settings).run([listener])
     if application.failed:
         raise LmiError(application.error or "the engine failed")

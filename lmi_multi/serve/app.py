@@ -12,11 +12,11 @@ from fastapi import APIRouter, FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lmi_multi.errors import LmiError
 from lmi_multi.serve import models, openai, sagemaker
-from lmi_multi.serve.client import EngineClient
+from lmi_multi.serve.client import EngineClient, OverloadedError
 from lmi_multi.serve.errors import HttpError
 from lmi_multi.serve.metrics import Metrics
 from lmi_multi.serve.served import Served
@@ -34,7 +34,7 @@ class Application:
         self.app = FastAPI(title="lmi_multi", lifespan=self._lifespan)
         self.tracing = Tracing(self.app)
         self.metrics = Metrics(self._engines, self.tracing)
-        self.draining = False
+        self._draining = asyncio.Event()
         self._served: Served | None = None
         self._models = models.Models(settings, read, self.metrics)
         for router in self._routers(settings, name):
@@ -49,7 +49,7 @@ class Application:
         self.app.add_exception_handler(LmiError, self._failed)
         self.app.add_exception_handler(HTTPException, self._refused)
         self.app.add_exception_handler(Exception, self._broken)
-        self.app.add_middleware(_Draining, owner=self)
+        self.app.add_middleware(_Draining, draining=self._draining)
         if settings.api_key is not None:
             key = settings.api_key.get_secret_value()
             self.app.add_middleware(_Authorized, key=key)
@@ -76,6 +76,15 @@ class Application:
         """Whether that is the engine's own fault."""
         return self._served is not None and self._served.engine.failed
 
+    @property
+    def draining(self) -> bool:
+        """Whether the server is about to end."""
+        return self._draining.is_set()
+
+    def drain(self) -> None:
+        """Accept no more work: a request whose body is not whole yet is refused now."""
+        self._draining.set()
+
     def cut(self, reason: str) -> None:
         """Fail everything that is being answered, as there is no more time for it."""
         for engine in self._engines():
@@ -97,22 +106,24 @@ class Application:
 
     async def _failed(self, request: Request, error: Exception) -> Response:
         failure = error if isinstance(error, HttpError) else HttpError.of(error)  # type: ignore[arg-type]
-        if failure.status == 503:
+        if isinstance(error, OverloadedError):
             self.metrics.shed.inc()
-        return _answer(request, failure)
+        return _answer(request.scope, failure)
 
     async def _refused(self, request: Request, error: Exception) -> Response:
         found = error if isinstance(error, HTTPException) else HTTPException(500)
         headers = dict(found.headers or {})
-        return _answer(request, HttpError(found.status_code, found.detail, headers=headers))
+        return _answer(request.scope, HttpError(found.status_code, found.detail, headers=headers))
 
     async def _broken(self, request: Request, error: Exception) -> Response:
         log.error("%s failed", request.url.path, exc_info=error)
-        return _answer(request, HttpError(500, "something went wrong here; the log says what"))
+        return _answer(
+            request.scope, HttpError(500, "something went wrong here; the log says what")
+        )
 
 
-def _answer(request: Request, failure: HttpError) -> Response:
-    shape = failure.openai() if request.url.path.startswith("/v1/") else failure.plain()
+def _answer(scope: Scope, failure: HttpError) -> Response:
+    shape = failure.openai() if scope["path"].startswith("/v1/") else failure.plain()
     return JSONResponse(shape, status_code=failure.status, headers=failure.headers)
 
 
@@ -127,25 +138,52 @@ class _Authorized:
             given = dict(scope["headers"]).get(b"authorization", b"")
             kind, _, token = given.partition(b" ")
             if kind.lower() != b"bearer" or not hmac.compare_digest(token.strip(), self._key):
-                failure = HttpError(401, "the request carries no valid bearer token")
                 headers = {"WWW-Authenticate": "Bearer"}
-                response = JSONResponse(failure.plain(), status_code=401, headers=headers)
-                await response(scope, receive, send)
+                failure = HttpError(401, "the request carries no valid bearer token", None, headers)
+                await _answer(scope, failure)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
 
 class _Draining:
-    """Refuses new work while the server ends."""
+    """Refuses new work while the server ends; work that has not wholly come is new."""
 
-    def __init__(self, app: ASGIApp, owner: Application) -> None:
-        self._app, self._owner = app, owner
+    def __init__(self, app: ASGIApp, draining: asyncio.Event) -> None:
+        self._app, self._draining = app, draining
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self._owner.draining and scope["method"] == "POST":
-            failure = HttpError(503, "the server is shutting down")
-            headers = {"Retry-After": "5", "Connection": "close"}
-            response = JSONResponse(failure.plain(), status_code=503, headers=headers)
-            await response(scope, receive, send)
-            return
-        await self._app(scope, receive, send)
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+        elif self._draining.is_set():
+            await _answer(scope, _shutting_down())(scope, receive, send)
+        else:
+            await self._app(scope, self._whole(receive), send)
+
+    def _whole(self, receive: Receive) -> Receive:
+        """`receive` that raises HttpError 503 for the rest of a body once the server ends."""
+        ended = False
+
+        async def received() -> Message:
+            nonlocal ended
+            message = await (receive() if ended else self._before_the_end(receive))
+            ended = not message.get("more_body", False)
+            return message
+
+        return received
+
+    async def _before_the_end(self, receive: Receive) -> Message:
+        part = asyncio.ensure_future(receive())
+        end = asyncio.ensure_future(self._draining.wait())
+        try:
+            await asyncio.wait([part, end], return_when=asyncio.FIRST_COMPLETED)
+            if not part.done():
+                raise _shutting_down()
+            return part.result()
+        finally:
+            part.cancel()
+            end.cancel()
+
+
+def _shutting_down() -> HttpError:
+    headers = {"Retry-After": "5", "Connection": "close"}
+    return HttpError(503, "the server is shutting down", headers=headers)

@@ -41,10 +41,11 @@ async def read(request: Request, limit: int) -> bytes:
 
 
 def parse(data: bytes) -> Any:
-    """JSON as Python values. Raises HttpError 400 for anything else, NaN, Infinity and strings that
-    are no Unicode included."""
+    """JSON as Python values. Raises HttpError 400 for anything else: NaN, Infinity, strings that
+    are no Unicode and names that an object has twice included."""
     try:
-        value = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
+        text = data.decode("utf-8")
+        value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_once)
         if _SURROGATE.search(data):
             json.dumps(value, ensure_ascii=False).encode("utf-8")
         return value
@@ -77,6 +78,16 @@ def check(kind: type[_Model], value: Any) -> _Model:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON number")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        name = next(name for name in found if names.count(name) > 1)
+        shown = name.encode("utf-8", "replace").decode()
+        raise HttpError(400, f"{shown!r:.80} is given twice in an object; allowed: once", shown)
+    return found
 
 
 def _too_large(limit: int) -> HttpError:

@@ -39,11 +39,11 @@ class RefusedError(LmiError):
 
 
 class OverloadedError(LmiError):
-    """There is no room for another request now; try again in `retry_after` seconds."""
+    """There is no room for another request now; try again in a second."""
 
-    def __init__(self, message: str, retry_after: int = 1) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
+
+class NotReadyError(LmiError):
+    """There is no engine yet, or not yet again; try again in some seconds."""
 
 
 class LateError(LmiError):
@@ -164,11 +164,12 @@ class EngineClient:
 
     def check_room(self, requests: int = 1, tokens: int = 0) -> None:
         """Raise OverloadedError unless so many requests of about so many tokens in all may come
-        in, and EngineGoneError where there is no engine and will be none."""
+        in, NotReadyError while the engine starts, and EngineGoneError where there is none and will
+        be none."""
         if self.error is not None:
             raise EngineGoneError(self.error)
         if not self.ready.is_set():
-            raise OverloadedError("the engine is being started", 5)
+            raise NotReadyError("the engine is being started")
         present = len(self._asked) + self._held_requests
         if present + requests > self.max_requests:
             raise OverloadedError(f"{present} requests are being answered; try again later")

@@ -61,7 +61,8 @@ EMBEDDINGS = _listing(
     model=_STRING,
     usage=_USAGE,
 )
-MODELS = _listing("list", _object(id=_STRING, object=_STRING, created=_INTEGER))
+MODEL = _object(id=_STRING, object=_STRING, created=_INTEGER, owned_by=_STRING)
+MODELS = _listing("list", MODEL)
 INVOKED = {
     "anyOf": [_GENERATED, _list(_GENERATED), _VECTOR, _list(_VECTOR), COMPLETION, CHAT],
     "description": "One answer or a list of them; vectors of an encoder.",

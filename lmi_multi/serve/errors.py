@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from lmi_multi.errors import CapacityError, LmiError, OptionError
-from lmi_multi.serve.client import EngineGoneError, LateError, OverloadedError, RefusedError
+from lmi_multi.serve.client import (
+    EngineGoneError,
+    LateError,
+    NotReadyError,
+    OverloadedError,
+    RefusedError,
+)
 
 
 @dataclass
@@ -21,12 +27,16 @@ class HttpError(Exception):
     def of(cls, error: LmiError) -> HttpError:
         """A failure inside as the answer that its caller should get."""
         if isinstance(error, OverloadedError):
-            return cls(503, str(error), headers={"Retry-After": str(error.retry_after)})
+            return cls(503, str(error), headers={"Retry-After": "1"})
+        if isinstance(error, NotReadyError):
+            return cls(503, str(error), headers={"Retry-After": "5"})
         if isinstance(error, EngineGoneError):
             return cls(503, f"the engine is not available: {error}", headers={"Retry-After": "5"})
         if isinstance(error, LateError):
             return cls(504, str(error))
-        if isinstance(error, OptionError | RefusedError):
+        if isinstance(error, OptionError):
+            return cls(400, str(error), error.option)
+        if isinstance(error, RefusedError):
             return cls(400, str(error))
         if isinstance(error, CapacityError):
             return cls(507, str(error))

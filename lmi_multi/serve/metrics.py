@@ -26,6 +26,8 @@ class Metrics:
         self._requests = Counter(
             "lmi_requests", "Prompts by how they ended", ["outcome"], registry=registry
         )
+        for outcome in ("done", "failed", "aborted"):
+            self._requests.labels(outcome)  # there from the start, so that rates have their zero
         self._prompt_tokens = Counter("lmi_prompt_tokens", "Tokens of prompts", registry=registry)
         self._tokens = Counter("lmi_generated_tokens", "Tokens generated", registry=registry)
         self._numerical = Counter(
@@ -41,7 +43,10 @@ class Metrics:
             "lmi_queue_seconds", "Time in the queue", buckets=_SECONDS, registry=registry
         )
         self._first = Histogram(
-            "lmi_time_to_first_token_seconds", "", buckets=_SECONDS, registry=registry
+            "lmi_time_to_first_token_seconds",
+            "Time to the first token, the queue included",
+            buckets=_SECONDS,
+            registry=registry,
         )
         self._between = Histogram(
             "lmi_inter_token_seconds", "Time between tokens", buckets=_FINE, registry=registry
@@ -82,7 +87,7 @@ class Watch:
 
     def __init__(self, metrics: Metrics, phases: Phases, answers: int) -> None:
         self._metrics, self._phases, self._left = metrics, phases, answers
-        self._ended = False
+        self._ended = self._broken = False
         self._came = time.time_ns()
         self._start = time.perf_counter()
         self._first: float | None = None
@@ -112,21 +117,22 @@ class Watch:
         metrics._tokens.inc(tokens)
         if chunk.finish_reason == "numerical_error":
             metrics._numerical.inc()
+            self._broken = True
         self._left -= chunk.finish_reason is not None
         if not self._left:
             self.done()
 
     def done(self) -> None:
-        """Every answer is whole."""
-        self._end("done")
+        """Every answer has ended; one that is broken fails the prompt."""
+        self._end("failed" if self._broken else "done")
 
     def failed(self) -> None:
         """The engine failed it, or its time was up."""
         self._end("failed")
 
     def aborted(self) -> None:
-        """Its client went away."""
-        self._end("aborted")
+        """Its client went away, or heard that one of its answers is broken."""
+        self._end("failed" if self._broken else "aborted")
 
     def _end(self, outcome: str) -> None:
         if self._ended:

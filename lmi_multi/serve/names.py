@@ -294,17 +294,18 @@ def _known(name: str, known: Mapping[str, Known]) -> Known:
 
 
 def unknown(name: str, known: Iterable[str]) -> OptionError:
-    """The error of a name that is not `known`; it names the nearest one that is."""
-    return OptionError(
-        f"unknown option {shown(name)}; did you mean {_nearest(name, known)!r}? "
-        f"{DOCUMENT} lists all"
-    )
+    """The error of a name that is not `known`; it names the nearest one that is, if any is
+    near."""
+    near = _nearest(name, known)
+    guess = f"; did you mean {near!r}?" if near else ";"
+    return OptionError(f"unknown option {shown(name)}{guess} {DOCUMENT} lists all")
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
-    """The known name that `name` resembles most, whatever its case and prefix."""
+def _nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that `name` resembles most, whatever its case and prefix, or None."""
     bare = {_bare(entry): entry for entry in known}
-    return bare[difflib.get_close_matches(_bare(name), bare, 1, 0.0)[0]]
+    found = difflib.get_close_matches(_bare(name), bare, 1)
+    return bare[found[0]] if found else None
 
 
 def _bare(name: str) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
+import re
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -15,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from lmi_multi.errors import LmiError
+from lmi_multi.errors import LmiError, OptionError
 from lmi_multi.options import TokenLogprob
 from lmi_multi.prompts import as_list
 from lmi_multi.serve import body, described
@@ -31,6 +33,10 @@ _SAME = (  # options that go by the same name on both sides
     *("no_repeat_ngram_size", "bad_words", "stop_token_ids", "ignore_eos", "num_beams"),
     *("length_penalty", "early_stopping", "do_sample"),
 )
+
+
+# Those that do not: what a client calls ours.
+_CALLED = {"max_new_tokens": "max_tokens", "num_return_sequences": "n", "return_full_text": "echo"}
 
 
 class _Generation(BaseModel):
@@ -112,7 +118,7 @@ def router(service: Service, max_body: int, name: str) -> APIRouter:
         value = body.parse(await body.read(request, max_body))
         given = value.get("model") if isinstance(value, dict) else None
         if given not in (None, "", name):
-            raise HttpError(404, f"model is {given!r:.80}; allowed: {name!r}", "model")
+            raise _other_model(given, name)
         return value
 
     streams = (described.EVENTS,)
@@ -144,13 +150,28 @@ def router(service: Service, max_body: int, name: str) -> APIRouter:
         """One vector a text."""
         return await _embed(service, await asked(request), request, name)
 
+    entry = {"id": name, "object": "model", "created": started, "owned_by": "lmi_multi"}
+
     @routes.get("/models", responses=described.answers(described.MODELS, described.OPENAI_ERROR))
     async def models() -> dict[str, Any]:
         """The one model that is served."""
-        entry = {"id": name, "object": "model", "created": started, "owned_by": "lmi_multi"}
         return {"object": "list", "data": [entry]}
 
+    # A path: names of models have slashes.
+    @routes.get(
+        "/models/{model:path}", responses=described.answers(described.MODEL, described.OPENAI_ERROR)
+    )
+    async def one_model(model: str) -> dict[str, Any]:
+        """The same, if that is its name."""
+        if model != name:
+            raise _other_model(model, name)
+        return entry
+
     return routes
+
+
+def _other_model(given: object, name: str) -> HttpError:
+    return HttpError(404, f"model is {given!r:.80}; allowed: {name!r}", "model")
 
 
 async def completion(service: Service, value: Any, request: Request, name: str = "") -> Response:
@@ -161,7 +182,8 @@ async def completion(service: Service, value: Any, request: Request, name: str =
         options["logprobs"] = asked.logprobs
     if asked.echo:
         options["return_full_text"] = True
-    wanted = await service.wanted(as_list(asked.prompt), options)
+    with _in_their_words(_CALLED):
+        wanted = await service.wanted(as_list(asked.prompt), options)
     shape = _Text(service, name or asked.model, wanted)
     return await _respond(service, asked, wanted, shape, request)
 
@@ -179,7 +201,11 @@ async def chat_completion(
         )
     if asked.logprobs:
         options["logprobs"] = asked.top_logprobs or 0
-    wanted = await service.conversation(asked.messages, options)
+    called = _CALLED | {"logprobs": "top_logprobs"}
+    if asked.max_completion_tokens is not None:
+        called["max_new_tokens"] = "max_completion_tokens"
+    with _in_their_words(called):
+        wanted = await service.conversation(asked.messages, options)
     shape = _Chat(service, name or asked.model, wanted)
     return await _respond(service, asked, wanted, shape, request)
 
@@ -199,6 +225,17 @@ def _options(asked: _Generation, length: int | None) -> dict[str, Any]:
     elif given["do_sample"]:
         given = {"temperature": 1.0, "top_p": 1.0, "top_k": 0} | given
     return given
+
+
+@contextlib.contextmanager
+def _in_their_words(called: Mapping[str, str]) -> Iterator[None]:
+    """Names our options in errors as the client does."""
+    try:
+        yield
+    except OptionError as error:
+        message = re.sub(r"\w+", lambda word: called.get(word[0], word[0]), str(error))
+        param = error.option and called.get(error.option, error.option)
+        raise HttpError(400, message, param) from None
 
 
 class _Text:

@@ -3,23 +3,45 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import socket
 
 import uvicorn
 
+from lmi_multi.errors import LmiError
 from lmi_multi.serve.app import Application
 from lmi_multi.serve.connections import bounded
 from lmi_multi.serve.settings import ServeSettings
 
-LAST_WORDS = 2.0  # seconds of the drain that are left to tell clients that they are cut
+BACKLOG = 2048  # connections that wait to be accepted
+LAST_WORDS = 6.0  # seconds of the drain that are left from the cut to the end, in parts:
+# to tell clients that they are cut, for what uvicorn then waits for, and twice that to end the
+# engine and this process, which with a long backlog takes its time
+
+log = logging.getLogger(__name__)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens there; port 0: on one that is free. Raises LmiError."""
+    try:
+        [family, _, _, _, address], *_ = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        return socket.create_server(address[:2], family=family, backlog=BACKLOG)
+    except OSError as error:
+        reason = error.strerror or error
+        raise LmiError(f"host {host} port {port} cannot be listened on: {reason}") from None
 
 
 class Server(uvicorn.Server):
-    """uvicorn, ended by SIGTERM or SIGINT: no new connection, then up to `drain` seconds for the
-    requests that run; what is left then gets an error. A second signal ends it at once."""
+    """uvicorn, ended by SIGTERM or SIGINT: no new connection, then the requests that run; what is
+    left `LAST_WORDS` before the end of the drain gets an error, and connections on which that does
+    not get through are reset. A second signal ends it at once."""
 
     def __init__(self, application: Application, settings: ServeSettings) -> None:
+        drain = settings.drain_timeout
+        self._part = min(LAST_WORDS, drain / 2) / 4
         super().__init__(
             uvicorn.Config(
                 application.app,
@@ -27,16 +49,16 @@ class Server(uvicorn.Server):
                 port=settings.port,
                 http=bounded(settings.max_queue),
                 ws="none",
-                timeout_graceful_shutdown=max(1, int(settings.drain_timeout)),
+                timeout_graceful_shutdown=drain - 2 * self._part,  # type: ignore[arg-type]
                 log_config=None,
                 access_log=False,
                 server_header=False,
             )
         )
-        self._application, self._drain = application, settings.drain_timeout
+        self._application, self._drain = application, drain
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
-        """Serve until a signal comes, or the engine cannot be had."""
+        """Serve on `sockets` until a signal comes, or the engine cannot be had."""
         asyncio.run(self._run(sockets))
 
     async def _run(self, sockets: list[socket.socket] | None) -> None:
@@ -53,13 +75,27 @@ class Server(uvicorn.Server):
         """End the server once there will be no engine any more."""
         while self._application.error is None:
             await asyncio.sleep(0.1)
-        self.should_exit = True
+        self._end()
 
     def _stop(self) -> None:
         if self._application.draining:
             self.force_exit = True
-        self._application.draining = True
+        self._end()
+
+    def _end(self) -> None:
         self.should_exit = True
-        delay = max(0.0, self._drain - LAST_WORDS)
+        if self._application.draining:
+            return
+        self._application.drain()
+        loop = asyncio.get_running_loop()
         cut = self._application.cut
-        asyncio.get_running_loop().call_later(delay, cut, "the server is shutting down")
+        loop.call_later(self._drain - 4 * self._part, cut, "the server is shutting down")
+        loop.call_later(self._drain - 3 * self._part, self._reset)
+
+    def _reset(self) -> None:
+        """Give up clients that do not read what they are told."""
+        left = [*self.server_state.connections]
+        if left:
+            log.warning("%d connections are reset, as their clients do not read", len(left))
+        for connection in left:
+            connection.transport.abort()

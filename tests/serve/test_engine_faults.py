@@ -50,6 +50,8 @@ def test_nan_fails_its_own_request_only(ranks: Running) -> None:
         return answer.status_code, answer.text
 
     before = ranks.gauge("lmi_numerical_errors_total")
+    done = ranks.gauge('lmi_requests_total{outcome="done"}')
+    failed = ranks.gauge('lmi_requests_total{outcome="failed"}')
     alone = ask("ab")
     with ThreadPoolExecutor(6) as pool:
         beside, bad = pool.map(ask, ["ab"] * 3 + ["ab" * 9 + BAD] * 3), {ask(BAD)}
@@ -58,6 +60,8 @@ def test_nan_fails_its_own_request_only(ranks: Running) -> None:
     [(status, text)] = bad | set(answers[3:])
     assert status == 500 and "numerical_error: logits of generated token 0 hold NaN" in text
     assert ranks.gauge("lmi_numerical_errors_total") == before + 4
+    assert ranks.gauge('lmi_requests_total{outcome="done"}') == done + 4
+    assert ranks.gauge('lmi_requests_total{outcome="failed"}') == failed + 4
     lines = ranks.post("/invocations", {"inputs": BAD, "stream": True}).text.splitlines()
     assert "numerical_error" in json.loads(lines[-1])["error"]
     assert ranks.ping() == 200 and ranks.gauge("lmi_engine_restarts") == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,7 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from starlette.testclient import TestClient
 
+from lmi_multi.serve.app import Application
+from lmi_multi.serve.server import LAST_WORDS, Server
+from lmi_multi.serve.settings import ServeSettings
 from tests.serve.running import LONG, Running, serving
 
 
@@ -173,3 +178,86 @@ def test_a_file_of_properties_is_all_it_needs(tmp_path: Path) -> None:
         failed = subprocess.run(command, capture_output=True, text=True)
         assert failed.returncode == 2
         assert message in failed.stderr.strip().splitlines()[-1]
+
+
+def begun(server: Running, path: str = "/v1/completions") -> socket.socket:
+    """A connection on which only half of a body has come."""
+    address = server.client.base_url.host, server.client.base_url.port or 0
+    connection = socket.create_connection(address, timeout=30)
+    head = f"POST {path} HTTP/1.1\r\nHost: here\r\nContent-Length: 100\r\n\r\n"
+    connection.sendall(head.encode() + b'{"prompt": ')
+    return connection
+
+
+def everything(connection: socket.socket) -> bytes:
+    return b"".join(iter(lambda: connection.recv(1 << 16), b""))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_half_a_body_does_not_hold_the_server(number: signal.Signals, tmp_path: Path) -> None:
+    with serving(tmp_path, "demo", "--drain-timeout", "10") as server:
+        server.wait_ready()
+        with begun(server) as openai, begun(server, "/invocations") as plain:
+            time.sleep(0.5)  # the server now waits for the rest
+            start = time.monotonic()
+            server.process.send_signal(number)
+            answers = [everything(openai), everything(plain)]
+            assert server.process.wait(10) == 0
+            assert time.monotonic() - start < 6
+    for answer in answers:
+        head, _, body = answer.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 503") and b"connection: close" in head.lower()
+        assert b"retry-after" in head.lower() and b"application/json" in head.lower()
+        assert "the server is shutting down" in str(json.loads(body)["error"])
+    assert json.loads(answers[0].partition(b"\r\n\r\n")[2])["error"]["type"] == "server_error"
+    assert "Traceback" not in server.log.read_text()
+
+
+def stands_still(server: Running) -> bool:
+    """Whether no more is taken from the engine, as the client does not take it either."""
+    before = server.gauge("lmi_generated_tokens_total")
+    time.sleep(1)
+    return server.gauge("lmi_generated_tokens_total") == before
+
+
+def test_a_client_that_does_not_read_does_not_hold_the_server(tmp_path: Path) -> None:
+    # More than the buffers of both sides take: every token comes with those of 20 others.
+    body = {"prompt": ["ten"] * 16, "max_tokens": 1900, "logprobs": 20, "stream": True}
+    body |= {"ignore_eos": True, "min_new_tokens": 1900}
+    with serving(tmp_path, "demo", "--drain-timeout", "8") as server:
+        server.wait_ready()
+        address = server.client.base_url.host, server.client.base_url.port or 0
+        data = json.dumps(body).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: here\r\nContent-Length: {len(data)}\r\n\r\n"
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect(address)
+            connection.sendall(head.encode() + data)
+            server.until(lambda: server.gauge("lmi_generated_tokens_total") > 0)
+            server.until(lambda: stands_still(server))
+            start = time.monotonic()
+            server.process.send_signal(signal.SIGTERM)
+            assert server.process.wait(15) == 0
+            assert time.monotonic() - start < 8
+    log = server.log.read_text()
+    assert "Traceback" not in log and "1 connections are reset" in log
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/invocations"])
+def test_draining_is_told_in_the_route_s_form(path: str) -> None:
+    settings = ServeSettings(model="demo")
+    application = Application(settings, "demo", lambda _: settings)
+    application.drain()
+    answer = TestClient(application.app).post(path, json={})
+    assert answer.status_code == 503 and answer.headers["connection"] == "close"
+    error = answer.json()["error"]
+    message = error["message"] if path.startswith("/v1/") else error
+    assert message == "the server is shutting down"
+
+
+def test_the_default_drain_adds_up() -> None:
+    """Within 25 s, as SageMaker kills after 30: uvicorn waits for less, and the cut is before."""
+    settings = ServeSettings(model="demo")
+    server = Server(Application(settings, "demo", lambda _: settings), settings)
+    waits = server.config.timeout_graceful_shutdown
+    assert waits is not None and settings.drain_timeout - LAST_WORDS < waits <= 22

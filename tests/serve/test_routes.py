@@ -14,7 +14,10 @@ import openai
 import pytest
 
 import lmi_multi
+from lmi_multi.errors import OptionError
 from lmi_multi.model import Model
+from lmi_multi.serve.errors import HttpError
+from lmi_multi.serve.openai import _CALLED, _in_their_words
 from tests.serve.running import Running, serving
 from tests.tiny_models import checkpoint
 
@@ -287,7 +290,7 @@ def test_embeddings_of_an_encoder(tmp_path: Path, checkpoints: Path) -> None:
         ("/invocations", {"inputs": "a" * 5000}, "must be at most"),
         ("/invocations", {"inputs": ["a", "b"], "stream": True}, "allowed: with one prompt"),
         ("/v1/completions", {"prompt": "a", "best_of": 3}, "unknown field 'best_of'; known: model"),
-        ("/v1/completions", {"prompt": "a", "n": 17}, "num_return_sequences is 17; allowed: an in"),
+        ("/v1/completions", {"prompt": "a", "n": 17}, "n is 17; allowed: an integer"),
         (
             "/v1/completions",
             {"prompt": "a", "temperature": "1"},
@@ -305,6 +308,48 @@ def test_wrong_requests(server: Running, path: str, body: Any, message: str) -> 
     assert message in (error["message"] if path.startswith("/v1") else error)
 
 
+@pytest.mark.parametrize(
+    ("path", "field", "value"),
+    [
+        ("completions", "n", 50),
+        ("completions", "max_tokens", 0),
+        ("completions", "top_k", -1),
+        ("completions", "logit_bias", {"1000000000": 1}),
+        ("chat/completions", "max_tokens", 0),
+        ("chat/completions", "max_completion_tokens", 0),
+        ("chat/completions", "top_logprobs", 21),
+    ],
+)
+def test_openai_s_errors_name_the_client_s_field(
+    chatter: tuple[Running, Path], path: str, field: str, value: Any
+) -> None:
+    server, _ = chatter
+    body: dict[str, Any] = {"prompt": "a"}
+    if path != "completions":
+        body = {"messages": [{"role": "user", "content": "a"}]}
+    if field == "top_logprobs":
+        body["logprobs"] = True
+    answer = server.post(f"/v1/{path}", body | {field: value})
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and error["param"] == field
+    assert error["message"].removeprefix("prompt 0: ").startswith(f"{field} ")
+
+
+def test_echo_of_an_encoder_decoder_is_named() -> None:
+    with pytest.raises(HttpError) as raised, _in_their_words(_CALLED):
+        raise OptionError("return_full_text is True; allowed: False", "return_full_text")
+    assert (raised.value.message, raised.value.param) == ("echo is True; allowed: False", "echo")
+
+
+def test_one_model_by_its_name(server: Running) -> None:
+    found = server.client.get("/v1/models/demo")
+    assert found.status_code == 200
+    assert found.json() == server.client.get("/v1/models").json()["data"][0]
+    other = server.client.get("/v1/models/gpt/4")
+    assert other.status_code == 404 and other.json()["error"]["param"] == "model"
+    assert other.json()["error"]["message"] == "model is 'gpt/4'; allowed: 'demo'"
+
+
 def test_bodies_that_are_no_json(server: Running) -> None:
     def post(content: bytes) -> tuple[int, str]:
         answer = server.client.post("/invocations", content=content)
@@ -314,6 +359,8 @@ def test_bodies_that_are_no_json(server: Running) -> None:
     assert post(b'"\xff"') == (400, '{"error":"the body is no UTF-8 at byte 1","code":400}')
     assert "NaN is no JSON number" in post(b'{"inputs": "a", "parameters": {"top_p": NaN}}')[1]
     assert post(b"[" * 100_000)[0] == 400
+    twice = b'{"inputs": "a", "parameters": {"top_k": 1, "seed": 2, "top_k": 3}}'
+    assert post(twice)[0] == 400 and "'top_k' is given twice" in post(twice)[1]
     assert post(b'{"inputs": "\\ud800"}')[0] == 400
     assert post(b" " * (6 << 20) + b"[]")[0] == 413
     assert server.client.get("/nothing").status_code == 404
@@ -324,7 +371,10 @@ def test_a_key_guards_every_route_but_ping(tmp_path: Path) -> None:
     with serving(tmp_path, "demo", LMI_MULTI_API_KEY="secret") as server:
         server.wait_ready()
         for path in ("/metrics", "/v1/models", "/docs", "/openapi.json", "/nothing"):
-            assert server.client.get(path).status_code == 401
+            answer = server.client.get(path)
+            assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer"
+            error = answer.json()["error"]
+            assert isinstance(error, dict) == path.startswith("/v1/")
         wrong = {"authorization": "Bearer secre"}
         assert server.post("/invocations", {"inputs": "a"}, headers=wrong).status_code == 401
         right = {"authorization": "Bearer secret"}

@@ -40,6 +40,12 @@ def test_ping_says_when_the_model_is_ready(server: Running) -> None:
     assert server.ping() == 503
     refused = server.post("/invocations", {"inputs": "ten"})
     assert refused.status_code == 503 and int(refused.headers["retry-after"]) >= 1
+    assert server.gauge("lmi_shed_requests_total") == 0  # room is not what lacks
+    page = server.client.get("/metrics").text
+    for outcome in ("done", "failed", "aborted"):
+        assert f'lmi_requests_total{{outcome="{outcome}"}} 0.0' in page
+    helps = [line.split(" ", 3) for line in page.splitlines() if line.startswith("# HELP lmi_")]
+    assert all(len(words) == 4 and words[3] for words in helps)
     server.wait_ready()
     answer = server.post("/invocations", {"inputs": "ten"}, headers=WHOLE)
     assert answer.json() == {"generated_text": "10"}

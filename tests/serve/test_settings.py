@@ -204,6 +204,7 @@ def test_each_source_names_the_script_from_its_place(
         ("tensor_parallel_degree=4", "did you mean 'option.tensor_parallel_degree'?"),
         ("option.entrypoint=model.py", "did you mean 'option.entryPoint'?"),
         ("option.api_key=x", "did you mean 'option.api_key_file'?"),
+        ("option.zzz=1", "unknown option 'option.zzz'; docs/configuration.md lists all"),
         ("option.n_positions=0", "option.n_positions is '0'; allowed: an integer, at least 1"),
         ("option.max_batch=4.0", "option.max_batch is '4.0'; allowed: an integer"),
         ("option.max_batch=4 # four", "option.max_batch is '4 # four'; allowed: an integer"),

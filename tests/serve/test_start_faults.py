@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from lmi_multi.checkpoint.files import MANIFEST
@@ -128,3 +131,24 @@ def test_a_disk_that_fills_up(s3: Door, disk: Path, tmp_path: Path) -> None:
     assert not (disk / "out").exists()
     ballast.unlink()
     assert subprocess.run(command, capture_output=True, env=environment).returncode == 0
+
+
+def test_a_port_in_use_is_one_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        command = [sys.executable, "-m", "lmi_multi", "serve", "demo", "--port", str(port)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    [line] = (done.stdout + done.stderr).splitlines()
+    assert f"host 127.0.0.1 port {port} cannot be listened on: Address already in use" in line
+
+
+def test_port_0_tells_its_port(tmp_path: Path) -> None:
+    def ports() -> list[str]:
+        return re.findall(r"serving demo on 127.0.0.1 port (\d+)", server.log.read_text())
+
+    with serving(tmp_path, "demo", SAGEMAKER_BIND_TO_PORT="0") as server:
+        server.until(ports)
+        [port] = ports()
+        answer = httpx.get(f"http://127.0.0.1:{port}/ping", timeout=30)
+        assert answer.status_code in (200, 503)
