@@ -238,7 +238,9 @@ def test_a_client_that_does_not_read_does_not_hold_the_server(tmp_path: Path) ->
             start = time.monotonic()
             server.process.send_signal(signal.SIGTERM)
             assert server.process.wait(15) == 0
-            assert time.monotonic() - start < 8
+            assert (
+                time.monotonic() - start < 8 + 2
+            )  # on a busy machine a process takes long to exit
     log = server.log.read_text()
     assert "Traceback" not in log and "1 connections are reset" in log
 
