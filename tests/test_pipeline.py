@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import lmi_multi
 from lmi_multi.backends import microbatches
@@ -20,7 +19,7 @@ from lmi_multi.backends.microbatches import micro_batches
 from lmi_multi.backends.torch_executor import TorchExecutor
 from lmi_multi.checkpoint.artifact import Artifact
 from lmi_multi.checkpoint.convert import convert
-from lmi_multi.engine.batch import Batch, Passage, Prompt, Row, StepResult
+from lmi_multi.engine.batch import Row
 from lmi_multi.errors import OptionError
 from lmi_multi.model import Model
 from lmi_multi.models.spec import ModelSpec
@@ -31,6 +30,7 @@ from lmi_multi.parallel.grid import Grid, connect
 from lmi_multi.parallel.local import LocalRanks
 from tests import tiny_models
 from tests.families import FAMILIES
+from tests.matrix import SharedRanks
 
 LIMITS = Limits(max_batch=4, max_tokens=100, max_step_tokens=48, blocks=96, block_size=8)
 GRIDS = [Grid(1, 2), Grid(2, 2)]
@@ -65,35 +65,6 @@ class Shelf:
         return getattr(self.executor, method)(*arguments)
 
 
-class Staged:
-    """An executor over the ranks of a grid, which stay for the next artifact."""
-
-    limits, device = LIMITS, "stages"
-
-    def __init__(self, ranks: LocalRanks, folder: Path) -> None:
-        self.ranks = ranks
-        ranks.call("open", folder)
-
-    def step(self, batch: Batch) -> StepResult:
-        result: StepResult = self.ranks.call("use", "step", batch)
-        return result
-
-    def logits(self, batch: Batch) -> Tensor:
-        result: Tensor = self.ranks.call("use", "logits", batch)
-        return result
-
-    def encode(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor | None]:
-        result: tuple[Tensor, Tensor | None] = self.ranks.call("use", "encode", prompts)
-        return result
-
-    def score(self, passages: Sequence[Passage]) -> Tensor:
-        result: Tensor = self.ranks.call("use", "score", passages)
-        return result
-
-    def close(self) -> None:
-        """The ranks stay."""
-
-
 @pytest.fixture(scope="module", params=GRIDS, ids=lambda grid: f"tp{grid.tensor}-pp{grid.pipeline}")
 def ranks(request: pytest.FixtureRequest) -> Iterator[tuple[Grid, LocalRanks]]:
     grid: Grid = request.param
@@ -114,7 +85,7 @@ def _models(ranks: LocalRanks, folder: Path) -> tuple[Model, Model]:
     artifact = Artifact.open(folder)
     tensors = artifact.load_rank(0, 1)
     one: Executor = TorchExecutor(artifact.spec, tensors, LIMITS, CpuOps(), SingleRank())
-    return Model(artifact, "cpu", one), Model(artifact, "cpu", Staged(ranks, folder))
+    return Model(artifact, "cpu", one), Model(artifact, "cpu", SharedRanks(ranks, folder, LIMITS))
 
 
 def _answers(model: Model, **options: Any) -> list[Any]:

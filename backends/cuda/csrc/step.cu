@@ -37,7 +37,8 @@ bool fits(const Program& program, const Phase& phase) {
     case Work::linear: {
       const LinearParams& p = phase.linear;
       return p.x.type == program.type && p.weight_type == program.weight_type &&
-             (p.scale || p.weight_type == program.type) && p.rows == program.rows && (!p.norm_weight.data || p.norm_weight.type == program.type);
+             (p.scale || p.weight_type == program.type) && p.rows == program.rows &&
+             (!p.norm_weight.data || p.norm_weight.type == program.type);
     }
     case Work::norm:
       return phase.norm.x.type == program.type && phase.norm.weight.type == program.type;

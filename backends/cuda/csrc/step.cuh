@@ -32,6 +32,28 @@ __device__ inline int team_warps(const AttentionParams& p) {
   return warps;
 }
 
+// All items of the block's teams, of so many warps each; `wait` until what is not in the cache is
+// there. `shared` has `shared_floats` for every team.
+template <typename T, int G, int N, typename Wait>
+__device__ void attend_all(const AttentionParams& p, int warps, float* shared, Wait wait) {
+  const Team team = Team::of_warps(warps);
+  const int teams = blockDim.x / (warps * 32), items = items_of(p), workers = warps * 32 / p.width;
+  shared += team.place() * shared_floats(G, warps, p.dim);
+  bool waiting = true;
+#pragma unroll 1
+  for (int index = team.place() * gridDim.x + blockIdx.x;; index += teams * gridDim.x) {
+    const Item it(p, G, min(index, items - 1));
+    const bool mine = index < items && it.has_work();
+    Keys<T, N> first;
+    if (mine) read_keys(p, it, it.begin + team.thread / p.width, workers, first);
+    if (waiting) wait();
+    waiting = false;
+    if (index >= items) break;
+    if (mine) attend<T, G>(p, it, team, first, shared);
+    team.sync();  // everybody has read what was shared
+  }
+}
+
 template <typename Product>
 __global__ void __launch_bounds__(STEP_THREADS, 1) step_kernel(const StepParams s) {
 #if __CUDA_ARCH__ >= 900  // on others there is too little shared memory, and no kernel to launch
