@@ -32,7 +32,8 @@ class PagedCache:
 
     `k[layer]` and `v[layer]` are [blocks, block_size, kv_heads, head_dim] of the decoder's
     layers, or of the `layers` that a pipeline's stage has of them. Self- and
-    cross-attention take blocks from the same pool.
+    cross-attention take blocks from the same pool. All layers are one tensor, so that clearing
+    and copying blocks is one operation, however many layers there are.
     """
 
     def __init__(
@@ -45,10 +46,12 @@ class PagedCache:
         layers: int | None = None,
     ) -> None:
         self.heads, self.block_size = heads, block_size
-        shape = (blocks, block_size, heads.kv, heads.dim)
         count = heads.spec.decoder_layers if layers is None else layers
-        self.k = [_lazy_zeros(shape, dtype, device) for _ in range(count)]
-        self.v = [_lazy_zeros(shape, dtype, device) for _ in range(count)]
+        shape = (count, 2, blocks, block_size, heads.kv, heads.dim)
+        whole = _lazy_zeros(shape, dtype, device)
+        self.k, self.v = list(whole[:, 0]), list(whole[:, 1])
+        self._blocks = whole.view(2 * count * blocks, -1)
+        self._first = torch.arange(2 * count, device=device)[:, None] * blocks  # of every pool
 
     def slots(self, blocks: Sequence[int], start: int, stop: int) -> Tensor:
         """Where tokens start to stop of a sequence lie: int64, block * block_size + offset."""
@@ -91,20 +94,23 @@ class PagedCache:
             return rows.view(where.rows, -1, *tail)[:, : where.length]
         block = pool.stride(0)
         size, stride = (where.rows, where.length, *tail), (where.step * block, *pool.stride()[1:])
-        return pool.as_strided(size, stride, where.first * block)
+        return pool.as_strided(size, stride, pool.storage_offset() + where.first * block)
 
     def clear(self, blocks: Sequence[int]) -> None:
         """Zero `blocks` for a new owner. What lies beyond its tokens is masked, but a NaN that the
         last owner left there would come through as 0 * NaN."""
-        index = torch.tensor(blocks, device=self.k[0].device)
-        for pool in (*self.k, *self.v):
-            pool.index_fill_(0, index, 0)
+        self._blocks.index_fill_(0, self._everywhere(blocks), 0)
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy the first block of each pair to the second."""
-        sources, targets = torch.tensor(pairs, device=self.k[0].device).unbind(1)
-        for pool in (*self.k, *self.v):
-            pool.index_copy_(0, targets, pool.index_select(0, sources))
+        sources, targets = zip(*pairs, strict=True)
+        copied = self._blocks.index_select(0, self._everywhere(sources))
+        self._blocks.index_copy_(0, self._everywhere(targets), copied)
+
+    def _everywhere(self, blocks: Sequence[int]) -> Tensor:
+        """Where these blocks are among those of all layers."""
+        own = torch.tensor(blocks, device=self._first.device)
+        return (self._first + own).flatten()
 
 
 class PagedAttention:
