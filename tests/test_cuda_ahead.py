@@ -20,6 +20,7 @@ import torch
 from lmi_multi.backends.cuda import (
     ahead,
     attention,
+    beams,
     draws,
     executor,
     graphs,
@@ -32,10 +33,13 @@ from lmi_multi.backends.cuda.ops import ACTIVATIONS, Scratch
 from torch import Tensor
 
 from lmi_multi.backends.base import Executor
+from lmi_multi.backends.drawing import draw
 from lmi_multi.engine.batch import Row
 from lmi_multi.model import Model
 from lmi_multi.models.weights import Linear, Norm
+from lmi_multi.ops.beams import Beams
 from lmi_multi.ops.reference import Reference
+from lmi_multi.ops.sampling import SampleRow
 from lmi_multi.parallel.collectives import SingleRank
 from tests import prefill_kernel, tiny_models
 from tests.families import VOCAB
@@ -159,9 +163,10 @@ def programs(monkeypatch: pytest.MonkeyPatch) -> Programs:
     )  # fmt: skip
     event = SimpleNamespace(synchronize=lambda: None, wait=lambda: None)
     monkeypatch.setattr(torch.ops, "lmi_multi", kernels, raising=False)
-    for module in (ahead, draws, executor, inputs, prefill_inputs):
+    for module in (ahead, beams, draws, executor, inputs, prefill_inputs):
         monkeypatch.setattr(module, "upload", lambda values, to: to.copy_(torch.tensor(values)))
-    monkeypatch.setattr(ahead, "download", lambda values: (values.clone(), event))
+    for module in (ahead, executor):
+        monkeypatch.setattr(module, "download", lambda values: (values.clone(), event))
     for module in (attention, graphs):
         monkeypatch.setattr(module, "splits", lambda *_: 1)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
@@ -221,6 +226,65 @@ def test_every_step_but_the_first_is_begun_ahead(folder: Path, found: list[int |
         found.clear()
         model.generate(prompts(5, 2), max_new_tokens=12, ignore_eos=True, repetition_penalty=1.5)
         assert found == []
+
+
+SEARCHES: list[dict[str, Any]] = [
+    {"num_beams": 3},
+    {"num_beams": 4, "num_return_sequences": 3, "length_penalty": 0.3},
+    {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 1.0},
+    {"num_beams": 2, "min_new_tokens": 5},
+    {"num_beams": 3, "early_stopping": True, "stop_token_ids": list(range(3, 30))},
+]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_searches_go_on_inside_graphs(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, family: str
+) -> None:
+    """Alone, beside their like, and, outside of graphs, beside rows of other kinds."""
+    of, kinds = beams.BeamKind.of, []
+    monkeypatch.setattr(beams.BeamKind, "of", lambda rows: kinds.append(of(rows)) or kinds[-1])
+    own, size = prompts(3, 11), {"max_new_tokens": 9}
+    with cpu_model(folder, family) as cpu, open_model(folder, family) as model:
+        for options in SEARCHES:
+            expected = cpu.generate(own, size | options)
+            found = model.generate(own, size | options)
+            assert [c.token_ids for c in found] == [c.token_ids for c in expected]
+            assert [c.score for c in found] == pytest.approx([c.score for c in expected], abs=2e-5)
+        groups = {(o["num_beams"] // o.get("num_beam_groups", 1)) for o in SEARCHES}
+        assert {kind.width for kind in kinds if kind} >= groups
+        kinds.clear()
+        mixed = [size | o for o in (SEARCHES[0], {}, SEARCHES[1])]
+        expected = [cpu.generate([p], o) for p, o in zip(own, mixed, strict=True)]
+        tokens = [c.token_ids for answers in expected for c in answers]
+        assert [c.token_ids for c in model.generate(own, mixed)] == tokens
+        assert None in kinds
+        assert tiny_models.is_clean(model)
+
+
+def test_what_a_graph_finds_for_searches_is_what_the_reference_finds() -> None:
+    """Padding after them, a NaN and tokens that cannot come among them."""
+    logits = torch.randn(8, VOCAB, generator=torch.Generator().manual_seed(0))
+    logits[4, 7], logits[0, 9:], logits[7] = float("nan"), float("-inf"), float("nan")
+    scores = ((-1.0, -0.5, -2.0), (-3.0, -0.25, -0.5))
+    rows = [
+        Row([5], 0, [1], 1, sample=SampleRow(), beams=Beams(own, 20) if i == 0 else None)
+        for own in scores
+        for i in range(3)
+    ]
+    kind = beams.BeamKind.of(rows)
+    assert kind == (3, 20)
+    given = beams.BeamInputs(8, torch.device("cpu"))
+    given.fill(rows)
+    found = kind.results(given.best(logits, kind), VOCAB)
+    expected = draw(logits[:6], rows)
+    assert found[0] == expected[0]
+    assert found[0].finite and not found[1].finite
+    assert beams.BeamKind.of(rows[1:]) is None
+    assert beams.BeamKind.of(rows[:5]) is None
+    assert beams.BeamKind.of([*rows, rows[0]._replace(beams=None)]) is None
+    for other in (SampleRow(banned=(3,)), SampleRow(logprobs=1)):
+        assert beams.BeamKind.of([*rows[:5], rows[5]._replace(sample=other)]) is None
 
 
 def test_answers_up_to_the_last_position(folder: Path) -> None:
@@ -320,7 +384,7 @@ def test_prompts_that_the_kernels_do_not_cover_are_for_torch(folder: Path, famil
 
 
 def test_kinds_of_draw_are_bounded(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    monkeypatch.setattr(graphs, "MOST_SAMPLED", 2)
+    monkeypatch.setattr(graphs, "MOST_CHOSEN", 2)
     own = prompts(3, 8)
     with cpu_model(folder, "gpt2") as cpu, open_model(folder, "gpt2") as model:
         for more in ({}, {"top_k": 5}, {"top_p": 0.5}, {"min_p": 0.1}, {"typical_p": 0.5}):
@@ -328,7 +392,7 @@ def test_kinds_of_draw_are_bounded(monkeypatch: pytest.MonkeyPatch, folder: Path
             expected = [c.token_ids for c in cpu.generate(own, chosen)]
             assert [c.token_ids for c in model.generate(own, chosen)] == expected
         captured = model.engine.executor._ahead._graphs._captured  # type: ignore[attr-defined]
-        assert len([kind for _, kind in captured if not kind.greedy]) == 2
+        assert len([kind for _, kind in captured if kind != draws.GREEDY]) == 2
 
 
 def test_a_gpu_that_refuses_the_step_kernel_runs_others(

@@ -27,13 +27,8 @@ class DrawKind(NamedTuple):
     window: int
     banned: int
 
-    @property
-    def greedy(self) -> bool:
-        """Whether the likeliest token is all that is wanted."""
-        return not self.any_sampled and not self.banned
 
-
-GREEDY = DrawKind(False, False, False, False, window=0, banned=0)
+GREEDY = DrawKind(False, False, False, False, window=0, banned=0)  # the likeliest token alone
 
 
 class DrawInputs:

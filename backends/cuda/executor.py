@@ -19,8 +19,9 @@ from lmi_multi.parallel.collectives import Collectives
 
 from .ahead import Ahead, Flight
 from .attention import CudaPagedAttention, DecodeAttention
+from .beams import BeamKind
 from .graphs import Angles, StepGraphs, can_capture
-from .inputs import StepInputs, upload
+from .inputs import StepInputs, download, upload
 from .ops import CudaOps, Scratch
 from .prefill import Prefill
 from .prefill_graphs import PrefillGraphs
@@ -139,12 +140,34 @@ class CudaExecutor(TorchExecutor):
 
     def _draw(self, numbers: Sequence[int], rows: Sequence[Row]) -> dict[int, Draw | Continuations]:
         """Compute rows that nobody has begun; what those that draw get, by their numbers."""
+        searched = self._searched(rows)
+        if searched is not None:
+            first = [n for n, row in zip(numbers, rows, strict=True) if row.beams is not None]
+            return dict(zip(first, searched, strict=True))
         logits = self._next_logits(rows)
         if logits is None:
             return {}
         drawing = [(n, row) for n, row in zip(numbers, rows, strict=True) if row.sample is not None]
         found = draw_by_row(logits, [row for _, row in drawing])
         return {drawing[i][0]: drawn for i, drawn in found.items()}
+
+    def _searched(self, rows: Sequence[Row]) -> list[Continuations] | None:
+        """How the searches that `rows` are of go on, by a graph; None if that is not for them."""
+        kind = BeamKind.of(rows)
+        step = self._fed.searching(len(rows), kind) if self._fed is not None and kind else None
+        if self._fed is None or kind is None or step is None:
+            return None
+        self._feed(rows, self._fed)
+        self._fed.beams.fill(rows)
+        found, done = download(step.replay()[: len(rows) // kind.width])
+        done.synchronize()
+        return kind.results(found, self._network.spec.vocab)
+
+    def _feed(self, rows: Sequence[Row], graphs: StepGraphs) -> None:
+        """Put rows of one token in the first places."""
+        graphs.inputs.fill(rows)
+        ids = np.array([row.token_ids[0] for row in rows], dtype=np.int64)
+        upload(ids, graphs.inputs.ids[: len(rows)])
 
     def _next_logits(self, rows: Sequence[Row]) -> Tensor | None:
         """As `TorchExecutor` does, but rows of one token, which come first, by a graph."""
@@ -155,9 +178,7 @@ class CudaExecutor(TorchExecutor):
         # Longer rows first: the graph's logits are read before anything else is replayed.
         others = self._prefill_logits(rows[singles:])
         single = rows[:singles]
-        self._fed.inputs.fill(single)
-        ids = np.array([row.token_ids[0] for row in single], dtype=np.int64)
-        upload(ids, self._fed.inputs.ids[:singles])
+        self._feed(single, self._fed)
         logits = step.replay()[:singles]
         drawing = [i for i, row in enumerate(single) if row.sample is not None]
         if len(drawing) < singles:

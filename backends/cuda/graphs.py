@@ -19,15 +19,18 @@ from lmi_multi.models.transformer import Transformer
 from lmi_multi.models.weights import Layer
 
 from .attention import DecodeAttention, splits
-from .draws import DrawInputs, DrawKind
+from .beams import BeamInputs, BeamKind
+from .draws import GREEDY, DrawInputs, DrawKind
 from .inputs import StepInputs
 from .ops import MOST_ROWS as OF_ROWS
 from .ops import CudaOps, Scratch
 from .program import NotCoveredError, Recorder, StepProgram
 
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
-# Clients choose among some thousand kinds of draw, and each graph stops all rows while it is made.
-MOST_SAMPLED = 32
+# Clients choose among thousands of kinds, and each graph stops all rows while it is made.
+MOST_CHOSEN = 32
+Kind = DrawKind | BeamKind | None
+ALWAYS: tuple[Kind, ...] = (None, GREEDY)
 # torch captures one graph at a time in a process, which may hold several models.
 _CAPTURING = threading.Lock()
 
@@ -114,11 +117,12 @@ class StepGraphs:
         most_program_rows: int,
     ) -> None:
         self.inputs, self.draws = inputs, DrawInputs(inputs.most, inputs.ids.device)
+        self.beams = BeamInputs(inputs.most, inputs.ids.device)
         self._network, self._kernel, self._scratch = network, kernel, scratch
         self._sizes = sizes(inputs.most)
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(inputs.ids.device)  # type: ignore[no-untyped-call]
-        self._captured: dict[tuple[int, DrawKind | None], Captured | None] = {}
+        self._captured: dict[tuple[int, Kind], Captured | None] = {}
         self._programs: dict[int, StepProgram | None] = {}
         self._angles, self._most_program_rows = angles, most_program_rows
 
@@ -135,9 +139,15 @@ class StepGraphs:
         cannot be had: memory is short, or there are too many graphs.
         """
         size = self._size(rows)
-        if kind.greedy:
+        if kind == GREEDY:
             return self._get(size, kind, lambda: self._greedy(size))
         return self._get(size, kind, lambda: self._sampled(size, kind))
+
+    def searching(self, rows: int, kind: BeamKind) -> Captured | None:
+        """A step that ends with what `beams` finds: float64 [searches, 2 * kept + 1], those that
+        `rows` belong to first. None as for `drawing`."""
+        size = self._size(rows)
+        return self._get(size, kind, lambda: self.beams.best(self._logits(size), kind))
 
     def _size(self, rows: int) -> int:
         return self._sizes[bisect_left(self._sizes, rows)]
@@ -208,11 +218,11 @@ class StepGraphs:
         """What a step that draws changes for the next one, and by how much the lengths grow."""
         return self.inputs.ids[:size], self.inputs.lengths[:size], self.inputs.live[:size]
 
-    def _get(self, size: int, kind: DrawKind | None, body: Callable[[], Tensor]) -> Captured | None:
+    def _get(self, size: int, kind: Kind, body: Callable[[], Tensor]) -> Captured | None:
         key = (size, kind)
         if key not in self._captured:
-            sampled = [known for _, known in self._captured if known and not known.greedy]
-            if kind and not kind.greedy and len(sampled) >= MOST_SAMPLED:
+            chosen = [known for _, known in self._captured if known not in ALWAYS]
+            if kind not in ALWAYS and len(chosen) >= MOST_CHOSEN:
                 return None
             kept = self.inputs.ids.clone()  # a step may be under way, and the next need its tokens
             self.inputs.clear()

@@ -81,16 +81,22 @@ def _continuations(
     scores, places = (part.tolist() for part in best_continuations(changed, groups))
     first, vocab = 0, logits.shape[-1]
     for group, best, where in zip(groups, scores, places, strict=True):
-        entries = [
-            Continuation(place // vocab, place % vocab, score)
-            for score, place in zip(best[: group.keep], where, strict=False)
-            if score > float("-inf")
-        ]
+        entries = ranked(best[: group.keep], where, vocab)
         stop = first + len(group.scores)
         if rows[first].logprobs is not None:
             entries = _with_logprobs(entries, own[first:stop], rows[first].logprobs or 0)
         yield Continuations(entries, all(finite[first:stop]))
         first = stop
+
+
+def ranked(scores: Sequence[float], places: Sequence[float], vocab: int) -> list[Continuation]:
+    """Continuations with falling `scores` at `places`, beam * vocab + token; those of score -inf
+    are none."""
+    return [
+        Continuation(*divmod(int(place), vocab), score)
+        for score, place in zip(scores, places, strict=False)
+        if score > float("-inf")
+    ]
 
 
 def _with_logprobs(entries: list[Continuation], own: Tensor, count: int) -> list[Continuation]:
