@@ -83,8 +83,7 @@ class Draw(NamedTuple):
     logprob: TokenLogprob | None = None
 
 
-@dataclass(frozen=True)
-class Continuation:
+class Continuation(NamedTuple):
     """Beam number `beam` with one more `token`; `score` is the sum of processed log-probabilities,
     `logprob` the model's own, if the row asks for it."""
 

@@ -207,7 +207,7 @@ class BeamSearch:
                 sharers[blocks[place]] -= 1
                 copies.append((blocks[place], next(unused)))
                 blocks = (*blocks[:place], copies[-1][1])
-            placed.append(replace(beam, blocks=blocks))
+            placed.append(beam._replace(blocks=blocks))
         rest = iter(placed)
         done = (replace(g, running=tuple(next(rest) for _ in g.running)) for g in groups)
         return _State(tuple(done), drawn, tuple(fresh), tuple(copies))

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,8 +19,7 @@ from lmi_multi.options import TokenLogprob
 from lmi_multi.resolved import Resolved
 
 
-@dataclass(frozen=True)
-class Hypothesis:
+class Hypothesis(NamedTuple):
     """Generated `tokens` and the sum of their processed log-probabilities. `blocks` hold what is
     in the cache, by the numbers that the search gives its blocks. A `detokenizer` is there only
     where stop strings have to be found."""
@@ -32,12 +32,12 @@ class Hypothesis:
 
     def extended(self, by: Continuation) -> Hypothesis:
         """With one more token."""
-        return replace(
-            self,
-            tokens=(*self.tokens, by.token),
-            score=by.score,
-            logprobs=self.logprobs if by.logprob is None else (*self.logprobs, by.logprob),
-            detokenizer=None if self.detokenizer is None else self.detokenizer.pushed(by.token),
+        return Hypothesis(
+            (*self.tokens, by.token),
+            by.score,
+            self.blocks,
+            self.logprobs if by.logprob is None else (*self.logprobs, by.logprob),
+            None if self.detokenizer is None else self.detokenizer.pushed(by.token),
         )
 
     def stopped(self, options: Resolved) -> bool:
@@ -118,7 +118,7 @@ def _penalised(
 ) -> list[Continuation]:
     if not taken:
         return list(best)
-    lowered = [replace(c, score=c.score - penalty * taken[c.token]) for c in best]
+    lowered = [c._replace(score=c.score - penalty * taken[c.token]) for c in best]
     return sorted(lowered, key=lambda c: -c.score)
 
 
