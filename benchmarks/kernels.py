@@ -132,7 +132,7 @@ ATTENTIONS = (
 
 
 def attentions(rows: int) -> Iterator[Case]:
-    from lmi_multi.backends.cuda.attention import CudaPagedAttention, DistanceBias
+    from lmi_multi.backends.cuda.attention import CudaPagedAttention, DecodeAttention
     from lmi_multi.backends.cuda.ops import Scratch
 
     device = torch.device("cuda")
@@ -175,7 +175,7 @@ def attentions(rows: int) -> Iterator[Case]:
             return attention.attend(layer, qkv)
 
         both = (
-            CudaPagedAttention(cache, batch, device, Scratch(device), DistanceBias()),
+            CudaPagedAttention(cache, batch, device, DecodeAttention(cache, Scratch(device))),
             PagedAttention(cache, batch, device),
         )
         for attention in both:  # what is made once a step is made before the graph

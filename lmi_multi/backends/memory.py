@@ -26,6 +26,9 @@ _RANK = 1024 * _MIB
 _DRAW_BYTES = 32
 # The driver's own of a captured kernel, kernels a layer, and graphs that are made while serving.
 _NODE_BYTES, _NODES, _GRAPHS = 16 * 1024, 16, 64
+# Rows of all steps whose layers are one kernel: of 1, 2, 4 and 8, for two kinds of step. Nothing
+# that one of their layers computes makes room for the next one's.
+_PROGRAM_ROWS = 2 * (1 + 2 + 4 + 8)
 
 
 @dataclass(frozen=True)
@@ -94,11 +97,12 @@ def workspace_bytes(
     step = rows * (residual + max(qkv, up))
     drawn = 2 * max_batch * spec.vocab * _DRAW_BYTES  # by hand, and in the pool of graphs
     graphs = _GRAPHS * _NODES * layers * _NODE_BYTES
+    programs = _PROGRAM_ROWS * layers * (residual + qkv + up)
     total = _FIXED + step + _bias(spec, heads, max_tokens, item_bytes) + widest * item_bytes
     if spec.decoder_layers:
         total += graphs + (drawn if stage is None or stage.last else 0)
     alone = ranks == 1 and (stage is None or stage.count == 1)
-    return total + (0 if alone else _RANK)
+    return total + (programs if alone else _RANK)
 
 
 def _bias(spec: ModelSpec, heads: int, tokens: int, item_bytes: int) -> int:

@@ -195,6 +195,10 @@ struct Device {
 // What the GPU can do with the code that this library has for it.
 Device device(int index);
 
+// Lets launches of a kernel on the current device have this much dynamic shared memory. It is never
+// lowered: another thread may be about to launch the kernel with more.
+void allow_shared(const void* kernel, int bytes);
+
 inline void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) {
     cudaGetLastError();  // torch looks at it behind every kernel of its own
@@ -222,8 +226,7 @@ template <typename Params>
 void launch(void (*kernel)(Params), const Params& params, dim3 grid, int threads, int shared,
             Start start, cudaStream_t stream) {
   if (shared > 47 * 1024) {  // with what is static, more than what needs no leave
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
-          "shared memory");
+    allow_shared(reinterpret_cast<const void*>(kernel), shared);
   }
   cudaLaunchAttribute how = attribute(start);
   cudaLaunchConfig_t config{};

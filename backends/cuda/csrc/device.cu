@@ -1,4 +1,8 @@
 // What a GPU is, as far as the kernels ask.
+#include <map>
+#include <mutex>
+#include <utility>
+
 #include "common.cuh"
 
 namespace lmi {
@@ -23,6 +27,19 @@ Device device(int index) {
           attribute(cudaDevAttrMultiProcessorCount, index),
           attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index),
           attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index)};
+}
+
+void allow_shared(const void* kernel, int bytes) {
+  static std::mutex mutex;
+  static std::map<std::pair<int, const void*>, int> allowed;
+  int device = 0;
+  check(cudaGetDevice(&device), "device");
+  std::lock_guard<std::mutex> lock(mutex);
+  int& most = allowed[{device, kernel}];
+  if (bytes <= most) return;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+        "shared memory");
+  most = bytes;
 }
 
 }  // namespace lmi
