@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmi_multi.backends.base import Limits
-from lmi_multi.defaults import Resolved
 from lmi_multi.engine.batch import Batch, Continuation, Continuations, Draw, Row
 from lmi_multi.engine.beams import BeamSearch
 from lmi_multi.engine.request import Request, Share
 from lmi_multi.engine.scheduler import Scheduler
 from lmi_multi.engine.sequence import Sequence
+from lmi_multi.resolved import Resolved
 
 EOS = 2
 

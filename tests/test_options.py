@@ -22,11 +22,12 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from lmi_multi import defaults
-from lmi_multi.defaults import GenerationDefaults, Resolved
+from lmi_multi import defaults, generation_config
+from lmi_multi.defaults import GenerationDefaults
 from lmi_multi.errors import CheckpointError, OptionError
 from lmi_multi.ops.sampling import SampleRow
 from lmi_multi.options import Completion, GenerateOptions, per_prompt
+from lmi_multi.resolved import Resolved
 
 NAN, INF = float("nan"), float("inf")
 
@@ -409,7 +410,8 @@ def test_every_setting_of_hugging_face_is_sorted() -> None:
         *("eos_token_id", "bos_token_id", "pad_token_id", "decoder_start_token_id"),
     }
     theirs = {name for name in GenerationConfig().__dict__ if not name.startswith("_")}
-    assert theirs - harmless - set(defaults._UNSUPPORTED) - set(defaults._OPTIONS) == set()
+    ours = {*generation_config._UNSUPPORTED, *generation_config._OPTIONS}
+    assert theirs - harmless - ours == set()
 
 
 # --- resolve

@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from lmi_multi.backends.base import Limits
-from lmi_multi.defaults import Resolved
 from lmi_multi.engine.batch import Batch
 from lmi_multi.engine.request import Share
 from lmi_multi.engine.scheduler import Scheduler
 from lmi_multi.engine.sequence import Sequence
+from lmi_multi.resolved import Resolved
 
 EOS = 2
 

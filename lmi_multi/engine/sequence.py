@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import cast
 
-from lmi_multi.defaults import Resolved
 from lmi_multi.engine.batch import Continuations, Draw, Prompt, Row
 from lmi_multi.engine.detokenizer import Detokenizer
 from lmi_multi.ops.sampling import SampleRow
 from lmi_multi.options import FinishReason, TokenLogprob
+from lmi_multi.resolved import Resolved
 
 
 @dataclass(eq=False)

@@ -50,7 +50,7 @@ class PagedCache:
         shape = (count, 2, blocks, block_size, heads.kv, heads.dim)
         whole = _lazy_zeros(shape, dtype, device)
         self.k, self.v = list(whole[:, 0]), list(whole[:, 1])
-        self._blocks = whole.view(2 * count * blocks, -1)
+        self._blocks = whole.flatten(3).flatten(0, 2)
         self._first = torch.arange(2 * count, device=device)[:, None] * blocks  # of every pool
 
     def slots(self, blocks: Sequence[int], start: int, stop: int) -> Tensor:
