@@ -111,6 +111,55 @@ def test_cores_are_taken_once_a_process(machine: Any) -> None:
         environment.take_cores(2)
 
 
+def test_a_child_does_not_take_its_parents_cores_for_the_users_choice(machine: Any) -> None:
+    """It inherits the variables, under another process id."""
+    four = Host(
+        INF2.devices,
+        "trn1.32xlarge",
+        [Core(i, i // 2, GIB, 4711 if i < 2 else None) for i in range(4)],
+    )
+    parent = {environment.CORES: "0-1", environment.COUNT: "2", environment.TAKEN: "4711 0-1"}
+    machine(four, NXD, **parent)
+    assert "2 free" in BACKEND.probe().reason
+    environment.take_cores(1)
+    assert os.environ[environment.CORES] == "2"
+    assert os.environ[environment.COUNT] == "1"
+    machine(TAKEN, NXD, **parent)
+    with pytest.raises(BackendError, match="0 of 2 are free; all are held by process 4711"):
+        environment.take_cores(1)
+    # Another value is one that the user has set for the child.
+    machine(four, NXD, **{**parent, environment.CORES: "1"})
+    assert "1 named by NEURON_RT_VISIBLE_CORES" in BACKEND.probe().reason
+
+
+def test_the_environment_is_set_before_the_runtime_starts(machine: Any, tmp_path: Path) -> None:
+    machine(INF2, NXD, LMI_MULTI_CACHE=str(tmp_path))
+    environment.take_cores(2)
+    assert {name: value for name, value in os.environ.items() if name.startswith("NEURON_")} == {
+        "NEURON_RT_VISIBLE_CORES": "0-1",
+        "NEURON_RT_NUM_CORES": "2",
+        "NEURON_CC_FLAGS": environment.COMPILER_FLAGS,
+        "NEURON_COMPILE_CACHE_URL": f"{tmp_path}/neuronx-cc",
+    }
+
+
+@pytest.mark.parametrize(
+    ("given", "url"),
+    [
+        ({"LMI_MULTI_NEURON_CACHE": "/graphs"}, "/graphs/neuronx-cc"),
+        ({"LMI_MULTI_NEURON_CACHE": "s3://bucket/graphs"}, "s3://bucket/graphs/neuronx-cc"),
+        ({"LMI_MULTI_NEURON_CACHE": "/graphs", "NEURON_COMPILE_CACHE_URL": "/own"}, "/own"),
+    ],
+)
+def test_where_the_sdk_keeps_what_it_compiles(
+    given: dict[str, str], url: str, machine: Any
+) -> None:
+    machine(INF2, NXD, **given)
+    environment.compile_for("inf2.xlarge")
+    assert os.environ["NEURON_COMPILE_CACHE_URL"] == url
+    assert os.environ["NEURON_PLATFORM_TARGET_OVERRIDE"] == "inf2"
+
+
 @pytest.mark.parametrize(
     ("packages", "asked", "runtime"),
     [

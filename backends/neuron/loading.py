@@ -18,6 +18,7 @@ from lmi_multi.models.weights import rank_data
 from .buckets import VARIABLE as PRUNED
 from .buckets import Buckets
 from .cache import Cache
+from .environment import CACHE
 from .executor import NeuronExecutor
 from .graphs import Graphs
 from .lower import TraceCollectives
@@ -28,7 +29,6 @@ from .sizing import spare_blocks
 
 logger = logging.getLogger(__name__)
 
-CACHE = "LMI_MULTI_NEURON_CACHE"
 FOLDER = "neuron"
 
 
