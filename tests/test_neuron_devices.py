@@ -308,14 +308,14 @@ def test_a_plan_lists_graphs_and_the_bytes_of_a_core(
     plan = planned(capsys, 2)
     assert plan["buckets"] == {
         "rows": [1, 2],
-        "queries": [16, 32, 64],
+        "queries": [16, 64],
         "context": [32, 64],
         "encoded": [32, 64],
     }
     names = [graph["name"] for graph in plan["graphs"]]
-    # 2 encoders; for each of 2 encoded: contexts of 32 (2 rows, 2 queries) and 64 (2, 3), rows
-    # greedy and sampled, 2 of them also for beams, queries also with all logits.
-    assert len(names) == len(set(names)) == 2 + 2 * ((2 * 2 + 1 + 3 * 2) + (2 * 2 + 1 + 3 * 3))
+    # 2 encoders; for each of 2 contexts 2 rows, greedy and sampled, and 2 beams; 16 queries in both
+    # and 64 in one, greedy and with all logits.
+    assert len(names) == len(set(names)) == 2 + 2 * (2 * 2 + 1) + 2 * 3
     assert plan["core_bytes"]["reserved"] == GIB
     counts = [graph["instructions"] for graph in plan["graphs"]]
     if plan["uncounted"]:
@@ -323,6 +323,36 @@ def test_a_plan_lists_graphs_and_the_bytes_of_a_core(
         assert set(counts) == {None}
     else:
         assert min(counts) > 10
+
+
+@pytest.mark.parametrize(
+    ("encoder_layers", "max_batch", "max_tokens", "graphs"),
+    [(0, 4, 512, 52), (0, 16, 2048, 86), (0, 32, 8192, 105), (2, 4, 512, 51), (2, 16, 2048, 85)],
+)
+def test_defaults_make_about_a_hundred_graphs(
+    encoder_layers: int, max_batch: int, max_tokens: int, graphs: int
+) -> None:
+    limits = Limits(max_batch, max_tokens, sizing.MAX_STEP_TOKENS, blocks=1, block_size=16)
+    made = Buckets.of(replace(spec(), encoder_layers=encoder_layers), limits, 1)
+    assert len({trace.tag for trace in made.traces()}) == graphs
+    powers = [2**n for n in range(20)]
+    assert all(step in powers for steps in made.ladders.values() for step in steps)
+    assert made.context[-1] == max_tokens
+    # Whatever a step needs, some graph holds it.
+    for queries in (1, *made.queries):
+        for context in (1, 33, 300, max_tokens):
+            for encoded in (0,) if not encoder_layers else (1, 300, max_tokens):
+                assert made.size(queries, context, encoded) >= (context, encoded)
+
+
+def test_steps_below_the_default_can_be_named() -> None:
+    limits = Limits(4, 2048, sizing.MAX_STEP_TOKENS, blocks=1, block_size=16)
+    made = Buckets.of(replace(spec(), encoder_layers=2), limits, 1)
+    assert made.ladders["context"] == [128, 256, 512, 1024, 2048]
+    finer = made.having("context=32,2048 encoded=512,2048")
+    assert finer.sizes(1) == [(32, 512), (2048, 512), (2048, 2048)]
+    assert finer.size(1, 20, 600) == (2048, 2048)
+    assert finer.size(16, 20, 0) == (32, 512)
 
 
 def test_buckets_can_be_pruned(
@@ -340,7 +370,6 @@ def test_buckets_can_be_pruned(
         "decode_4x1_of_64_with_64_sampled",
         "decode_4x1_of_64_with_64_beams",
         "decode_1x64_of_64_with_64",
-        "decode_1x64_of_64_with_64_sampled",
         "decode_1x64_of_64_with_64_all",
     ]
 
@@ -357,7 +386,7 @@ def test_buckets_can_be_pruned(
 def test_buckets_that_cannot_be_pruned_so(pruned: str, fault: str) -> None:
     limits = Limits(max_batch=4, max_tokens=64, max_step_tokens=64, blocks=8, block_size=16)
     with pytest.raises(OptionError, match=f"LMI_MULTI_NEURON_BUCKETS {fault}"):
-        Buckets.of(spec(), limits, 8).pruned(pruned)
+        Buckets.of(spec(), limits, 8).having(pruned)
 
 
 @pytest.mark.parametrize(

@@ -225,7 +225,7 @@ def test_graphs_draw_what_the_cpu_draws(checkpoints: Path, monkeypatch: pytest.M
             answers.append([completion.token_ids for completion in found])
     assert answers[1] == answers[0]
     assert "decode_4x1_of_64_sampled" in run_tags
-    assert "decode_1x16_of_64_sampled" in run_tags
+    assert "decode_1x16_of_64" in run_tags  # prompts' first tokens are drawn by the host
 
 
 def test_what_static_graphs_cannot_carry_is_refused_by_name(

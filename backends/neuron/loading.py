@@ -15,7 +15,7 @@ from lmi_multi.checkpoint.artifact import Artifact
 from lmi_multi.fit import Network
 from lmi_multi.models.weights import rank_data
 
-from .buckets import VARIABLE as PRUNED
+from .buckets import VARIABLE as STEPS
 from .buckets import Buckets
 from .cache import Cache
 from .environment import CACHE
@@ -65,9 +65,9 @@ def open_module(network: Network, degree: int, limits: Limits) -> StaticModel:
 
 
 def buckets_of(network: Network, limits: Limits) -> Buckets:
-    """The ladders of its graphs, pruned as the environment says."""
+    """The ladders of its graphs, with the steps that the environment names."""
     blocks = limits.blocks + spare_blocks(network.spec, limits)
-    return Buckets.of(network.spec, limits, blocks).pruned(os.environ.get(PRUNED, ""))
+    return Buckets.of(network.spec, limits, blocks).having(os.environ.get(STEPS, ""))
 
 
 def open_graphs(
