@@ -116,7 +116,7 @@ def test_every_rank_traces_the_same_graph(family: str, checkpoints: Path) -> Non
     encoded = buckets.encoded[0] if buckets.encoded else 0
     for trace in [buckets.decode(2, 1, 32, encoded, kind) for kind in Kind]:
         graphs = [lowering.lower(trace) for lowering in lowerings]
-        lint.check(graphs[0], 2)
+        lint.check(graphs[0], 2, trace.bounds)
         lint.check_same(*graphs)
 
 

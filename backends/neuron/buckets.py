@@ -221,6 +221,7 @@ class Buckets:
         blocks, spec = self.blocks, self.spec
         bounds = {"token_ids": spec.vocab, "slots": blocks * self.block_size}
         bounds |= dict.fromkeys(("table", "cross_table", "sources", "targets"), blocks)
+        bounds["last"] = inputs["token_ids"][0]
         if spec.segments:
             bounds["segments"] = spec.segments
         if spec.max_positions:
