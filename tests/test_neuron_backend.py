@@ -200,16 +200,43 @@ def test_the_emulator_where_it_is_asked_for(machine: Any, monkeypatch: pytest.Mo
     assert runtimes.choose() == "emulator"
 
 
-def test_a_library_compiles_nothing_ahead_of_time(machine: Any, checkpoints: Path) -> None:
-    machine(INF2, TNX)
-    with pytest.raises(BackendError, match="compiles when it loads a model; allowed here: nxd, em"):
-        BACKEND.compile(
-            artifact("llama", checkpoints),
-            instance="inf2.xlarge",
-            tensor_parallel=2,
-            max_batch=None,
-            max_tokens=64,
-        )
+def test_a_library_compiles_ahead_of_time_without_cores(
+    machine: Any, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = stand_in()
+    library.install(monkeypatch)
+    machine(Host(), TNX, **{runtimes.VARIABLE: "transformers_neuronx"})
+    folder = artifact("llama", checkpoints).folder
+    on = ["--instance", "inf2.xlarge", "--max-tokens", "64", "--cache", str(tmp_path)]
+    assert run(["compile", str(folder), "--tensor-parallel", "2", *on]) == 0
+    assert os.environ["NEURON_PLATFORM_TARGET_OVERRIDE"] == "inf2"
+    assert environment.CORES not in os.environ
+    assert "base.NeuronModelBase.cpu_compile" in library.names()
+    machine(INF2, TNX, LMI_MULTI_NEURON_CACHE=str(tmp_path))
+    library.calls.clear()
+    load(folder, backend="neuron", tensor_parallel=2, max_tokens=64).close()
+    assert "base.NeuronModelBase.load" in library.names()
+    assert "base.NeuronModelBase.save" not in library.names()
+
+
+@pytest.mark.parametrize(
+    ("more", "fault"),
+    [
+        (["--instance", "trn2.48xlarge"], "runs on inf2 and trn1, not on trn2.48xlarge"),
+        (["--instance", "inf2.xlarge", "--quantize", "int8"], "must be None with transformers_n"),
+    ],
+)
+def test_what_a_library_cannot_compile_is_refused_before_it_is_converted(
+    more: list[str],
+    fault: str,
+    machine: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    machine(INF2, TNX, LMI_MULTI_CACHE=str(tmp_path))
+    assert run(["compile", "demo", *more]) != 0
+    assert fault in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_model_through_the_library(

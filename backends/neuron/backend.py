@@ -86,8 +86,14 @@ class NeuronBackend:
                 f"this machine does not tell its instance type; set {INSTANCE}, as inf2.xlarge"
             )
         elif name == runtimes.LIBRARY:
-            return _open_library(
-                artifact, network, instance, tensor_parallel, max_batch, max_tokens
+            from . import transformers_neuronx
+
+            return transformers_neuronx.open_executor(
+                artifact,
+                tensor_parallel,
+                memory=_library_memory(network, instance, tensor_parallel, max_tokens),
+                max_batch=max_batch,
+                max_tokens=max_tokens,
             )
         else:
             limits = sizing.limits_on(network, instance, tensor_parallel, max_batch, max_tokens)
@@ -135,7 +141,8 @@ class NeuronBackend:
         check_sizes(max_batch, max_tokens)
         _check_jobs(jobs)
         check_place(cache)
-        runtimes.open_runtime(runtimes.choose(), on)
+        if runtimes.choose() == runtimes.LIBRARY:
+            _check_library(on, quantize)
 
     def compile(
         self,
@@ -154,6 +161,19 @@ class NeuronBackend:
         _check_jobs(jobs)
         network = Network.of(artifact, str(artifact.folder))
         _check_quantize(network.quantize)
+        if runtimes.choose() == runtimes.LIBRARY:
+            from . import transformers_neuronx
+
+            environment.compile_for(on.name)
+            return transformers_neuronx.compile_ahead_of_time(
+                artifact,
+                tensor_parallel,
+                memory=_library_memory(network, on, tensor_parallel, max_tokens),
+                max_batch=max_batch,
+                max_tokens=max_tokens,
+                where=cache,
+                jobs=jobs,
+            )
         limits = sizing.limits_on(network, on, tensor_parallel, max_batch, max_tokens)
         _check(artifact.spec, tensor_parallel)
         place = open_cache(network, tensor_parallel, limits, cache)
@@ -182,27 +202,21 @@ def _cores(host: devices.Host, instance: Instance | None) -> str:
     return f"{instance.name}: {cores}, {usable}, tensor_parallel {degrees}"
 
 
-def _open_library(
-    artifact: Artifact,
-    network: Network,
-    instance: Instance,
-    degree: int,
-    max_batch: int | None,
-    max_tokens: int | None,
-) -> Executor:
-    from . import transformers_neuronx
-
-    if instance.name.startswith("trn2"):
-        raise BackendError(f"{runtimes.LIBRARY} runs on inf2 and trn1, not on {instance.name}")
+def _library_memory(
+    network: Network, instance: Instance, degree: int, max_tokens: int | None
+) -> int:
+    """Bytes of each core for the cache of transformers-neuronx. Raises as `sizing.limits_on`."""
+    _check_library(instance, network.quantize)
     sizing.limits_on(network, instance, degree, 1, max_tokens)  # says what does not fit
     option = estimate(network, instance, network.dtype, network.quantize, degree, max_tokens)
-    return transformers_neuronx.open_executor(
-        artifact,
-        degree,
-        memory=option.cache_bytes,
-        max_batch=max_batch,
-        max_tokens=max_tokens,
-    )
+    return option.cache_bytes
+
+
+def _check_library(instance: Instance, quantize: str | None) -> None:
+    if instance.name.startswith("trn2"):
+        raise BackendError(f"{runtimes.LIBRARY} runs on inf2 and trn1, not on {instance.name}")
+    if quantize is not None:
+        raise BackendError(f"quantize is {quantize!r}, must be None with {runtimes.LIBRARY}")
 
 
 def _check(spec: ModelSpec, degree: int) -> None:

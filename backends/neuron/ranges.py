@@ -127,7 +127,7 @@ class Ranges:
             case "compare", [x, y] if "direction=LT" in i.rest:
                 return Interval(int(x.high < y.low), int(x.low < y.high))
             case "select", [which, x, y]:
-                return {(0, 0): y, (1, 1): x}.get(which.ends, x | y)
+                return y if which.high == 0 else x if which.low == 1 else x | y
             case _:
                 return ANY
 
