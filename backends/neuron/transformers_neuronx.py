@@ -56,7 +56,7 @@ def open_executor(
     folder = exported(artifact, port)
     cache = _cache(artifact, degree, limits) if port.reads_prompts else None
     try:
-        make = _maker(artifact, port, limits, degree, folder)
+        make = opener(artifact, port, limits, degree, folder)
         model = to_cores(make, cache, key_of(port, limits, degree, artifact.dtype))
     except LmiError:
         raise
@@ -88,7 +88,7 @@ def compile_ahead_of_time(
     limits = plan_rows(artifact, port, degree, memory, max_batch, max_tokens)
     cache, folder = _cache(artifact, degree, limits, where), exported(artifact, port)
     try:
-        make = _maker(artifact, port, limits, degree, folder, jobs)
+        make = opener(artifact, port, limits, degree, folder, jobs)
         total, hit = compile_ahead(make, cache, key_of(port, limits, degree, artifact.dtype))
     except LmiError:
         raise
@@ -103,7 +103,7 @@ def _cache(
     return open_cache(Network.of(artifact, str(artifact.folder)), degree, limits, where)
 
 
-def _maker(
+def opener(
     artifact: Artifact,
     port: Port,
     limits: Limits,
