@@ -52,6 +52,18 @@ class NeuronBackend:
         by = f"{runtimes.choose()} on SDK 2.{sdk.installed().release}"
         return Availability("neuron", True, f"{cores}, by {by}", devices=host.devices)
 
+    def check_load(
+        self, *, tensor_parallel: int, pipeline_parallel: int, quantize: str | None
+    ) -> None:
+        """See `Backend.check_load`: the degrees are the instance's, where that is known."""
+        _check_stages(pipeline_parallel)
+        _check_quantize(quantize)
+        name, instance = runtimes.choose(), _instance()
+        if instance is not None:
+            instances.check(None, instance, tensor_parallel)
+            if name == runtimes.LIBRARY:
+                _check_library(instance, quantize)
+
     def load(
         self,
         artifact: Artifact,
@@ -63,11 +75,7 @@ class NeuronBackend:
         memory_share: float | None = None,
     ) -> Executor:
         """See `Backend.load`. Raises BackendError for what a runtime cannot carry."""
-        if pipeline_parallel != 1:
-            raise BackendError(
-                f"pipeline_parallel is {pipeline_parallel}; allowed on NeuronCores: 1, with a "
-                "higher tensor_parallel"
-            )
+        _check_stages(pipeline_parallel)
         if memory_share is not None:
             raise OptionError(
                 f"memory_share is {memory_share!r}, must be None on NeuronCores, whose memory the "
@@ -133,6 +141,7 @@ class NeuronBackend:
         quantize: str | None = None,
         cache: str | Path | None = None,
         jobs: int | None = None,
+        network: Network | None = None,
     ) -> None:
         """See `AheadOfTime.check`."""
         on = instances.find(instance)
@@ -143,6 +152,10 @@ class NeuronBackend:
         check_place(cache)
         if runtimes.choose() == runtimes.LIBRARY:
             _check_library(on, quantize)
+        if network is not None:
+            _check_quantize(network.quantize)
+            sizing.limits_on(network, on, tensor_parallel, max_batch, max_tokens)
+            _check(network.spec, tensor_parallel)
 
     def compile(
         self,
@@ -226,6 +239,14 @@ def _check(spec: ModelSpec, degree: int) -> None:
             "know; the neuron backend runs linear, llama3, yarn or none"
         )
     check_degree(spec, degree)
+
+
+def _check_stages(count: int) -> None:
+    if count != 1:
+        raise BackendError(
+            f"pipeline_parallel is {count}; allowed on NeuronCores: 1, with a higher "
+            "tensor_parallel"
+        )
 
 
 def _check_jobs(jobs: int | None) -> None:
