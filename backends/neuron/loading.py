@@ -51,8 +51,9 @@ def open_cache(
     spec, tensors = network.spec, sorted(network.tensors)
     model = json.dumps([spec.to_dict(), network.dtype, network.quantize, tensors])
     digest = hashlib.sha256(model.encode()).hexdigest()[:12]
+    name = f"{spec.family}-{digest}-"
     sizes = f"tp{degree}-{limits.max_batch}x{limits.max_tokens}"
-    return Cache.at(place, f"{spec.family}-{digest}-{sizes}")
+    return Cache.at(place, name + sizes, name)
 
 
 def open_module(network: Network, degree: int, limits: Limits) -> StaticModel:

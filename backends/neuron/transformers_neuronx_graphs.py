@@ -61,6 +61,7 @@ def to_cores(make: Callable[[], Any], cache: Cache | None, key: Key) -> Any:
         logger.warning("%s/%s has other graphs than %s builds: not used", cache, key.name, LIBRARY)
     elif cache is not None:
         logger.info("graphs are not cached and compiled now; `lmi-multi compile` does so ahead")
+        cache.tell_others()
     model = make()
     model.to_neuron()
     if cache is not None:
