@@ -19,6 +19,7 @@ from lmi_multi.engine.batch import Passage, Prompt
 from lmi_multi.errors import BackendError, LmiError, OptionError
 from lmi_multi.model import Model
 from tests.neuron_models import (
+    BF16_ERROR,
     DEGREES,
     LARGEST_ERROR,
     LIMITS,
@@ -88,12 +89,37 @@ def test_scores_and_embeddings_are_those_of_the_cpu(family: str, checkpoints: Pa
     torch.testing.assert_close(ours.encode(prompts)[0], cpu.encode(prompts)[0], atol=2e-4, rtol=0)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "t5", "bloom"])
-def test_int8_weights(family: str, checkpoints: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "degree"),
+    [("gpt2", n) for n in DEGREES] + [("t5", 2), ("t5", 4), ("bloom", 2), ("llama", 4)],
+)
+def test_int8_weights(family: str, degree: int, checkpoints: Path) -> None:
     opened = artifact(family, checkpoints, quantize="int8")
     batch = batches(opened.spec.kind)[0]
-    mine, theirs = emulated(opened, 2).logits(batch), on_cpu(opened).logits(batch)
-    assert (mine - theirs).abs().max().item() <= LARGEST_ERROR
+    mine, theirs = emulated(opened, degree).logits(batch), on_cpu(opened).logits(batch)
+    worst = (mine - theirs).abs().max().item()
+    print(f"{family} int8 TP {degree}: {worst:.1e}")
+    assert worst <= LARGEST_ERROR
+
+
+@pytest.mark.parametrize(
+    ("family", "degree"), [(family, 2) for family in WIDE] + [("llama", 4), ("t5", 8)]
+)
+def test_bf16(family: str, degree: int, checkpoints: Path) -> None:
+    """Beside the CPU's float32, over a prefill and a cached step, or an encoder's output."""
+    exact, ours = (
+        on_cpu(artifact(family, checkpoints)),
+        emulated(artifact(family, checkpoints, dtype="bf16"), degree),
+    )
+    if family == "bert":
+        prompts = [Prompt(ids(n, n), [i % 2 for i in range(n)]) for n in (11, 40)]
+        pairs = [tuple(executor.encode(prompts)[0] for executor in (ours, exact))]
+    else:
+        kind = artifact(family, checkpoints).spec.kind
+        pairs = [(ours.logits(batch), exact.logits(batch)) for batch in batches(kind)[:2]]
+    worst = max(((mine - theirs).norm() / theirs.norm()).item() for mine, theirs in pairs)
+    print(f"{family} bf16 TP {degree}: {worst:.1e}")
+    assert worst <= BF16_ERROR
 
 
 @pytest.mark.parametrize("family", ["bloom", "t5"])
