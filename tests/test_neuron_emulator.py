@@ -122,7 +122,7 @@ def test_bf16(family: str, degree: int, checkpoints: Path) -> None:
     assert worst <= BF16_ERROR
 
 
-@pytest.mark.parametrize("family", ["bloom", "t5"])
+@pytest.mark.parametrize("family", ["bloom", "llama", "t5"])
 def test_every_rank_traces_the_same_graph(family: str, checkpoints: Path) -> None:
     from lmi_multi.backends.neuron import lint
     from lmi_multi.backends.neuron.buckets import Buckets, Kind
@@ -134,16 +134,17 @@ def test_every_rank_traces_the_same_graph(family: str, checkpoints: Path) -> Non
     opened = artifact(family, checkpoints)
     spec = opened.spec
     lowerings = []
-    for rank in range(2):
-        tensors = opened.load_rank(rank, 2) | rank_data(spec, rank, 2)
-        module = StaticModel(spec, tensors, TraceCollectives(2), 40, 8)
-        lowerings.append(Lowering(module, module.state_names, 2))
+    for rank in range(4):
+        tensors = opened.load_rank(rank, 4) | rank_data(spec, rank, 4)
+        module = StaticModel(spec, tensors, TraceCollectives(4), 40, 8)
+        lowerings.append(Lowering(module, module.state_names, 4))
     buckets = Buckets.of(spec, LIMITS, 40)
     encoded = buckets.encoded[0] if buckets.encoded else 0
     for trace in [buckets.decode(2, 1, 32, encoded, kind) for kind in Kind]:
         graphs = [lowering.lower(trace) for lowering in lowerings]
-        lint.check(graphs[0], 2, trace.bounds)
-        lint.check_same(*graphs)
+        lint.check(graphs[0], 4, trace.bounds)
+        for other in graphs[1:]:
+            lint.check_same(graphs[0], other)
 
 
 class Pinned(torch.nn.Module):
