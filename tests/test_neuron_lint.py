@@ -142,6 +142,7 @@ SCATTER += "scatter_dims_to_operand_dims={{0}}, index_vector_dim=1, to_apply=Add
         (["f.1 = f32[4]{0} convert(p1.6)", "x.1 = s64[4]{0} convert(f.1)"], "-inf", "inf"),
         (["x.1 = s64[4]{0} remainder(p1.6, p1.6)"], "-inf", "inf"),
         (["x.1 = s64[40]{0} constant({...})"], "-inf", "inf"),
+        (["c.1 = s64[] constant(400000000)", "x.1 = s64[] multiply(p1.6, c.1)"], "-inf", "inf"),
         (["c.1 = s64[2]{0} constant({3, 9})", "x.1 = s64[6]{0} concatenate(p1.6, c.1)"], 0, 9),
     ],
 )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import inf
+from math import inf, isfinite
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _KEEPING = frozenset(
     ("broadcast", "reshape", "transpose", "slice", "concatenate", "reverse", "copy")
 )
+_WIDEST = 2**31 - 1
 _WHOLE = re.compile(r"(pred|[su]\d+)\[")
 
 
@@ -90,6 +91,8 @@ class Ranges:
             return ANY
         operands = [self._found.get(name, ANY) for name in i.operands]
         found = self._made(i, operands)
+        if any(abs(end) > _WIDEST and isfinite(end) for end in found.ends):
+            found = ANY  # it may wrap around: the hardware has 32 bits
         return BIT if found == ANY and shape.startswith("pred") else found
 
     def _made(self, i: Instruction, given: Sequence[Interval]) -> Interval:
