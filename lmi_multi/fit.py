@@ -93,6 +93,12 @@ class Network:
         """The same if its source were converted again: to any format."""
         return replace(self, is_artifact=False)
 
+    def converted(self, dtype: DtypeName | None, quantize: QuantizeName | None) -> Network:
+        """As it would be converted, with None for its own dtype; an artifact stays as it is."""
+        if self.is_artifact:
+            return self
+        return replace(self, dtype=dtype or self.dtype, quantize=quantize)
+
     def stored(self) -> list[Stored]:
         """The tensors in the source's own format."""
         return stored_tensors(self.spec, self.tensors, self.dtype, self.quantize)

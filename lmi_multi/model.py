@@ -124,7 +124,11 @@ def load(
         if not foreign.is_declared(found.folder):
             return _load_foreign(found.folder, backend, dtype, max_tokens)
     chosen = backends.select(backend)
+    check_options(dtype, quantize, tensor_parallel)
     job = torchrun.job(tensor_parallel, pipeline_parallel)
+    chosen.check_load(
+        tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel, quantize=quantize
+    )
     try:
         artifact = open_or_convert(
             found,

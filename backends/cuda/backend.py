@@ -51,6 +51,13 @@ class CudaBackend:
         how = f"plain torch, compiled kernels are {missing}" if missing else "compiled kernels"
         return Availability("cuda", True, how, devices=names)
 
+    def check_load(
+        self, *, tensor_parallel: int, pipeline_parallel: int, quantize: str | None
+    ) -> None:
+        """See `Backend.check_load`. Raises CapacityError for fewer GPUs than ranks."""
+        if type(pipeline_parallel) is int:
+            _devices(Grid(tensor_parallel, pipeline_parallel))
+
     def load(
         self,
         artifact: Artifact,

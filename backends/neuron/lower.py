@@ -113,7 +113,7 @@ class Lowering:
         """The graph of a trace, linted, and traced again as the last rank, which must make no
         difference. Raises BackendError that names it."""
         graph = self._trace(trace, 0)
-        lint.check(graph, self._ranks)
+        lint.check(graph, self._ranks, trace.bounds)
         if self._ranks > 1:
             lint.check_same(graph, self._trace(trace, self._ranks - 1))
         return graph
