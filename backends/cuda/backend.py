@@ -131,8 +131,11 @@ def _open(
     stage = artifact.stages(grid.pipeline)[grid.stage_of(rank)]
     names = stage.tensors(tensor.name for tensor in artifact.stored)
     tensors = load_rank(artifact, grid.slice_of(rank), grid.tensor, device, names)
-    collectives = connect(grid, rank, stage)
-    if kernels.missing():
-        return TorchExecutor(artifact.spec, tensors, limits, Reference(), collectives)
+    peers = connect(grid, rank, stage)
+    missing = kernels.missing()
+    if peers.least(not missing) == 0:  # on any host: ranks work alike
+        if not missing:
+            log.warning("rank %d does without compiled kernels, as another rank has none", rank)
+        return TorchExecutor(artifact.spec, tensors, limits, Reference(), peers)
     scratch = Scratch(device, limits.max_batch * artifact.spec.heads)
-    return CudaExecutor(artifact.spec, tensors, limits, scratch, collectives)
+    return CudaExecutor(artifact.spec, tensors, limits, scratch, peers)

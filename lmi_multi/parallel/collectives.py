@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
 import torch
@@ -12,6 +14,8 @@ from lmi_multi import progress
 from lmi_multi.parallel.pipeline import OneStage, Pipeline
 
 _ONE_STAGE = OneStage()
+# Into one tensor; torch 2.13 has renamed it.
+_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class Collectives(Protocol):
@@ -29,11 +33,33 @@ class Collectives(Protocol):
     def size(self) -> int:
         """How many ranks share these layers."""
 
+    @property
+    def alone(self) -> bool:
+        """Whether there is nobody to exchange anything with: nothing needs to be called then."""
+
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum of every rank's x; same shape and dtype on every rank."""
+        """The sum of every rank's x; same shape and dtype on every rank. x may be overwritten."""
 
     def all_gather(self, x: Tensor) -> Tensor:
         """Every rank's x [..., n], concatenated in rank order: [..., size * n]."""
+
+
+class Peers(Collectives, Protocol):
+    """Collectives of ranks that capture their steps together, and go on by themselves."""
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a CUDA graph can hold what they exchange."""
+
+    def broadcast(self, x: Tensor) -> Tensor:
+        """Rank 0's x, which has the same shape and dtype on every rank; x is overwritten."""
+
+    def least(self, number: int) -> int:
+        """The least of every rank's numbers; the host waits for it. No graph can hold this."""
+
+    def muted(self) -> AbstractContextManager[None]:
+        """Within it tensors take the shapes and the memory that they would, and nothing is
+        exchanged; but for `least`."""
 
 
 class SingleRank:
@@ -41,6 +67,7 @@ class SingleRank:
 
     rank = 0
     size = 1
+    alone = capturable = True
 
     def __init__(self, pipeline: Pipeline = _ONE_STAGE) -> None:
         self.pipeline = pipeline
@@ -53,9 +80,26 @@ class SingleRank:
         """x itself."""
         return x
 
+    def broadcast(self, x: Tensor) -> Tensor:
+        """x itself."""
+        return x
+
+    def least(self, number: int) -> int:
+        """The number itself."""
+        return number
+
+    def muted(self) -> AbstractContextManager[None]:
+        """Nothing changes."""
+        return nullcontext()
+
 
 class TorchCollectives:
-    """Collectives of a torch.distributed process group (gloo or NCCL); None: the default one."""
+    """Collectives of a torch.distributed process group (gloo or NCCL); None: the default one.
+
+    With NCCL the device is torch's current one.
+    """
+
+    alone = False
 
     def __init__(
         self, group: dist.ProcessGroup | None = None, pipeline: Pipeline = _ONE_STAGE
@@ -64,22 +108,49 @@ class TorchCollectives:
         self.size = dist.get_world_size(group)
         self.pipeline = pipeline
         self._group = group
-        # gloo adds half types in their own precision: sum in float32 there.
-        self._wide = dist.get_backend(group) == "gloo"
+        gloo = dist.get_backend(group) == "gloo"
+        self.capturable = not gloo  # its messages are the host's affair
+        self._wide = gloo  # it adds half types in their own precision: sum in float32 there
+        self._device = torch.device("cpu" if gloo else "cuda")
+        self._muted = False
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum over ranks, in float32 where the library would round between additions."""
-        total = x.float() if self._wide else x.clone()
-        if total is x:
-            total = x.clone()
-        with progress.waiting():
-            dist.all_reduce(total, group=self._group)
+        total = x.float() if self._wide else x
+        if not self._muted:
+            with progress.waiting():
+                dist.all_reduce(total, group=self._group)
         return total.to(x.dtype)
 
     def all_gather(self, x: Tensor) -> Tensor:
         """Concatenate along the last dimension in rank order."""
-        x = x.contiguous()
-        parts = [torch.empty_like(x) for _ in range(self.size)]
+        parts = x.new_empty((self.size, *x.shape))
+        if self._muted:
+            parts.copy_(x)
+        else:
+            with progress.waiting():
+                _gather(parts.flatten(0, 1), x.contiguous(), self._group)
+        return parts.movedim(0, -2).flatten(-2)
+
+    def broadcast(self, x: Tensor) -> Tensor:
+        """See `Peers.broadcast`."""
+        if not self._muted:
+            with progress.waiting():
+                dist.broadcast(x, group=self._group, group_src=0)
+        return x
+
+    def least(self, number: int) -> int:
+        """See `Peers.least`."""
+        own = torch.tensor([number], device=self._device)
         with progress.waiting():
-            dist.all_gather(parts, x, self._group)
-        return torch.cat(parts, dim=-1)
+            dist.all_reduce(own, dist.ReduceOp.MIN, self._group)
+            return int(own.item())
+
+    @contextmanager
+    def muted(self) -> Iterator[None]:
+        """See `Peers.muted`."""
+        self._muted = True
+        try:
+            yield
+        finally:
+            self._muted = False
