@@ -6,10 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import lmi_multi
 from lmi_multi import backends
+from lmi_multi.checkpoint.artifact import Artifact
+from lmi_multi.model import Model
+from lmi_multi.parallel.collectives import TorchCollectives
+from lmi_multi.parallel.local import LocalRanks
 from tests import tiny_models
+from tests.matrix import SharedRanks
+from tests.test_cuda_graphs import LIMITS, assert_same_as_cpu
 
 pytestmark = pytest.mark.cuda
 
@@ -17,16 +24,21 @@ PROMPTS = [[5, 6, 7], [8], list(range(9, 60))]
 OPTIONS: list[dict[str, Any]] = [{}, {"do_sample": True, "seed": 3}, {"num_beams": 2}]
 
 
+def need(gpus: int, kernels: bool = False) -> None:
+    """Skip where there are fewer, or no compiled kernels."""
+    state = backends.probe("cuda")
+    if not state.ok or (kernels and state.reason != "compiled kernels"):
+        pytest.skip(f"cuda: {state.reason}")
+    if gpus > len(state.devices):
+        pytest.skip(f"cuda: {gpus} GPUs wanted, {len(state.devices)} here")
+
+
 @pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (1, 2), (2, 2)])
 @pytest.mark.parametrize("family", ["t5", "llama"])
 def test_tokens_are_those_of_one_gpu(
     checkpoints: Path, family: str, tensor: int, pipeline: int
 ) -> None:
-    state = backends.probe("cuda")
-    if not state.ok:
-        pytest.skip(f"cuda: {state.reason}")
-    if tensor * pipeline > len(state.devices):
-        pytest.skip(f"cuda: {tensor * pipeline} GPUs wanted, {len(state.devices)} here")
+    need(tensor * pipeline)
     folder = tiny_models.checkpoint(checkpoints, family)
     answers = []
     for ranks in ({}, {"tensor_parallel": tensor, "pipeline_parallel": pipeline}):
@@ -40,3 +52,53 @@ def test_tokens_are_those_of_one_gpu(
                 ]
             )
     assert answers[0] == answers[1]
+
+
+class Shelf:
+    """A rank's executor on a GPU of its own; its collectives are NCCL's even if it is alone."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+        self.device = torch.device("cuda", rank)
+        torch.cuda.set_device(self.device)
+
+    def open(self, folder: Path) -> None:
+        from lmi_multi.backends.cuda.executor import CudaExecutor
+        from lmi_multi.backends.cuda.kernels import missing
+        from lmi_multi.backends.cuda.ops import Scratch
+
+        assert not missing()
+        artifact = Artifact.open(folder)
+        loaded = artifact.load_rank(self.rank, self.size)
+        tensors = {name: tensor.to(self.device) for name, tensor in loaded.items()}
+        scratch = Scratch(self.device)
+        self.executor = CudaExecutor(artifact.spec, tensors, LIMITS, scratch, TorchCollectives())
+
+    def use(self, method: str, *arguments: Any) -> Any:
+        return getattr(self.executor, method)(*arguments)
+
+    def captured(self) -> tuple[int, int]:
+        """How many graphs there are, of steps and of prefills, all of which could be had."""
+        opened = self.executor
+        assert opened._fed and opened._ahead and opened._prefill_graphs
+        steps = opened._fed._captured | opened._ahead._graphs._captured
+        prefills = opened._prefill_graphs._captured
+        assert all(steps.values()) and all(prefills.values())
+        return len(steps), len(prefills)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("family", ["t5", "gpt2", "bloom", "gptj", "llama"])
+def test_captured_steps_over_nccl(checkpoints: Path, family: str, count: int) -> None:
+    """Greedy and sampled, rows that come and go. One GPU suffices to see whether NCCL's calls can
+    be captured at all: a world of one, with nothing left out that several would say."""
+    need(count, kernels=True)
+    ranks = LocalRanks(count, Shelf, "nccl")
+    try:
+        artifact = tiny_models.artifact(checkpoints, family)
+        model = Model(artifact, "cuda", SharedRanks(ranks, artifact.folder, LIMITS))
+        assert_same_as_cpu(checkpoints, family, model)
+        steps, prefills = ranks.call("captured")
+        assert steps > 8 and prefills
+    finally:
+        ranks.close()
