@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +58,16 @@ def test_tokens_are_those_of_one_gpu(
 class Shelf:
     """A rank's executor on a GPU of its own; its collectives are NCCL's even if it is alone."""
 
-    def __init__(self, rank: int, size: int) -> None:
+    def __init__(self, near: bool, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
         self.device = torch.device("cuda", rank)
         torch.cuda.set_device(self.device)
+        self.peers = TorchCollectives()
+        if near:
+            from lmi_multi.backends.cuda.near import connect_memory
+
+            connect_memory(self.peers, self.device)
+            assert self.peers.near is not None, "see the log: why not"
 
     def open(self, folder: Path) -> None:
         from lmi_multi.backends.cuda.executor import CudaExecutor
@@ -72,7 +79,7 @@ class Shelf:
         loaded = artifact.load_rank(self.rank, self.size)
         tensors = {name: tensor.to(self.device) for name, tensor in loaded.items()}
         scratch = Scratch(self.device)
-        self.executor = CudaExecutor(artifact.spec, tensors, LIMITS, scratch, TorchCollectives())
+        self.executor = CudaExecutor(artifact.spec, tensors, LIMITS, scratch, self.peers)
 
     def use(self, method: str, *arguments: Any) -> Any:
         return getattr(self.executor, method)(*arguments)
@@ -87,13 +94,14 @@ class Shelf:
         return len(steps), len(prefills)
 
 
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize(("count", "near"), [(1, False), (2, False), (2, True)])
 @pytest.mark.parametrize("family", ["t5", "gpt2", "bloom", "gptj", "llama"])
-def test_captured_steps_over_nccl(checkpoints: Path, family: str, count: int) -> None:
-    """Greedy and sampled, rows that come and go. One GPU suffices to see whether NCCL's calls can
-    be captured at all: a world of one, with nothing left out that several would say."""
+def test_captured_steps_over_nccl(checkpoints: Path, family: str, count: int, near: bool) -> None:
+    """Greedy and sampled, rows that come and go; sums by NCCL or, `near`, over peer memory. One GPU
+    suffices to see whether NCCL's calls can be captured at all: a world of one, with nothing left
+    out that several would say."""
     need(count, kernels=True)
-    ranks = LocalRanks(count, Shelf, "nccl")
+    ranks = LocalRanks(count, partial(Shelf, near), "nccl")
     try:
         artifact = tiny_models.artifact(checkpoints, family)
         model = Model(artifact, "cuda", SharedRanks(ranks, artifact.folder, LIMITS))

@@ -116,6 +116,7 @@ class CudaExecutor(TorchExecutor):
             fed = {rows[i].blocks[-1]: t or 0 for i, t in zip(going, given, strict=True)}
             begun.fed = [fed[row.blocks[-1]] for row in begun.rows]
         self._flight = begun
+        self._peers.check()
         return StepResult([found[i] for i in sorted(found)])
 
     def _agreed(
@@ -132,17 +133,23 @@ class CudaExecutor(TorchExecutor):
     def logits(self, batch: Batch) -> Tensor:
         """See `Executor.logits`."""
         self._join()
-        return super().logits(batch)
+        found = super().logits(batch)
+        self._peers.check()
+        return found
 
     def encode(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor | None]:
         """See `Executor.encode`."""
         self._join()
-        return super().encode(prompts)
+        found = super().encode(prompts)
+        self._peers.check()
+        return found
 
     def score(self, passages: Sequence[Passage]) -> Tensor:
         """See `Executor.score`."""
         self._join()
-        return super().score(passages)
+        found = super().score(passages)
+        self._peers.check()
+        return found
 
     def _join(self) -> None:
         """Let the caller's stream wait for the step under way: it may be on another caller's, and
