@@ -74,6 +74,28 @@ class Shelf:
                 right.append(torch.equal(x.cpu(), self.expected(number, elements, dtype)))
         return self.agree(*right)
 
+    def residuals(self) -> bool:
+        """residual + (sum + bias), in float32 and rounded once; with no bias, and with residuals of
+        another type."""
+        assert self.peers.near is not None
+        right = []
+        for number, (rows, features) in enumerate(((1, 2), (1, 768), (7, 1022), (16, 4096))):
+            for dtype, wide in ((d, w) for d in DTYPES for w in (d, torch.float32)):
+                for biased in (True, False):
+                    x = part(self.rank, number, rows * features, dtype).view(rows, features)
+                    residual = part(7, number, rows * features, wide).view(rows, features)
+                    bias = part(8, number, features, dtype)
+                    total = torch.zeros(rows, features)
+                    for rank in range(self.size):
+                        total += part(rank, number, rows * features, dtype).view_as(x).float()
+                    total = total + bias.float() if biased else total
+                    expected = (residual.float() + total).to(wide)
+                    found = residual.to(self.device)
+                    own = bias.to(self.device) if biased else None
+                    assert self.peers.near.sum(x.to(self.device), found, own)
+                    right.append(torch.equal(found.cpu(), expected))
+        return self.agree(*right)
+
     def refused(self) -> list[bool]:
         """What the kernel does not cover: nothing is done then, so one rank can ask alone."""
         near = self.peers.near
@@ -86,7 +108,14 @@ class Shelf:
             torch.ones(8, dtype=torch.float64, device=self.device),
             torch.ones(0, device=self.device),
         ]
-        return [near.sum(x) for x in others]
+        x, odd = others[0][:6].clone(), torch.ones(3, dtype=torch.float16, device=self.device)
+        return [
+            *(near.sum(x) for x in others),
+            near.sum(x, x[:4].clone()),  # residual of another size
+            near.sum(x, None, x.clone()),  # bias without residual
+            near.sum(x, x.clone(), x[:4].clone()),  # no whole rows
+            near.sum(x.half(), x.half(), odd),  # a word would be of two rows
+        ]
 
     def many(self, count: int) -> bool:
         """One after another of changing sizes, while ranks run ahead of each other by turns."""
@@ -154,8 +183,12 @@ def test_sums(two: LocalRanks) -> None:
     assert two.call("sums")
 
 
+def test_residuals(two: LocalRanks) -> None:
+    assert two.call("residuals")
+
+
 def test_what_is_not_covered(two: LocalRanks) -> None:
-    assert two.call("refused") == [False] * 6
+    assert two.call("refused") == [False] * 10
 
 
 def test_many_sums(two: LocalRanks) -> None:

@@ -66,7 +66,10 @@ class Shelf:
     def open_inbox(self, handle: Tensor, device: int) -> int:
         return 100 + int(handle[63]) - 1
 
-    def all_reduce(self, x: Tensor, inboxes: Tensor, rank: int, patience: int, _: Tensor) -> bool:
+    def all_reduce(
+        self, x: Tensor, residual: Tensor | None, bias: Tensor | None, inboxes: Tensor, rank: int,
+        patience: int, _: Tensor,
+    ) -> bool:  # fmt: skip
         assert inboxes.tolist() == [100 + r for r in range(self.size)]
         assert rank == self.rank
         assert patience in (10 * 10**9, 60 * 10**9)
@@ -74,7 +77,11 @@ class Shelf:
             return False
         total = x.float()
         dist.all_reduce(total)
-        x.copy_(total)
+        if residual is None:
+            x.copy_(total)
+        else:
+            assert bias is not None
+            residual += total + bias
         return True
 
     def use(self, peers: TorchCollectives) -> None:
@@ -90,9 +97,17 @@ class Shelf:
             found = peers.all_reduce(torch.full((elements,), self.rank + 0.5))
             assert found.tolist() == [sum(r + 0.5 for r in range(self.size))] * elements
         assert calls == [16, 2**19]
+        for rows in (2, 2**16):
+            x = torch.full((rows, 2), self.rank + 0.5)
+            residual, bias = torch.tensor([[10.0, 20.0]] * rows), torch.tensor([1.0, 2.0])
+            total = peers.add_reduced(residual, x, bias)
+            assert total.tolist() == [[13, 24]] * rows
+        assert calls[2:4] == [16, 2**19]
+        calls.clear()
         with peers.muted():
             assert peers.all_reduce(torch.ones(4)).tolist() == [1] * 4
-        assert len(calls) == 2
+            assert peers.add_reduced(torch.ones(1, 2), torch.ones(1, 2), None).tolist() == [[2, 2]]
+        assert not calls
         peers.check()
         self.flag[0] = 1
         with pytest.raises(
@@ -147,8 +162,8 @@ def wrong_sum(shelf: Shelf) -> None:
 
     def wrong(x: Tensor, *others: Any) -> bool:
         done = right(x, *others)
-        if len(x) == 5122 and x.dtype == torch.float16:
-            x[5121] += 1
+        if len(x) == 5124 and x.dtype == torch.float16:
+            x[5123] += 1
         return done
 
     shelf.kernels.all_reduce = wrong
@@ -194,7 +209,7 @@ OTHER = "another rank has found a reason"
             wrong_sum,
             "WARNING",
             OTHER,
-            "these came out differently: " + ", ".join(["5122 elements of torch.float16"] * 3),
+            "these came out differently: " + ", ".join(["5124 elements of torch.float16"] * 3),
         ),
         (late_peer, "WARNING", OTHER, "rank 1 waited for another GPU's part of a sum for 10 s"),
     ],

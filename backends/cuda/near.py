@@ -1,9 +1,9 @@
 """Small sums between the GPUs of one host, by a kernel over each other's memory.
 
 NCCL takes some 12 us in a graph for the few KiB that a step sums up twice a layer (two H200); the
-kernel (csrc/all_reduce.cu) writes them straight to where they are wanted. Whether that can be done, ranks find out together when
-they load: all have opened all others' memory, and sums of every kind have come out as NCCL's have.
-Else they stay with NCCL.
+kernel (csrc/all_reduce.cu) writes them straight to where they are wanted, and adds the residual.
+Whether that can be done, ranks find out together when they load: all have opened all others'
+memory, and sums of every kind have come out as NCCL's have. Else they stay with NCCL.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ HANDLE_BYTES = 64
 CHECK_SECONDS = 10.0  # for a peer to come to a sum while ranks load
 # Elements of the sums that are checked: one block's and many, with and without a rest; and so often
 # that both halves of the memory are used again.
-CHECKED = (2, 1000, 4096, 5122, 65536) * 3
+CHECKED = (4, 1000, 4096, 5124, 65536) * 3
 
 log = logging.getLogger(__name__)
 
@@ -53,11 +53,13 @@ class PeerMemory:
         self._inboxes, self._rank, self.seconds = inboxes, rank, seconds
         self._failed = host_flag()
 
-    def sum(self, x: Tensor) -> bool:
-        """See `Near.sum`: contiguous float32, float16 and bfloat16, up to 256 KiB in pieces of 4
-        bytes. Added up in float32 in the order of ranks: the same bits on all of them."""
+    def sum(self, x: Tensor, residual: Tensor | None = None, bias: Tensor | None = None) -> bool:
+        """See `Near.sum`: contiguous float32, float16 and bfloat16, each of its own; x of up to
+        256 KiB, and rows of whole pieces of 4 bytes. Added up in float32 in the order of ranks and
+        rounded once: the same bits on all of them."""
+        patience = int(self.seconds * 1e9)
         done: bool = torch.ops.lmi_multi.all_reduce(
-            x, self._inboxes, self._rank, int(self.seconds * 1e9), self._failed
+            x, residual, bias, self._inboxes, self._rank, patience, self._failed
         )
         return done
 
@@ -152,9 +154,16 @@ def _checked(memory: PeerMemory, peers: TorchCollectives, device: torch.device) 
     for elements in CHECKED:
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             own = torch.randint(-8, 9, (elements,), generator=chance).to(device, dtype)
-            expected = peers.all_reduce(own.clone())
-            if not memory.sum(own) or not torch.equal(own, expected):
+            total, found = peers.all_reduce(own.clone()), own.clone()
+            if not memory.sum(found) or not torch.equal(found, total):
                 wrong.append(f"{elements} elements of {dtype}")
+            bias = total[: elements // 2]
+            for wide in (dtype, torch.float32):
+                residual = total.to(wide, copy=True).view(2, -1)
+                expected = residual + (total.view(2, -1) + bias)
+                done = memory.sum(own.clone().view(2, -1), residual, bias)
+                if not done or not torch.equal(residual, expected):
+                    wrong.append(f"{elements} elements of {dtype} on {wide}")
     try:
         memory.check()
     except RankError as error:

@@ -71,6 +71,11 @@ class TraceCollectives:
         total: Tensor = xm.all_reduce(xm.REDUCE_SUM, x.float(), groups=self._groups)
         return total.to(x.dtype)
 
+    def add_reduced(self, residual: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+        """See `Collectives.add_reduced`."""
+        total = self.all_reduce(x)
+        return residual + (total if bias is None else total + bias)
+
     def all_gather(self, x: Tensor) -> Tensor:
         """Concatenate along the last dimension in rank order."""
         if self.size == 1:

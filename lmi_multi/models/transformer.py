@@ -172,5 +172,4 @@ class Transformer:
         if self.collectives.alone:
             return self.ops.linear_residual(x, linear, residual)
         partial = self.ops.linear(x, Linear(linear.weight, None, linear.scale))
-        total = self.collectives.all_reduce(partial)
-        return residual + (total if linear.bias is None else total + linear.bias)
+        return self.collectives.add_reduced(residual, partial, linear.bias)

@@ -40,6 +40,10 @@ class Collectives(Protocol):
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of every rank's x; same shape and dtype on every rank. x may be overwritten."""
 
+    def add_reduced(self, residual: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+        """residual + (the sum of every rank's x + bias): x and residual [tokens, features], which
+        may be overwritten, bias [features]."""
+
     def all_gather(self, x: Tensor) -> Tensor:
         """Every rank's x [..., n], concatenated in rank order: [..., size * n]."""
 
@@ -80,6 +84,10 @@ class SingleRank:
         """x itself."""
         return x
 
+    def add_reduced(self, residual: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+        """See `Collectives.add_reduced`."""
+        return residual + (x if bias is None else x + bias)
+
     def all_gather(self, x: Tensor) -> Tensor:
         """x itself."""
         return x
@@ -103,9 +111,10 @@ class SingleRank:
 class Near(Protocol):
     """A faster way between ranks that are near each other."""
 
-    def sum(self, x: Tensor) -> bool:
-        """Make x the sum of every rank's. False, with nothing done, if it does not cover x; as all
-        ranks' have the same shape and type, they all say the same."""
+    def sum(self, x: Tensor, residual: Tensor | None = None, bias: Tensor | None = None) -> bool:
+        """Make x the sum of every rank's; or, if there is a residual, make that what
+        `Collectives.add_reduced` says. False, with nothing done, if it does not cover them; as all
+        ranks' have the same shapes and types, they all say the same."""
 
     def check(self) -> None:
         """See `Peers.check`."""
@@ -142,6 +151,13 @@ class TorchCollectives:
             with progress.waiting():
                 dist.all_reduce(total, group=self._group)
         return total.to(x.dtype)
+
+    def add_reduced(self, residual: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+        """See `Collectives.add_reduced`."""
+        if self.near is not None and not self._muted and self.near.sum(x, residual, bias):
+            return residual
+        total = self.all_reduce(x)
+        return residual + (total if bias is None else total + bias)
 
     def all_gather(self, x: Tensor) -> Tensor:
         """Concatenate along the last dimension in rank order."""

@@ -11,7 +11,8 @@
 // Marks count a block's turns. They live on the device, so that a CUDA graph can hold the kernel; and
 // as blocks have the same words in messages of all sizes, no block has to know of the others.
 //
-// Every rank adds in the order of ranks, in float32: the sums have the same bits everywhere.
+// Every rank adds in the order of ranks, in float32, and rounds once: the sums have the same bits
+// everywhere.
 #include "all_reduce.h"
 
 namespace lmi {
@@ -42,12 +43,14 @@ __device__ inline unsigned long long now() {
 __device__ inline unsigned after(unsigned mark) { return mark == ~0u ? 2 : mark + 1; }
 
 template <typename T>
-__device__ inline void add(float2& sum, unsigned bits) {
+constexpr int OF_WORD = 4 / sizeof(T);  // elements
+
+template <typename T>
+__device__ inline float2 unpacked(unsigned bits) {
   if constexpr (std::is_same_v<T, float>) {
-    sum.x += __uint_as_float(bits);
+    return {__uint_as_float(bits), 0};
   } else {
-    const float2 pair = widen(*reinterpret_cast<const typename TwoOf<T>::type*>(&bits));
-    sum.x += pair.x, sum.y += pair.y;
+    return widen(*reinterpret_cast<const typename TwoOf<T>::type*>(&bits));
   }
 }
 
@@ -60,6 +63,27 @@ __device__ inline unsigned packed(float2 sum) {
     return *reinterpret_cast<const unsigned*>(pair);
   }
 }
+
+// As many elements as a word of T has, from `at` on.
+template <typename T>
+__device__ inline float2 load_word(Operand from, int at) {
+  if (!from.data) return {0, 0};
+  return {load(from, at), OF_WORD<T> == 2 ? load(from, at + 1) : 0};
+}
+
+template <typename T>
+__device__ inline void store_word(const AllReduceParams& p, int word, float2 value) {
+  void* to = p.residual ? p.residual : p.x;
+  if (!p.residual || p.residual_type == p.type) {
+    static_cast<unsigned*>(to)[word] = packed<T>(value);
+    return;
+  }
+  const int at = word * OF_WORD<T>;
+  store(to, p.residual_type, at, value.x);
+  if (OF_WORD<T> == 2) store(to, p.residual_type, at + 1, value.y);
+}
+
+__device__ inline float2 plus(float2 a, float2 b) { return {a.x + b.x, a.y + b.y}; }
 
 // One word of every peer, in the order of ranks; this rank's is left out. False if one does not come.
 __device__ inline bool receive(const AllReduceParams& p, unsigned mark, int at,
@@ -94,27 +118,30 @@ __device__ inline bool receive(const AllReduceParams& p, unsigned mark, int at,
 }
 
 template <typename T>
-__global__ void __launch_bounds__(SUM_THREADS) all_reduce_kernel(const AllReduceParams p) {
+__global__ void __launch_bounds__(SUM_THREADS, 1) all_reduce_kernel(const AllReduceParams p) {
   let_next_start();
   wait_for_last();
   const unsigned mark = after(p.own->marks[blockIdx.x]);
   if (p.own->broken) return;  // do not wait for ever in all that follows
   const int at = blockIdx.x * SUM_THREADS + threadIdx.x;
   if (at < p.words) {
-    unsigned* place = static_cast<unsigned*>(p.x) + at;
     unsigned bits[MOST_PEERS];
-    const unsigned mine = *place;
+    const unsigned mine = static_cast<const unsigned*>(p.x)[at];
 #pragma unroll
     for (int r = 0; r < MOST_PEERS; ++r) {
       if (r < p.ranks && r != p.rank) send(&p.inboxes[r]->words[mark & 1][p.rank][at], mine, mark);
     }
+    // While words are under way.
+    const int first = at * OF_WORD<T>;
+    const float2 residual = load_word<T>({p.residual, p.residual_type}, first);
+    const float2 bias = load_word<T>(p.bias, first % p.features);
     if (receive(p, mark, at, bits)) {
       float2 sum = {0, 0};
 #pragma unroll
       for (int r = 0; r < MOST_PEERS; ++r) {
-        if (r < p.ranks) add<T>(sum, r == p.rank ? mine : bits[r]);
+        if (r < p.ranks) sum = plus(sum, unpacked<T>(r == p.rank ? mine : bits[r]));
       }
-      *place = packed<T>(sum);
+      store_word<T>(p, at, plus(residual, plus(sum, bias)));
     } else {
       p.own->broken = 1;
       *static_cast<volatile int*>(p.failed) = 1;

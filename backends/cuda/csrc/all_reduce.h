@@ -17,10 +17,14 @@ struct Inbox {
   unsigned broken;                  // a peer was waited for in vain
 };
 
+// Words of x become those of the sum; or, if there is a residual, that becomes residual + (sum + bias).
 struct AllReduceParams {
-  void* x;  // [words]: the rank's part, and in the end the sum
+  void* x;
   Type type;
-  int words, rank, ranks;
+  void* residual;  // as many elements as x has
+  Type residual_type;
+  Operand bias;  // [features]: every row's
+  int features, words, rank, ranks;
   unsigned long long patience;  // nanoseconds to wait for a peer
   int* failed;                  // in host memory: what `broken` says
   Inbox* own;

@@ -40,21 +40,34 @@ int64_t open_inbox(Tensor handle, int64_t device) {
   return static_cast<int64_t>(reinterpret_cast<uintptr_t>(opened));
 }
 
+bool is_whole(const Tensor& tensor) {
+  return is_float(tensor) && tensor.is_cuda() && tensor.is_contiguous() &&
+         reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 4 == 0;
+}
+
 // `inboxes`: int64 on the CPU, the addresses by rank. `failed`: int32 [1] in pinned memory.
-bool run_all_reduce(Tensor x, Tensor inboxes, int64_t rank, int64_t patience, Tensor failed) {
+bool run_all_reduce(Tensor x, Maybe residual, Maybe bias, Tensor inboxes, int64_t rank,
+                    int64_t patience, Tensor failed) {
   const int64_t ranks = inboxes.numel();
-  if (!is_float(x) || !x.is_cuda() || !x.is_contiguous() || !x.numel() || !inboxes.is_cpu() ||
+  if (!is_whole(x) || !x.numel() || !inboxes.is_cpu() ||
       !is_row(inboxes, ScalarType::Long, ranks) || ranks < 2 || ranks > MOST_PEERS || rank < 0 ||
       rank >= ranks || !is_row(failed, ScalarType::Int, 1)) {
     return false;
   }
-  const int64_t bytes = x.numel() * (is_of(x, Type::float32) ? 4 : 2);
-  if (bytes % 4 || bytes / 4 > MOST_WORDS || reinterpret_cast<uintptr_t>(x.data_ptr()) % 4) {
+  const int64_t of_word = is_of(x, Type::float32) ? 1 : 2, features = bias ? bias->numel() : of_word;
+  if (x.numel() % of_word || x.numel() / of_word > MOST_WORDS ||
+      (residual && (!is_whole(*residual) || residual->numel() != x.numel())) ||
+      (bias && (!residual || !is_whole(*bias) || !features || features % of_word ||
+                x.numel() % features))) {
     return false;
   }
   AllReduceParams p{.x = x.data_ptr(),
                     .type = *type_of(x),
-                    .words = static_cast<int>(bytes / 4),
+                    .residual = residual ? residual->data_ptr() : nullptr,
+                    .residual_type = residual ? *type_of(*residual) : *type_of(x),
+                    .bias = operand(bias),
+                    .features = static_cast<int>(features),
+                    .words = static_cast<int>(x.numel() / of_word),
                     .rank = static_cast<int>(rank),
                     .ranks = static_cast<int>(ranks),
                     .patience = static_cast<unsigned long long>(patience),
@@ -78,7 +91,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lmi_multi, m) {
   m.def("make_inbox(Tensor(a!) handle, int device) -> int");
   m.def("open_inbox(Tensor handle, int device) -> int");
   m.def(
-      "all_reduce(Tensor(a!) x, Tensor inboxes, int rank, int patience, Tensor(b!) failed) -> bool");
+      "all_reduce(Tensor(a!) x, Tensor(b!)? residual, Tensor? bias, Tensor inboxes, int rank, "
+      "int patience, Tensor(c!) failed) -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lmi_multi, CPU, m) {
