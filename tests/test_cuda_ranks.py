@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ import torch
 import lmi_multi
 from lmi_multi import backends
 from lmi_multi.checkpoint.artifact import Artifact
+from lmi_multi.errors import RankError
 from lmi_multi.model import Model
 from lmi_multi.parallel.collectives import TorchCollectives
 from lmi_multi.parallel.local import LocalRanks
@@ -110,3 +114,36 @@ def test_captured_steps_over_nccl(checkpoints: Path, family: str, count: int, ne
         assert steps > 8 and prefills
     finally:
         ranks.close()
+
+
+@pytest.mark.parametrize(
+    ("sent", "message", "seconds"),
+    [
+        (signal.SIGKILL, "rank 1 died: killed by SIGKILL", 2),
+        (signal.SIGSTOP, "rank 1 hangs: nothing was heard for 15 s", 20),
+    ],
+)
+@pytest.mark.parametrize("memory", ["1", "0"])
+def test_a_rank_that_fails(
+    monkeypatch: pytest.MonkeyPatch,
+    checkpoints: Path,
+    sent: int,
+    message: str,
+    seconds: float,
+    memory: str,
+) -> None:
+    """While the other one's GPU waits for it in a graph, in NCCL or in a sum over peer memory."""
+    need(2, kernels=True)
+    monkeypatch.setenv("LMI_MULTI_CUDA_PEER_MEMORY", memory)
+    folder = tiny_models.checkpoint(checkpoints, "gpt2")
+    with lmi_multi.load(folder, backend="cuda", tensor_parallel=2, max_batch=2) as model:
+        ranks = model._engine.executor._ranks.ranks  # type: ignore[attr-defined]
+        processes, began = [rank.process for rank in ranks], 0.0
+        with pytest.raises(RankError) as caught:
+            for chunk in model.stream([[5, 6, 7]], max_new_tokens=100, ignore_eos=True):
+                if not began and chunk.token_ids:
+                    os.kill(processes[1].pid, sent)
+                    began = time.monotonic()
+        assert time.monotonic() - began < seconds
+    assert str(caught.value) == message
+    assert not any(process.is_alive() for process in processes)
