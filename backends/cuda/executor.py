@@ -187,7 +187,8 @@ class CudaExecutor(TorchExecutor):
         self._feed(rows, self._fed)
         self._fed.beams.fill(rows)
         found, done = download(step.replay()[: len(rows) // kind.width])
-        done.synchronize()
+        with progress.waiting():
+            done.synchronize()
         return kind.results(found, self._network.spec.vocab)
 
     def _feed(self, rows: Sequence[Row], graphs: StepGraphs) -> None:
