@@ -125,7 +125,8 @@ def serve(
     try:
         from lmi_multi.serve import logs
         from lmi_multi.serve.app import Application
-        from lmi_multi.serve.server import Server, listen
+        from lmi_multi.serve.listening import listen, shown
+        from lmi_multi.serve.server import Server
         from lmi_multi.serve.settings import ServeSettings
     except ModuleNotFoundError as error:
         raise OptionError(
@@ -175,8 +176,8 @@ def serve(
 
     what = settings.models_root if settings.multi_model else settings.entry_point or settings.model
     application = Application(settings, name or str(what), read)
-    with listen(settings.host, settings.port) as listener:
-        note(f"serving {what} on {settings.host} port {listener.getsockname()[1]}")
-        Server(application, settings).run([listener])
+    with listen(settings.host, settings.port) as listening:
+        note(f"serving {what} on {shown(listening, settings.host)}")
+        Server(application, settings).run(listening)
     if application.failed:
         raise LmiError(application.error or "the engine failed")

@@ -9,29 +9,15 @@ import socket
 
 import uvicorn
 
-from lmi_multi.errors import LmiError
 from lmi_multi.serve.app import Application
 from lmi_multi.serve.connections import bounded
 from lmi_multi.serve.settings import ServeSettings
 
-BACKLOG = 2048  # connections that wait to be accepted
 LAST_WORDS = 6.0  # seconds of the drain that are left from the cut to the end, in parts:
 # to tell clients that they are cut, for what uvicorn then waits for, and twice that to end the
 # engine and this process, which with a long backlog takes its time
 
 log = logging.getLogger(__name__)
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens there; port 0: on one that is free. Raises LmiError."""
-    try:
-        [family, _, _, _, address], *_ = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
-        return socket.create_server(address[:2], family=family, backlog=BACKLOG)
-    except OSError as error:
-        reason = error.strerror or error
-        raise LmiError(f"host {host} port {port} cannot be listened on: {reason}") from None
 
 
 class Server(uvicorn.Server):
