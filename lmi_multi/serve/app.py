@@ -16,8 +16,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lmi_multi.errors import LmiError
 from lmi_multi.serve import models, openai, sagemaker
-from lmi_multi.serve.client import EngineClient, OverloadedError
+from lmi_multi.serve.client import EngineClient
 from lmi_multi.serve.errors import HttpError
+from lmi_multi.serve.failures import OverloadedError
 from lmi_multi.serve.metrics import Metrics
 from lmi_multi.serve.served import Served
 from lmi_multi.serve.settings import ServeSettings

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from lmi_multi.errors import CapacityError, LmiError, OptionError
-from lmi_multi.serve.client import (
+from lmi_multi.serve.failures import (
     EngineGoneError,
     LateError,
     NotReadyError,
     OverloadedError,
     RefusedError,
+    UnreadError,
 )
 
 
@@ -34,6 +35,8 @@ class HttpError(Exception):
             return cls(503, f"the engine is not available: {error}", headers={"Retry-After": "5"})
         if isinstance(error, LateError):
             return cls(504, str(error))
+        if isinstance(error, UnreadError):
+            return cls(408, str(error))
         if isinstance(error, OptionError):
             return cls(400, str(error), error.option)
         if isinstance(error, RefusedError):

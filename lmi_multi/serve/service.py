@@ -16,8 +16,9 @@ from lmi_multi.errors import LmiError, OptionError
 from lmi_multi.options import GenerateOptions
 from lmi_multi.prompts import Prompt, PromptReader
 from lmi_multi.serve.answer import Answer, GrowingTexts
-from lmi_multi.serve.client import BYTES_A_TOKEN, Ask, EngineClient, EngineGoneError
+from lmi_multi.serve.client import BYTES_A_TOKEN, Ask, EngineClient
 from lmi_multi.serve.errors import HttpError
+from lmi_multi.serve.failures import EngineGoneError
 from lmi_multi.serve.metrics import Metrics
 from lmi_multi.streaming import Chunk
 from lmi_multi.tokenizer import Tokenizer, text_of
