@@ -84,6 +84,12 @@ def serve(
     log_format: Annotated[
         str | None, typer.Option(help="text or json.", rich_help_panel=_SERVER)
     ] = None,
+    log_level: Annotated[
+        str | None,
+        typer.Option(
+            help="debug, info (a line for each request), warning or error.", rich_help_panel=_SERVER
+        ),
+    ] = None,
     backend: Annotated[
         str | None, typer.Option(help="auto, cpu, cuda or neuron.", rich_help_panel=options.LOADING)
     ] = None,
@@ -161,9 +167,10 @@ def serve(
         "models_root": models_root,
         "models_bytes": models_bytes,
         "log_format": log_format,
+        "log_level": log_level,
     }
     settings = ServeSettings.read(command_line=given, properties=properties, environ=os.environ)
-    logs.set_up(settings.log_format)
+    logs.set_up(settings.log_format, logs.LEVELS[settings.log_level])
     if settings.task != "auto":
         log.info("task is %s: no effect, as the model itself tells what it can do", settings.task)
 

@@ -20,6 +20,7 @@ from lmi_multi.serve.client import EngineClient
 from lmi_multi.serve.errors import HttpError
 from lmi_multi.serve.failures import OverloadedError
 from lmi_multi.serve.metrics import Metrics
+from lmi_multi.serve.request_log import HEADER, Logged, current
 from lmi_multi.serve.served import Served
 from lmi_multi.serve.settings import ServeSettings
 from lmi_multi.serve.tracing import Tracing
@@ -54,6 +55,7 @@ class Application:
         if settings.api_key is not None:
             key = settings.api_key.get_secret_value()
             self.app.add_middleware(_Authorized, key=key)
+        self.app.add_middleware(Logged)
 
     def _routers(self, settings: ServeSettings, name: str) -> Iterator[APIRouter]:
         if settings.multi_model:
@@ -117,13 +119,18 @@ class Application:
         return _answer(request.scope, HttpError(found.status_code, found.detail, headers=headers))
 
     async def _broken(self, request: Request, error: Exception) -> Response:
-        log.error("%s failed", request.url.path, exc_info=error)
-        return _answer(
-            request.scope, HttpError(500, "something went wrong here; the log says what")
-        )
+        """This one answers beside `Logged`, not through it."""
+        record = current()
+        log.error("request %s failed", record and record.id, exc_info=error)
+        failure = HttpError(500, "something went wrong here; the log says what")
+        if record is not None:
+            failure.headers[HEADER.decode()] = record.id
+        return _answer(request.scope, failure)
 
 
 def _answer(scope: Scope, failure: HttpError) -> Response:
+    if (record := current()) is not None:
+        record.error = failure.kind
     shape = failure.openai() if scope["path"].startswith("/v1/") else failure.plain()
     return JSONResponse(shape, status_code=failure.status, headers=failure.headers)
 
@@ -187,4 +194,4 @@ class _Draining:
 
 def _shutting_down() -> HttpError:
     headers = {"Retry-After": "5", "Connection": "close"}
-    return HttpError(503, "the server is shutting down", headers=headers)
+    return HttpError(503, "the server is shutting down", headers=headers, kind="draining")

@@ -137,9 +137,9 @@ class Service:
                     for chunk in chunks:
                         watches[chunk.index].chunk(chunk)
                     yield [texts.with_text(chunk) for chunk in chunks]
-        except LmiError:
+        except LmiError as error:
             for watch in watches:
-                watch.failed()
+                watch.failed(error)
             raise
         except BaseException:
             for watch in watches:
@@ -174,7 +174,19 @@ class Service:
             ids = await asyncio.to_thread(
                 lambda: [reader.ids(prompt, index) for index, prompt in enumerate(prompts)]
             )
-        vectors = await while_connected(request, self.engine.embed(ids, pooling, normalize))
+        watches = [self.metrics.request(len(own)) for own in ids]
+        try:
+            vectors = await while_connected(request, self.engine.embed(ids, pooling, normalize))
+        except LmiError as error:
+            for watch in watches:
+                watch.failed(error)
+            raise
+        except BaseException:
+            for watch in watches:
+                watch.aborted()
+            raise
+        for watch in watches:
+            watch.done()
         return vectors, sum(map(len, ids))
 
 

@@ -115,6 +115,6 @@ def test_an_inbox() -> None:
 def test_sizes_grow_with_tokens_and_logprobs() -> None:
     plain = Chunk(0, None, [1, 2], None)
     told = Chunk(
-        0, None, [1, 2], None, logprobs=[TokenLogprob(1, -1.0, {n: -1.0 for n in range(20)})]
+        0, None, [1, 2], None, logprobs=[TokenLogprob(1, -1.0, dict.fromkeys(range(20), -1.0))]
     )
     assert size_of([]) == 0 < size_of([plain]) < size_of([told]) < size_of([told, plain])
