@@ -12,6 +12,7 @@ from fastapi import APIRouter, FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lmi_multi.errors import LmiError
@@ -116,7 +117,15 @@ class Application:
     async def _refused(self, request: Request, error: Exception) -> Response:
         found = error if isinstance(error, HTTPException) else HTTPException(500)
         headers = dict(found.headers or {})
+        if found.status_code == 405:
+            headers["Allow"] = ", ".join(sorted(self._methods(request.scope)))
         return _answer(request.scope, HttpError(found.status_code, found.detail, headers=headers))
+
+    def _methods(self, scope: Scope) -> set[str]:
+        """Those of all routes of a path; Starlette knows only the first one's."""
+        own = [route for route in self.app.routes if isinstance(route, Route)]
+        found = (route for route in own if route.matches(scope)[0] is not Match.NONE)
+        return {method for route in found for method in route.methods or ()}
 
     async def _broken(self, request: Request, error: Exception) -> Response:
         """This one answers beside `Logged`, not through it."""
