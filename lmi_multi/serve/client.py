@@ -201,13 +201,17 @@ class EngineClient:
                 for number in numbers:
                     self._forget(number)
 
-    async def embed(self, ids: list[list[int]], pooling: str, normalize: bool) -> list[list[float]]:
-        """One vector a text. Raises EngineGoneError, or RefusedError."""
+    async def embed(
+        self, ids: list[list[int]], pooling: str, normalize: bool, timeout: float
+    ) -> list[list[float]]:
+        """One vector a text. Raises EngineGoneError, RefusedError, or LateError after `timeout`
+        seconds; cancelled, it ends at the next step's worth of texts."""
         message = {"type": "embed", "ids": ids, "pooling": pooling, "normalize": normalize}
         inbox = Inbox()
         number = self._ask(message, _Asked(inbox, sum(map(len, ids))))
         try:
-            vectors: list[list[float]] = await inbox.next()
+            with inbox.within(timeout):
+                vectors: list[list[float]] = await inbox.next()
             return vectors
         finally:
             self._forget(number)

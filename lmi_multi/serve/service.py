@@ -176,7 +176,8 @@ class Service:
             )
         watches = [self.metrics.request(len(own)) for own in ids]
         try:
-            vectors = await while_connected(request, self.engine.embed(ids, pooling, normalize))
+            work = self.engine.embed(ids, pooling, normalize, self._timeout)
+            vectors = await while_connected(request, work)
         except LmiError as error:
             for watch in watches:
                 watch.failed(error)
