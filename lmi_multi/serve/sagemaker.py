@@ -17,6 +17,7 @@ from lmi_multi.serve.answer import Answer
 from lmi_multi.serve.client import EngineClient
 from lmi_multi.serve.errors import HttpError
 from lmi_multi.serve.lmi import Invocation
+from lmi_multi.serve.openai_bodies import ChatRequest, CompletionRequest
 from lmi_multi.serve.service import Service, Wanted, first
 from lmi_multi.serve.settings import ServeSettings
 from lmi_multi.streaming import Chunk
@@ -73,8 +74,8 @@ def description(settings: ServeSettings, of_models: bool = False) -> dict[str, A
     return {
         "openapi_extra": described.request(
             Invocation,
-            openai.CompletionRequest,
-            openai.ChatRequest,
+            CompletionRequest,
+            ChatRequest,
             texts=("text/plain", _JSON_LINES),
         ),
         "responses": described.answers(

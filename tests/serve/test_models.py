@@ -113,7 +113,9 @@ def test_models_come_answer_and_go(server: Running, root: Path) -> None:
         pending = pool.submit(server.post, "/models/numbers/invoke", late)
         server.until(lambda: server.gauge("lmi_in_flight") == 1)
         assert server.client.delete("/models/numbers").status_code == 200
-        assert pending.result(30).json()["details"]["generated_tokens"] == 100
+        answer = pending.result(30)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["details"]["generated_tokens"] == 100
     assert names(server) == ["tiny"] and len(engines(server)) == 1
     assert server.post("/models/numbers/invoke", body).status_code == 404
     # What an engine's death takes along comes back by itself.
