@@ -54,8 +54,9 @@ class Service:
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        """The model's tokenizer, if it has one."""
-        return self.reader.tokenizer
+        """The model's tokenizer, if it has one; also once its engine is gone, as what that has
+        answered by then is still to be put into words."""
+        return None if self.engine.reader is None else self.engine.reader.tokenizer
 
     @property
     def is_encoder(self) -> bool:
