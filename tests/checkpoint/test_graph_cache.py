@@ -278,3 +278,12 @@ def test_graphs_for_other_sizes_are_named_once(
 def test_other_schemes_are_refused(where: str) -> None:
     with pytest.raises(OptionError, match=f"cache is '{where}', must be a folder or s3://BUCKET"):
         Cache.at(where, "m")
+
+
+def test_a_folder_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell leaves `--cache=~/graphs` as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Cache.at("~/graphs", "m").put(KEY, b"neff")
+    assert (tmp_path / "graphs" / "m" / KEY.name).is_file()
+    with pytest.raises(OptionError, match="cache is '~nobody-of-this-name/graphs': "):
+        Cache.at("~nobody-of-this-name/graphs", "m")
