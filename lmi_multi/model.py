@@ -20,9 +20,10 @@ from lmi_multi.backends.memory import check_share
 from lmi_multi.checkpoint.artifact import Artifact
 from lmi_multi.checkpoint.cache import open_or_convert
 from lmi_multi.checkpoint.convert import Progress, check_options
+from lmi_multi.checkpoint.remote import check_ranks
 from lmi_multi.checkpoint.source import Source, resolve
 from lmi_multi.defaults import GenerationDefaults
-from lmi_multi.engine.batch import Passage
+from lmi_multi.engine.batch import Passage, groups
 from lmi_multi.engine.batch import Prompt as EncoderPrompt
 from lmi_multi.engine.engine import Engine
 from lmi_multi.engine.request import Job
@@ -130,6 +131,12 @@ def load(
         tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel, quantize=quantize
     )
     try:
+        check_ranks(
+            found,
+            revision,
+            tensor_parallel=tensor_parallel,
+            pipeline_parallel=pipeline_parallel,
+        )
         artifact = open_or_convert(
             found,
             revision=revision,
@@ -288,7 +295,7 @@ class Model:
         _, ids = self._reader.read(prompts)
         segments = self._reader.segments(ids, segment_ids)
         results: list[Encoded] = []
-        for batch in batches([len(own) for own in ids], self.limits.max_step_tokens):
+        for batch in groups([len(own) for own in ids], self.limits.max_step_tokens):
             chosen = [EncoderPrompt(ids[i], segments[i]) for i in batch]
             hidden, pooled = self._engine.encode(chosen)
             parts = hidden.split_with_sizes([len(prompt.token_ids) for prompt in chosen])
@@ -358,7 +365,7 @@ class Model:
     def _score(self, passages: Sequence[Passage]) -> Iterator[Tensor]:
         """Log-probabilities of all but the first token of each passage: float32 [tokens - 1]."""
         sizes = [len(p.token_ids) + len(p.encoder_ids or ()) for p in passages]
-        for batch in batches(sizes, self.limits.max_step_tokens):
+        for batch in groups(sizes, self.limits.max_step_tokens):
             chosen = [passages[i] for i in batch]
             counts = [len(p.token_ids) - 1 for p in chosen]
             yield from self._engine.score(chosen).split_with_sizes(counts)
@@ -389,17 +396,3 @@ class Model:
             prompt_logprobs=prompt_logprobs,
             score=sequence.score,
         )
-
-
-def batches(sizes: Sequence[int], limit: int) -> Iterator[list[int]]:
-    """Indices in order, in groups whose sizes sum to at most `limit`; a larger one is alone."""
-    batch: list[int] = []
-    total = 0
-    for index, size in enumerate(sizes):
-        if batch and total + size > limit:
-            yield batch
-            batch, total = [], 0
-        batch.append(index)
-        total += size
-    if batch:
-        yield batch

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -184,3 +185,14 @@ def test_what_the_compiler_and_the_loader_refuse(artifact: Path) -> None:
         builder.compile(replace(graph, proto=b"junk"))
     with pytest.raises(BackendError, match=f"graph {tag} cannot be loaded: "):
         builder.load(tag, b"junk")
+
+
+def test_a_module_that_the_memory_does_not_hold_is_refused(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lmi_multi.backends.neuron import lower
+
+    monkeypatch.setattr(lower.psutil, "virtual_memory", lambda: SimpleNamespace(available=2**10))
+    assert compile_it(artifact) == 1
+    assert "error: tracing needs 0.0 GiB of memory, 0.0 are free" in capsys.readouterr().err
+    assert entries(artifact) == []

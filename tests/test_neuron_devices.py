@@ -259,6 +259,15 @@ def test_fp8_weights_are_refused_by_name() -> None:
             "big does not fit 1 cores of inf2.8xlarge: a row of 6000 tokens, and as much to score "
             "one, need 2.50 GiB more of cache; what would fit: tensor_parallel 2, or int8 weights",
         ),
+        (  # two cores would have room for a row, but not for as much to score one
+            30,
+            "inf2.8xlarge",
+            1,
+            20000,
+            "big does not fit 1 cores of inf2.8xlarge: a row of 20000 tokens needs 9.16 GiB of "
+            "cache, but only 3.00 GiB are free; lower max_tokens or raise tensor_parallel or "
+            "pipeline_parallel; what would fit: trn2.3xlarge at tensor_parallel 2",
+        ),
         (
             500,
             "inf2.48xlarge",
@@ -288,3 +297,11 @@ def test_limits_follow_from_the_instance_alone() -> None:
     assert needed["cache"] == block * (full.blocks + 32 + 1)
     room = inf2.device_bytes - needed["reserved"] - needed["weights"]
     assert needed["cache"] <= 0.8 * room < needed["cache"] + block
+
+
+def test_more_rows_than_the_cache_has_blocks_are_refused() -> None:
+    inf2 = instances.find("inf2.8xlarge")
+    assert sizing.limits_on(network(30), inf2, 1, 404, 64).blocks == 404
+    refusal = "max_batch is 405, must be at most 404, as the cache has no more blocks of 16 tokens"
+    with pytest.raises(OptionError, match=refusal):
+        sizing.limits_on(network(30), inf2, 1, 405, 64)

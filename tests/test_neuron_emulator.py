@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from lmi_multi import load
-from lmi_multi.engine.batch import Passage, Prompt
+from lmi_multi.engine.batch import Batch, Passage, Prompt, Row
 from lmi_multi.errors import BackendError, LmiError, OptionError
 from lmi_multi.model import Model
 from tests.neuron_models import (
@@ -183,6 +183,29 @@ def test_stale_cache_changes_nothing(checkpoints: Path) -> None:
     held["v0"] = ours._program._place([spoiled])
     assert ours.logits(batch).isfinite().all()
     assert torch.equal(ours.logits(batch), before)
+
+
+def test_the_state_can_be_reset(checkpoints: Path) -> None:
+    ours = emulated(artifact("gpt2", checkpoints), 2)
+    program = ours._program
+
+    def state() -> list[bool]:
+        return [bool(np.array(program._held[f"{kv}{i}"]).any()) for kv in "kv" for i in range(2)]
+
+    assert not any(state())
+    first = ours.logits(batches("decoder")[0])
+    assert all(state())
+    program.reset_state()
+    assert not any(state())
+    assert torch.equal(ours.logits(batches("decoder")[0]), first)
+
+
+def test_blocks_that_are_not_there_are_refused_before_a_graph_runs(checkpoints: Path) -> None:
+    ours = emulated(artifact("gpt2", checkpoints), 1)
+    row = Row(ids(1, 1), 0, [1000], 1)
+    with pytest.raises(BackendError, match="graph decode_1x16_of_32_all: slots leaves the ran"):
+        ours.logits(Batch([row]))
+    assert not ours._program._loaded
 
 
 OPTIONS: list[dict[str, Any]] = [

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from lmi_multi.backends.neuron import lint
 from lmi_multi.backends.neuron.lower import Graph
+from lmi_multi.backends.neuron.ranges import UNTOLD, Interval, reaching, untold
 
 from lmi_multi.errors import BackendError
 
@@ -144,6 +147,19 @@ SCATTER += "scatter_dims_to_operand_dims={{0}}, index_vector_dim=1, to_apply=Add
         (["x.1 = s64[40]{0} constant({...})"], "-inf", "inf"),
         (["c.1 = s64[] constant(400000000)", "x.1 = s64[] multiply(p1.6, c.1)"], "-inf", "inf"),
         (["c.1 = s64[2]{0} constant({3, 9})", "x.1 = s64[6]{0} concatenate(p1.6, c.1)"], 0, 9),
+        (["c.1 = s64[] constant(300)", "x.1 = s8[] convert(c.1)"], "-inf", "inf"),
+        (["c.1 = s64[] constant(-1)", "x.1 = u32[] convert(c.1)"], "-inf", "inf"),
+        (  # one more than the greatest is the least
+            [
+                "c.1 = s64[] constant(1)",
+                "r.1 = s64[4]{0} remainder(p1.6, p1.6)",
+                "m.1 = s64[4]{0} maximum(r.1, c.1)",
+                "a.1 = s64[4]{0} add(m.1, c.1)",
+                "x.1 = s64[4]{0} minimum(a.1, c.1)",
+            ],
+            "-inf",
+            1,
+        ),
     ],
 )
 def test_indices_that_may_leave_what_they_are_for(made: list[str], low: int, high: int) -> None:
@@ -188,6 +204,37 @@ def test_indices_that_may_leave_what_they_are_for(made: list[str], low: int, hig
 def test_indices_that_stay_in_range(made: list[str]) -> None:
     lines = [*made, "y.1 = f32[4,2]{1,0} gather(p0.5, x.1), start_index_map={0}, slice_sizes={1,2}"]
     lint.check(graph(having(*lines)), 2, BOUNDS)
+
+
+def test_a_wide_constant_that_comes_as_an_input() -> None:
+    """As torch-xla passes numbers in a graph, beside the module's own inputs."""
+    for value, fault in ((2**31 - 1, None), (2**31, "a constant beyond 32 bits")):
+        found = replace(graph(), constants={2: torch.tensor(value)})
+        assert list(lint.constant_faults(found)) == ([f"parameter 2: {fault}"] if fault else [])
+    with pytest.raises(BackendError, match="parameter 2: a constant beyond 32 bits"):
+        lint.check(found, 2, BOUNDS)
+
+
+@pytest.mark.parametrize(
+    ("made", "is_told"),
+    [
+        (["x.1 = s64[4]{0} add(p1.6, u.1)"], False),
+        (["z.1 = s64[] constant(0)", "x.1 = s64[4]{0} clamp(z.1, p1.6, u.1)"], False),
+        (["c.1 = pred[] compare(p1.6, u.1), direction=LT", "x.1 = s64[] convert(c.1)"], True),
+        (["b.1 = pred[] not(q.1)", "x.1 = s64[4]{0} select(b.1, u.1, p1.6)"], False),
+        (["b.1 = pred[] constant(false)", "x.1 = s64[4]{0} select(b.1, u.1, p1.6)"], True),
+        (["x.1 = s64[4]{0} remainder(p1.6, u.1)"], False),
+    ],
+)
+def test_nothing_is_said_of_indices_that_hinge_on_what_is_not_told(
+    made: list[str], is_told: bool
+) -> None:
+    lines = ["u.1 = s64[] parameter(2)", *made]
+    lines += ["y.1 = f32[4,2]{1,0} gather(p0.5, x.1), start_index_map={0}, slice_sizes={1,2}"]
+    listed = lint.instructions(having(*lines))
+    known = {1: Interval(0, 7), 2: UNTOLD}
+    assert list(reaching(listed, known)) == []
+    assert untold(listed, known) == ([] if is_told else ["y.1"])
 
 
 def test_inputs_that_nobody_checks_may_be_anything() -> None:

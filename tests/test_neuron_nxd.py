@@ -218,6 +218,62 @@ def test_graphs_are_linted(library: Library, change: tuple[str, str], fault: str
         builder(Module()).lower(TRACE)
 
 
+GATHER = HLO.replace(
+    "  ROOT",
+    "  %g = f32[2]{0} gather(%p2, %p0), start_index_map={0}, slice_sizes={1}\n  ROOT",
+)
+BOUNDED = [Trace("decode", {"token_ids": (2,)}, {"token_ids": bound}) for bound in (3, 4)]
+
+
+def test_indices_are_followed_back_to_inputs_by_their_names(
+    library: Library, caplog: pytest.LogCaptureFixture
+) -> None:
+    library.behaviours["trace.functions.trace"] = lambda m, **o: traced(m, GATHER, **o)
+    assert builder(Module()).lower(BOUNDED[0]).instructions == 4
+    with pytest.raises(BackendError, match="decode cannot run: g: gather at 0 to 3, which must be"):
+        builder(Module()).lower(BOUNDED[1])
+    with pytest.raises(BackendError, match="decode cannot run: g: gather at -inf to inf, which"):
+        builder(Module()).lower(TRACE)
+    assert not caplog.records
+
+
+def nameless(meta: Any) -> None:
+    meta.input_tensors[0].user_input_key = b""
+
+
+def misnamed(meta: Any) -> None:
+    meta.input_tensors[0].user_input_key = b"ids"
+
+
+def renumbered(meta: Any) -> None:
+    meta.input_tensors[0], meta.input_tensors[2] = meta.input_tensors[2], meta.input_tensors[0]
+    meta.output_aliases_to = {0: 0}
+
+
+def fewer(meta: Any) -> None:
+    del meta.input_tensors[1]
+    meta.output_aliases_to = {0: 1}
+
+
+@pytest.mark.parametrize("change", [nameless, misnamed, renumbered, fewer])
+def test_what_the_metadata_does_not_tell_is_logged_as_unchecked(
+    library: Library, caplog: pytest.LogCaptureFixture, change: Callable[[Any], None]
+) -> None:
+    def changed(model: nn.Module, **options: Any) -> SimpleNamespace:
+        found = traced(model, GATHER)
+        change(found.metaneff)
+        return found
+
+    library.behaviours["trace.functions.trace"] = changed
+    made = builder(Module())
+    made.lower(BOUNDED[1])
+    made.lower(BOUNDED[1])
+    [record] = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.getMessage().startswith("graph decode: gathers and scatters of which nobody ")
+    assert record.getMessage().endswith(": 1, the first is g")
+
+
 def test_a_graph_that_differs_from_rank_to_rank_is_refused(library: Library) -> None:
     def own(model: nn.Module, **options: Any) -> SimpleNamespace:
         return traced(model, HLO.replace("parameter(1)", f"parameter({RANKS[-1] + 1})"))

@@ -64,7 +64,7 @@ def parse_cores(value: str) -> list[int]:
     for part in value.split(","):
         first, _, last = part.strip().partition("-")
         last = last or first
-        if not (first.isdigit() and last.isdigit() and int(first) <= int(last)):
+        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
             raise BackendError(f"{CORES} is {value!r}, must be numbers and ranges, as '0-3,8'")
         found += range(int(first), int(last) + 1)
     return list(dict.fromkeys(found))
@@ -173,4 +173,4 @@ def cache_url() -> str:
     place = parse(os.environ.get(CACHE) or cache_dir())
     if isinstance(place, Address):
         return place.url(SDK_CACHE)
-    return str(place.expanduser().absolute() / SDK_CACHE)
+    return str(place.absolute() / SDK_CACHE)

@@ -69,6 +69,15 @@ def instructions(text: str) -> list[Instruction]:
     return found
 
 
+def parameters(listed: Sequence[Instruction]) -> dict[int, list[int]]:
+    """The dimensions of a module's inputs, by their numbers."""
+    return {
+        int(i.rest.partition(")")[0]): sizes(i.shapes[0])
+        for i in listed
+        if i.entry and i.opcode == "parameter"
+    }
+
+
 def faults(text: str, ranks: int) -> Iterator[str]:
     """What is wrong with a module for `ranks` ranks, one line a fault."""
     listed = instructions(text)
@@ -138,21 +147,38 @@ def state_faults(graph: Graph) -> Iterator[str]:
 def range_faults(graph: Graph, bounds: Mapping[str, int]) -> Iterator[str]:
     """Gathers and scatters that could reach beyond what they read or write, for inputs that are
     within `bounds`, as the host checks them: see `check_inputs`."""
-    known = {
+    named = {
+        i: name.removeprefix("input.")
+        for i, name in enumerate(graph.parameters)
+        if name.startswith("input.")
+    }
+    known = _whole(graph.constants) | checked(named, bounds)
+    yield from reaching(instructions(graph.text), known)
+
+
+def checked(inputs: Mapping[int, str], bounds: Mapping[str, int]) -> dict[int, Interval]:
+    """What the host makes sure of: the intervals of those inputs, by number, that have a bound."""
+    return {i: Interval(0, bounds[name] - 1) for i, name in inputs.items() if name in bounds}
+
+
+def _whole(constants: Mapping[int, Tensor]) -> dict[int, Interval]:
+    return {
         i: Interval(int(value.min()), int(value.max()))
-        for i, value in graph.constants.items()
+        for i, value in constants.items()
         if not value.is_floating_point()
     }
-    for i, name in enumerate(graph.parameters):
-        bound = bounds.get(name.removeprefix("input."))
-        if bound is not None and name.startswith("input."):
-            known[i] = Interval(0, bound - 1)
-    yield from reaching(instructions(graph.text), known)
+
+
+def constant_faults(graph: Graph) -> Iterator[str]:
+    """Constants that came as inputs, as the tracer's do, and are beyond 32 bits."""
+    for i, found in _whole(graph.constants).items():
+        if not -(2**31) <= found.low <= found.high < 2**31:
+            yield f"parameter {i}: a constant beyond 32 bits"
 
 
 def check(graph: Graph, ranks: int, bounds: Mapping[str, int]) -> None:
     """Raise BackendError with the graph's tag and its first faults. `bounds` are the trace's."""
-    found = [*faults(graph.text, ranks), *state_faults(graph)]
+    found = [*faults(graph.text, ranks), *constant_faults(graph), *state_faults(graph)]
     refuse(graph.tag, found or [*range_faults(graph, bounds)])
 
 

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
+import psutil
 import torch
 from torch import Tensor, nn
 
-from lmi_multi.errors import BackendError
+from lmi_multi.errors import BackendError, CapacityError
 from lmi_multi.parallel.pipeline import OneStage
 
 from . import lint
@@ -101,10 +102,23 @@ def _world(size: int) -> Iterator[None]:
         yield
 
 
+def memory_fault(needed: int) -> str | None:
+    """Why a module of so many bytes cannot be traced here; None if it can."""
+    free = psutil.virtual_memory().available
+    if 2 * needed > free:  # its buffers, and the tracer's copy
+        return f"tracing needs {2 * needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} are free"
+    return None
+
+
 class Lowering:
-    """Lowers traces of one module, whose buffers are moved to the tracing device once."""
+    """Lowers traces of one module, whose buffers are moved to the tracing device once.
+
+    Raises CapacityError where the memory does not hold them.
+    """
 
     def __init__(self, module: nn.Module, state: Sequence[str], ranks: int) -> None:
+        if fault := memory_fault(sum(buffer.nbytes for buffer in module.buffers())):
+            raise CapacityError(fault)
         os.environ.setdefault("PJRT_DEVICE", "CPU")
         import torch_xla
 

@@ -8,6 +8,7 @@ run on a NeuronCore: see docs/neuron.md for what was tried instead.
 from __future__ import annotations
 
 import hashlib
+import logging
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -24,6 +25,9 @@ from lmi_multi.instances import Instance
 from . import environment, lint, sdk
 from .lower import as_rank, hlo_text
 from .program import Compiled, Toolchain, Trace
+from .ranges import UNTOLD, Interval, reaching, untold
+
+logger = logging.getLogger(__name__)
 
 LOG_LINES = 20  # of the compiler's log in an error
 
@@ -84,9 +88,8 @@ class NxdGraph:
         """See `Lowered.instructions`."""
         return sum(len(part.instructions) for part in self.artifacts.hlo.computations)
 
-    def faults(self, state: Iterable[str], ranks: int) -> Iterator[str]:
-        """What is wrong with it, one line a fault. Each of `state` must come back in its place."""
-        yield from lint.faults(self.text, ranks)
+    def state_faults(self, state: Iterable[str]) -> Iterator[str]:
+        """What is wrong with its state, one line a fault: each must come back in its place."""
         meta = self.artifacts.metaneff
         returned = {}
         for output, given in dict(meta.output_aliases_to).items():
@@ -100,6 +103,18 @@ class NxdGraph:
             if before != after:
                 yield f"state {name} comes in as {before[0]} and goes out as {after[0]}"
 
+    def known(self, listed: Sequence[lint.Instruction], trace: Trace) -> dict[int, Interval]:
+        """What its parameters are, by number, as the metadata names them. Nothing is told of one
+        that is neither an input nor a buffer, nor of any where shapes show that numbers differ."""
+        tensors = self.artifacts.metaneff.input_tensors
+        if lint.parameters(listed) != {i: list(t.shape) for i, t in enumerate(tensors)}:
+            return dict.fromkeys(lint.parameters(listed), UNTOLD)
+        names = {i: t.user_input_key.decode() for i, t in enumerate(tensors) if t.user_input_key}
+        inputs = {i: name for i, name in names.items() if name in trace.inputs}
+        buffers = {i for i, t in enumerate(tensors) if t.checkpoint_key}
+        nobody = {i: UNTOLD for i in range(len(tensors)) if i not in inputs and i not in buffers}
+        return nobody | lint.checked(inputs, trace.bounds)
+
 
 class NxdBuilder:
     """`program.Builder` over the fundamental units of ModelBuilder V2."""
@@ -107,16 +122,38 @@ class NxdBuilder:
     def __init__(self, module: nn.Module, state: Sequence[str], ranks: int, flags: str) -> None:
         self._module, self._ranks, self._flags = module, ranks, flags
         self._start = {name: module.get_buffer(name) for name in state}
+        self._told = False
 
     def lower(self, trace: Trace) -> NxdGraph:
         """See `Builder.lower`. It is traced again as the last rank: see `lint.rank_faults`."""
         lowered = self._trace(trace)
-        faults = [*lowered.faults(self._start, self._ranks)]
-        if self._ranks > 1 and not faults:
+        text = lowered.text
+        lint.refuse(
+            trace.tag, [*lint.faults(text, self._ranks), *lowered.state_faults(self._start)]
+        )
+        self._check_ranges(lowered, lint.instructions(text), trace)
+        if self._ranks > 1:
             with as_rank(self._ranks - 1):
-                faults = [*lint.rank_faults(lowered.text, self._trace(trace).text)]
-        lint.refuse(trace.tag, faults)
+                lint.refuse(trace.tag, [*lint.rank_faults(text, self._trace(trace).text)])
         return lowered
+
+    def _check_ranges(
+        self, lowered: NxdGraph, listed: Sequence[lint.Instruction], trace: Trace
+    ) -> None:
+        """Refuse what may leave its range, and say, once a model, what could not be checked."""
+        known = lowered.known(listed, trace)
+        lint.refuse(trace.tag, [*reaching(listed, known)])
+        if left := untold(listed, known):
+            level = logging.DEBUG if self._told else logging.WARNING
+            self._told = True
+            logger.log(
+                level,
+                "graph %s: gathers and scatters of which nobody knows whether they stay in range, "
+                "as the tracer does not tell what all its inputs are: %d, the first is %s",
+                trace.tag,
+                len(left),
+                left[0],
+            )
 
     def _trace(self, trace: Trace) -> NxdGraph:
         from neuronx_distributed.trace import functions

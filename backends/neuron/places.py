@@ -20,13 +20,16 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 def parse(where: str | Path) -> Address | Path:
-    """`s3://BUCKET/PREFIX`, or a folder. Raises OptionError for a bad address, and for a URL of
-    another scheme, which as a folder's name nobody means."""
+    """`s3://BUCKET/PREFIX`, or a folder, which may begin with `~`. Raises OptionError for a bad
+    address or user, and for a URL of another scheme, which as a folder's name nobody means."""
     if is_address(where):
         return Address.parse(str(where))
     if isinstance(where, str) and _SCHEME.match(where):
         raise OptionError(f"cache is {where!r}, must be a folder or s3://BUCKET/PREFIX")
-    return Path(where)
+    try:
+        return Path(where).expanduser()
+    except RuntimeError as error:
+        raise OptionError(f"cache is {str(where)!r}: {error}") from None
 
 
 class Place(Protocol):

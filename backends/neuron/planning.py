@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import psutil
-
 from lmi_multi.backends.ahead_of_time import Count, GraphCount, GraphPlan, Progress
 from lmi_multi.backends.base import Limits
 from lmi_multi.fit import Network
@@ -12,7 +10,7 @@ from lmi_multi.instances import Instance
 from . import runtimes
 from .buckets import Buckets
 from .loading import buckets_of, open_module
-from .lower import Lowering
+from .lower import Lowering, memory_fault
 from .sizing import core_bytes
 
 
@@ -62,7 +60,4 @@ def _fault(needed: int) -> str | None:
     """Why nothing can be traced here; None if it can. `needed` are the bytes of one core."""
     if fault := runtimes.emulator_fault():
         return fault[0].replace("the emulator", "tracing")
-    free = psutil.virtual_memory().available
-    if 2 * needed > free:  # zeros in place of weights, and the tracer's copy
-        return f"tracing needs {2 * needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} are free"
-    return None
+    return memory_fault(needed)

@@ -3,7 +3,8 @@
 Every instruction gets the interval that its numbers lie in whatever the inputs are, from the bounds
 of those that the host checks (`Trace.bounds`), from constants and clamps. Abstract interpretation
 over intervals (Cousot and Cousot, 1977), of the few operations that indices are made by; what is
-made by others may be anything.
+made by others may be anything. Where a parameter is one of which nobody tells what it is, nothing
+can be said of what hinges on it, neither that it is in range nor that it is not: it is `UNTOLD`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 _KEEPING = frozenset(
     ("broadcast", "reshape", "transpose", "slice", "concatenate", "reverse", "copy")
 )
-_WIDEST = 2**31 - 1
+_COMPUTING = frozenset(("add", "subtract", "multiply", "negate", "convert"))
 _WHOLE = re.compile(r"(pred|[su]\d+)\[")
 
 
@@ -60,6 +61,7 @@ class Interval:
 
 
 ANY, BIT = Interval(), Interval(0, 1)
+UNTOLD = Interval(inf, -inf)
 
 
 class Ranges:
@@ -89,13 +91,16 @@ class Ranges:
         shape = i.shapes[0]
         if not _WHOLE.match(shape):
             return ANY
-        operands = [self._found.get(name, ANY) for name in i.operands]
-        found = self._made(i, operands)
-        if any(abs(end) > _WIDEST and isfinite(end) for end in found.ends):
-            found = ANY  # it may wrap around: the hardware has 32 bits
-        return BIT if found == ANY and shape.startswith("pred") else found
+        found = self._made(i, [self._found.get(name, ANY) for name in i.operands])
+        if shape.startswith("pred") and found in (ANY, UNTOLD):
+            return BIT
+        return ANY if found != UNTOLD and _wraps(i.opcode, found, _held(shape)) else found
 
     def _made(self, i: Instruction, given: Sequence[Interval]) -> Interval:
+        if i.opcode == "select":
+            return _selected(*given)
+        if UNTOLD in given:
+            return UNTOLD
         match i.opcode, given:
             case "parameter", _:
                 number = int(i.rest.partition(")")[0])
@@ -129,8 +134,6 @@ class Ranges:
                 return -x
             case "compare", [x, y] if "direction=LT" in i.rest:
                 return Interval(int(x.high < y.low), int(x.low < y.high))
-            case "select", [which, x, y]:
-                return y if which.high == 0 else x if which.low == 1 else x | y
             case _:
                 return ANY
 
@@ -144,6 +147,30 @@ def sizes(shape: str) -> list[int]:
     return [int(size) for size in inside.split(",") if size.isdigit()]
 
 
+def _selected(which: Interval, x: Interval, y: Interval) -> Interval:
+    """Of x where `which`, which is 0 or 1, and of y elsewhere."""
+    if which.low == which.high:
+        return x if which.low else y
+    return UNTOLD if UNTOLD in (x, y) else x | y
+
+
+def _held(shape: str) -> Interval:
+    """What whole numbers of a type can be; the hardware has 32 bits at most."""
+    if shape.startswith("pred"):
+        return BIT
+    bits = min(int(shape[1:].partition("[")[0]), 32)
+    if shape.startswith("u"):
+        return Interval(0, 2**bits - 1)
+    return Interval(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+
+
+def _wraps(opcode: str, found: Interval, held: Interval) -> bool:
+    """Whether a number may wrap around, as what may be anything does when it is computed with."""
+    if opcode in _COMPUTING:
+        return found.low < held.low or found.high > held.high
+    return any(isfinite(end) and not held.low <= end <= held.high for end in found.ends)
+
+
 def _constant(rest: str) -> Interval:
     """Of a constant's text, in which large ones are left out."""
     text = rest.rpartition(")")[0].partition("), ")[0]
@@ -154,11 +181,17 @@ def _constant(rest: str) -> Interval:
 
 @dataclass(frozen=True)
 class Access:
-    """A gather or scatter of an operand of these dimensions; a scatter's `updates` have those."""
+    """A gather or scatter of an operand of this shape; `updates` are the dimensions of what a
+    scatter writes."""
 
     instruction: Instruction
-    operand: Sequence[int]
+    shape: str
     updates: Sequence[int]
+
+    @property
+    def operand(self) -> list[int]:
+        """The operand's dimensions."""
+        return sizes(self.shape)
 
     @property
     def chosen(self) -> list[int]:
@@ -185,17 +218,30 @@ class Access:
         return [int(n) for n in found[1].split(",") if n] if found else []
 
 
-def reaching(listed: Sequence[Instruction], known: Mapping[int, Interval]) -> Iterator[str]:
-    """Every gather and scatter whose indices are not known to be in range, one line each."""
+def accesses(
+    listed: Sequence[Instruction], known: Mapping[int, Interval]
+) -> Iterator[tuple[Access, Interval]]:
+    """Every gather and scatter, and the interval of its indices."""
     ranges, shapes = Ranges(listed, known), {i.name: i.shapes[0] for i in listed if i.shapes}
     for i in listed:
-        if i.opcode not in ("gather", "scatter"):
-            continue
-        operand, indices, *updates = i.operands
-        written = sizes(shapes[updates[0]]) if updates else []
-        access, found = Access(i, sizes(shapes[operand]), written), ranges.of(indices)
-        if not 0 <= found.low <= found.high <= access.highest:
+        if i.opcode in ("gather", "scatter"):
+            operand, indices, *updates = i.operands
+            written = sizes(shapes[updates[0]]) if updates else []
+            yield Access(i, shapes[operand], written), ranges.of(indices)
+
+
+def reaching(listed: Sequence[Instruction], known: Mapping[int, Interval]) -> Iterator[str]:
+    """Every gather and scatter whose indices are not known to be in range, one line each; those of
+    which nothing can be said are left to `untold`."""
+    for access, found in accesses(listed, known):
+        i = access.instruction
+        if found != UNTOLD and not 0 <= found.low <= found.high <= access.highest:
             yield (
                 f"{i.name}: {i.opcode} at {found.low:g} to {found.high:g}, which must be 0 to "
-                f"{access.highest} of {shapes[operand]}"
+                f"{access.highest} of {access.shape}"
             )
+
+
+def untold(listed: Sequence[Instruction], known: Mapping[int, Interval]) -> list[str]:
+    """The names of gathers and scatters whose range hinges on parameters that are `UNTOLD`."""
+    return [access.instruction.name for access, found in accesses(listed, known) if found == UNTOLD]

@@ -10,7 +10,8 @@ from dataclasses import replace
 
 from lmi_multi.backends.base import Limits
 from lmi_multi.backends.limits import block_bytes, plan_limits, row_blocks
-from lmi_multi.errors import CapacityError
+from lmi_multi.checkpoint.layout import QuantizeName
+from lmi_multi.errors import CapacityError, OptionError
 from lmi_multi.fit import RESERVED, Network, estimate
 from lmi_multi.instances import INSTANCES, Instance
 from lmi_multi.models.schema import valid_degrees
@@ -34,19 +35,27 @@ def limits_on(
     bytes are missing and what would fit.
     """
     instances.check(network.spec, instance, degree)
-    option = estimate(network, instance, network.dtype, network.quantize, degree, max_tokens)
-    reason = option.reason
-    if reason is None:
-        try:
-            return plan(
-                network.spec, network.dtype, degree, option.cache_bytes, max_batch, max_tokens
-            )
-        except CapacityError as error:
-            reason = str(error)
-    raise CapacityError(
-        f"{network.source} does not fit {degree} cores of {instance.name}: {reason}; "
-        f"{_fitting(network, instance, degree, max_tokens)}"
-    )
+    try:
+        return _limits(network, instance, network.quantize, degree, max_batch, max_tokens)
+    except CapacityError as error:
+        raise CapacityError(
+            f"{network.source} does not fit {degree} cores of {instance.name}: {error}; "
+            f"{_fitting(network, instance, degree, max_tokens)}"
+        ) from None
+
+
+def _limits(
+    network: Network,
+    instance: Instance,
+    quantize: QuantizeName | None,
+    degree: int,
+    max_batch: int | None,
+    max_tokens: int | None,
+) -> Limits:
+    option = estimate(network, instance, network.dtype, quantize, degree, max_tokens)
+    if option.reason is not None:
+        raise CapacityError(option.reason)
+    return plan(network.spec, network.dtype, degree, option.cache_bytes, max_batch, max_tokens)
 
 
 def plan(
@@ -57,7 +66,11 @@ def plan(
     max_batch: int | None,
     max_tokens: int | None,
 ) -> Limits:
-    """Limits for a cache, spare blocks included, of `memory` bytes a core. Raises CapacityError."""
+    """Limits for a cache, spare blocks included, of `memory` bytes a core.
+
+    Raises CapacityError, and OptionError for more rows than could ever run: each of their buckets
+    is a graph.
+    """
     item_bytes = 4 if dtype == "fp32" else 2
     limits = plan_limits(
         spec,
@@ -78,7 +91,14 @@ def plan(
             f"a row of {limits.max_tokens} tokens, and as much to score one, need "
             f"{(row - room) * block / 2**30:.2f} GiB more of cache"
         )
-    return replace(limits, blocks=min(limits.blocks, room))
+    blocks = min(limits.blocks, room)
+    rows = blocks // row_blocks(spec, 1, 1, limits.block_size)
+    if max_batch is not None and max_batch > rows:
+        raise OptionError(
+            f"max_batch is {max_batch}, must be at most {rows}, as the cache has no more blocks "
+            f"of {limits.block_size} tokens"
+        )
+    return replace(limits, blocks=blocks)
 
 
 def spare_blocks(spec: ModelSpec, limits: Limits) -> int:
@@ -102,21 +122,21 @@ def core_bytes(network: Network, degree: int, limits: Limits) -> dict[str, int]:
 def _fitting(network: Network, instance: Instance, degree: int, max_tokens: int | None) -> str:
     """What would fit: other degrees, int8 weights, or else the smallest other instance."""
 
-    own = (network.dtype, network.quantize)
+    def fits(on: Instance, quantize: QuantizeName | None, n: int) -> bool:
+        try:
+            _limits(network, on, quantize, n, None, max_tokens)
+        except CapacityError:
+            return False
+        return True
 
     def degrees(on: Instance) -> list[int]:
         possible = set(valid_degrees(network.spec, on.devices))
-        return [
-            n
-            for n in on.degrees
-            if n in possible and estimate(network, on, *own, n, max_tokens).fits
-        ]
+        return [n for n in on.degrees if n in possible and fits(on, network.quantize, n)]
 
     found = []
     if here := [n for n in degrees(instance) if n != degree]:
         found.append(f"tensor_parallel {', '.join(map(str, here))}")
-    smaller = estimate(network, instance, network.dtype, "int8", degree, max_tokens)
-    if network.quantize is None and smaller.fits:
+    if network.quantize is None and fits(instance, "int8", degree):
         found.append("int8 weights")
     others = sorted((i for i in INSTANCES if i.backend == "neuron"), key=lambda i: i.size)
     if not found:

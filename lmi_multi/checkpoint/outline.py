@@ -34,11 +34,14 @@ Fetch = Callable[[str, int, int], tuple[bytes, int]]
 
 
 @contextmanager
-def outlined(source: str | Path, revision: str | None = None) -> Iterator[Source]:
+def outlined(
+    source: str | Path, revision: str | None = None, headers: bool = True
+) -> Iterator[Source]:
     """A source whose folder serves headers, config and manifest, and no tensor's data.
 
-    The folder of a remote one is temporary, and its tensors read as zeros. Raises the errors of
-    `resolve`, and CheckpointError for a remote checkpoint that has only `.bin` weights.
+    The folder of a remote one is temporary, and its tensors read as zeros; without `headers` these
+    are not fetched either. Raises the errors of `resolve`, and, of headers, CheckpointError for a
+    remote checkpoint that has only `.bin` weights.
     """
     if is_local(source) or (hub.is_offline() and not is_address(source)):
         yield resolve(source, revision)
@@ -47,14 +50,14 @@ def outlined(source: str | Path, revision: str | None = None) -> Iterator[Source
     with tempfile.TemporaryDirectory(prefix="lmi_multi-") as folder:
         try:
             if is_address(source):
-                yield _from_s3(Address.parse(name), Path(folder))
+                yield _from_s3(Address.parse(name), Path(folder), headers)
             else:
-                yield _from_hub(name, revision, Path(folder))
+                yield _from_hub(name, revision, Path(folder), headers)
         except CheckpointError as error:  # which may name the temporary folder
             raise type(error)(str(error).replace(folder, name)) from None
 
 
-def _from_s3(address: Address, folder: Path) -> Source:
+def _from_s3(address: Address, folder: Path, headers: bool) -> Source:
     client = make_client(_THREADS)
     objects = {o.name: o for o in listing.select(address, listing.list_folder(client, address))}
 
@@ -62,8 +65,7 @@ def _from_s3(address: Address, folder: Path) -> Source:
         item = objects[name]
         return _s3_range(client, address, item, start, min(stop, item.size)), item.size
 
-    _check_kind(str(address), objects)
-    _outline(folder, objects, fetch, address.url)
+    _outline(str(address), folder, objects, fetch, address.url, headers)
     for item in objects.values():
         if not (folder / item.name).exists():
             _write(folder / item.name, b"", item.size)
@@ -90,14 +92,13 @@ def _s3_range(client: Any, address: Address, item: Object, start: int, stop: int
     return data
 
 
-def _from_hub(repo: str, revision: str | None, folder: Path) -> Source:
+def _from_hub(repo: str, revision: str | None, folder: Path, headers: bool) -> Source:
     commit, names = hub.list_files(repo, revision)
-    _check_kind(repo, names)
 
     def fetch(name: str, start: int, stop: int) -> tuple[bytes, int]:
         return hub.read_range(repo, commit, name, start, stop)
 
-    _outline(folder, names, fetch, lambda name: f"{repo}/{name}")
+    _outline(repo, folder, names, fetch, lambda name: f"{repo}/{name}", headers)
     return Source(repo, folder, commit)
 
 
@@ -112,9 +113,18 @@ def _check_kind(where: str, names: Collection[str]) -> None:
     )
 
 
-def _outline(folder: Path, names: Collection[str], fetch: Fetch, url: Callable[[str], str]) -> None:
+def _outline(
+    where: str,
+    folder: Path,
+    names: Collection[str],
+    fetch: Fetch,
+    url: Callable[[str], str],
+    headers: bool,
+) -> None:
+    if headers:
+        _check_kind(where, names)
     # A manifest tells by itself what the headers would.
-    kinds = () if MANIFEST in names else WEIGHT_FILES
+    kinds = WEIGHT_FILES if headers and MANIFEST not in names else ()
     wanted = [name for name in names if matches(name, (*_TEXT, *kinds))]
 
     def one(name: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -108,3 +108,17 @@ class StepResult:
     `Continuations` for each group of rows that are the beams of a search."""
 
     draws: Sequence[Draw | Continuations] = ()
+
+
+def groups(sizes: Sequence[int], limit: int) -> Iterator[list[int]]:
+    """Indices in order, in groups whose sizes sum to at most `limit`; a larger one is alone."""
+    group: list[int] = []
+    total = 0
+    for index, size in enumerate(sizes):
+        if group and total + size > limit:
+            yield group
+            group, total = [], 0
+        group.append(index)
+        total += size
+    if group:
+        yield group

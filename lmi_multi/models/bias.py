@@ -22,11 +22,12 @@ def relative_buckets(distance: Tensor, bias: RelativeBias, bidirectional: bool) 
         offset = (distance > 0) * buckets
         distance = distance.abs()
     else:
-        distance = (-distance).clamp(min=0)
+        distance = (-distance).relu()
     exact = buckets // 2
     scale = (buckets - exact) / math.log(bias.max_distance / exact)
-    far = exact + (torch.log(distance.clamp(min=1).float() / exact) * scale).long()
-    # Clamped last: a compiler of graphs can then see that no index leaves the table.
+    far = exact + (torch.log(distance.float().clamp(min=1) / exact) * scale).long()
+    # Clamped last: a compiler of graphs can then see that no index leaves the table. Whole numbers
+    # are never clamped on one side: of int64 that is a graph's constant of 64 bits.
     return offset + torch.where(distance < exact, distance, far).clamp(0, buckets - 1)
 
 

@@ -23,9 +23,10 @@ import torch
 
 import lmi_multi
 from lmi_multi.embedding import Pooling
+from lmi_multi.engine.batch import groups
 from lmi_multi.engine.request import Job
 from lmi_multi.errors import LmiError, OptionError, RankError
-from lmi_multi.model import Model, batches
+from lmi_multi.model import Model
 from lmi_multi.models.traits import Traits
 from lmi_multi.options import GenerateOptions
 from lmi_multi.serve import logs, wire
@@ -85,7 +86,7 @@ class _Embedding:
     def of(cls, message: wire.Message, most: int) -> _Embedding:
         """What a message asks for, in pieces of at most so many tokens."""
         ids = message["ids"]
-        pieces = batches([len(own) for own in ids], most)
+        pieces = groups([len(own) for own in ids], most)
         return cls(message["id"], ids, message["pooling"], message["normalize"], pieces)
 
     @property

@@ -114,6 +114,8 @@ def test_stale_and_foreign_entries_are_named_and_not_used(
     assert f"{where}/m/{other.name} " in said
     assert why in said
     assert said.endswith(": not used")
+    Cache.at(where, "m").put(KEY, b"new")  # beside it: whoever needs the other one still finds it
+    assert (Cache.at(where, "m").find(KEY), Cache.at(where, "m").find(other)) == (b"new", b"old")
 
 
 @pytest.mark.parametrize(
@@ -276,3 +278,12 @@ def test_graphs_for_other_sizes_are_named_once(
 def test_other_schemes_are_refused(where: str) -> None:
     with pytest.raises(OptionError, match=f"cache is '{where}', must be a folder or s3://BUCKET"):
         Cache.at(where, "m")
+
+
+def test_a_folder_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell leaves `--cache=~/graphs` as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Cache.at("~/graphs", "m").put(KEY, b"neff")
+    assert (tmp_path / "graphs" / "m" / KEY.name).is_file()
+    with pytest.raises(OptionError, match="cache is '~nobody-of-this-name/graphs': "):
+        Cache.at("~nobody-of-this-name/graphs", "m")
