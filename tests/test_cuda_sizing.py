@@ -17,9 +17,9 @@ from lmi_multi.backends.memory import Device, workspace_bytes
 from lmi_multi.checkpoint.convert import convert
 from lmi_multi.demo import CHECKPOINT
 from lmi_multi.errors import CapacityError, OptionError
-from lmi_multi.fit import Network
 from lmi_multi.models.registry import FAMILIES
 from lmi_multi.models.spec import Alibi, Learned, ModelSpec, RelativeBias, Rope
+from lmi_multi.network import Network
 from lmi_multi.parallel.grid import Grid
 
 GIB = 2**30

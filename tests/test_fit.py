@@ -20,10 +20,11 @@ from lmi_multi.checkpoint.layout import DtypeName, QuantizeName
 from lmi_multi.checkpoint.reader import SafetensorsFile
 from lmi_multi.cli.main import run
 from lmi_multi.errors import CheckpointError, OptionError
-from lmi_multi.fit import Network, Option, estimate, read_network, report
+from lmi_multi.fit import Option, estimate, report
 from lmi_multi.instances import GIB, INSTANCES, Instance, find
 from lmi_multi.models.schema import valid_degrees
 from lmi_multi.models.spec import ModelSpec, Rope
+from lmi_multi.network import Network, read_network
 from tests.checkpoint.tiny import LLAMA, llama_state, t5_config, t5_state, write
 
 DTYPES: tuple[DtypeName, ...] = get_args(DtypeName)

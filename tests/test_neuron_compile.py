@@ -20,7 +20,7 @@ from lmi_multi.checkpoint.artifact import Artifact
 from lmi_multi.checkpoint.convert import convert
 from lmi_multi.cli.main import run
 from lmi_multi.errors import BackendError
-from lmi_multi.fit import Network
+from lmi_multi.network import Network
 from tests.families import Tiny
 from tests.moto_server import Moto
 

@@ -15,9 +15,9 @@ from lmi_multi.backends.neuron import BACKEND, devices, instances, sizing
 from lmi_multi.backends.neuron.devices import Core, Host
 
 from lmi_multi.errors import BackendError, CapacityError, OptionError
-from lmi_multi.fit import Network
 from lmi_multi.models.registry import FAMILIES
 from lmi_multi.models.spec import Alibi, ModelSpec
+from lmi_multi.network import Network
 
 GIB = 2**30
 

@@ -15,8 +15,8 @@ from lmi_multi.backends.torch_executor import TorchExecutor
 from lmi_multi.checkpoint.artifact import Artifact
 from lmi_multi.checkpoint.share import Share
 from lmi_multi.errors import CapacityError
-from lmi_multi.fit import Network
 from lmi_multi.models.schema import check_degree
+from lmi_multi.network import Network
 from lmi_multi.ops.reference import Reference
 from lmi_multi.parallel import torchrun
 from lmi_multi.parallel.collectives import TorchCollectives

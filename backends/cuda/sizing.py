@@ -12,11 +12,12 @@ from lmi_multi.backends.memory import DEFAULT_BATCH, MEMORY_SHARE, Device, Need
 from lmi_multi.checkpoint.files import gib
 from lmi_multi.checkpoint.layout import DTYPES, DtypeName, QuantizeName
 from lmi_multi.errors import CapacityError
-from lmi_multi.fit import Network, report
+from lmi_multi.fit import report
 from lmi_multi.instances import INSTANCES
 from lmi_multi.models.schema import valid_degrees
 from lmi_multi.models.spec import ModelSpec
 from lmi_multi.models.stages import most_stages
+from lmi_multi.network import Network
 from lmi_multi.parallel.grid import Grid
 
 _AMPLE = 2**60  # bytes of a cache that leaves every limit as it was asked for

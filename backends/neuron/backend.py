@@ -12,10 +12,11 @@ from lmi_multi.backends.base import Availability, Executor
 from lmi_multi.backends.limits import check_sizes
 from lmi_multi.checkpoint.artifact import Artifact
 from lmi_multi.errors import BackendError, CapacityError, OptionError
-from lmi_multi.fit import Network, estimate
+from lmi_multi.fit import estimate
 from lmi_multi.instances import INSTANCES, REFUSED, Instance
 from lmi_multi.models.schema import check_degree
 from lmi_multi.models.spec import ModelSpec
+from lmi_multi.network import Network
 
 from . import devices, environment, instances, runtimes, sdk, sizing
 from .environment import CORES, INSTANCE

@@ -12,8 +12,8 @@ import torch
 
 from lmi_multi.backends.base import Limits
 from lmi_multi.checkpoint.artifact import Artifact
-from lmi_multi.fit import Network
 from lmi_multi.models.weights import rank_data
+from lmi_multi.network import Network
 
 from .buckets import VARIABLE as STEPS
 from .buckets import Buckets

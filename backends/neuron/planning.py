@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from lmi_multi.backends.ahead_of_time import Count, GraphCount, GraphPlan, Progress
 from lmi_multi.backends.base import Limits
-from lmi_multi.fit import Network
 from lmi_multi.instances import Instance
+from lmi_multi.network import Network
 
 from . import runtimes
 from .buckets import Buckets

@@ -12,10 +12,11 @@ from lmi_multi.backends.base import Limits
 from lmi_multi.backends.limits import block_bytes, plan_limits, row_blocks
 from lmi_multi.checkpoint.layout import QuantizeName
 from lmi_multi.errors import CapacityError, OptionError
-from lmi_multi.fit import RESERVED, Network, estimate
+from lmi_multi.fit import RESERVED, estimate
 from lmi_multi.instances import INSTANCES, Instance
 from lmi_multi.models.schema import valid_degrees
 from lmi_multi.models.spec import ModelSpec
+from lmi_multi.network import Network
 
 from . import instances
 

@@ -24,7 +24,7 @@ from lmi_multi.backends.limits import plan_limits
 from lmi_multi.checkpoint.artifact import Artifact
 from lmi_multi.engine.batch import Batch, Passage, Prompt, Row, StepResult
 from lmi_multi.errors import BackendError, CapacityError, LmiError, OptionError
-from lmi_multi.fit import Network
+from lmi_multi.network import Network
 
 from . import environment
 from .buckets import ladder

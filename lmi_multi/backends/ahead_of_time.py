@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from lmi_multi.checkpoint.artifact import Artifact
 
 if TYPE_CHECKING:
-    from lmi_multi.fit import Network
+    from lmi_multi.network import Network
 
 
 @dataclass

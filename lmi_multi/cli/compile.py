@@ -13,7 +13,7 @@ from lmi_multi.cli.console import byte_progress, graph_progress, line, note
 
 if TYPE_CHECKING:
     from lmi_multi.checkpoint.layout import DtypeName, QuantizeName
-    from lmi_multi.fit import Network
+    from lmi_multi.network import Network
 
 
 def compile(
@@ -94,7 +94,7 @@ def _outline(source: str, revision: str | None, dtype: str, quantize: str | None
     """What headers tell of the model that is to be; None where they do not, and it has to be there
     first: converting it says what is wrong with it, if anything is."""
     from lmi_multi.errors import CheckpointError
-    from lmi_multi.fit import read_network
+    from lmi_multi.network import read_network
 
     try:
         network = read_network(source, revision)

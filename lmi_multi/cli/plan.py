@@ -12,7 +12,8 @@ from lmi_multi.cli.console import graph_progress, json_page, note, out, size, ta
 
 if TYPE_CHECKING:
     from lmi_multi.backends.ahead_of_time import GraphPlan
-    from lmi_multi.fit import InstanceFit, Network, Option, Report, Smallest
+    from lmi_multi.fit import InstanceFit, Option, Report, Smallest
+    from lmi_multi.network import Network
 
 
 def plan(
@@ -51,8 +52,9 @@ def plan(
     what weights and a step leave; on NeuronCores it gets 80% of what the weights leave.
     """
     from lmi_multi.errors import OptionError
-    from lmi_multi.fit import read_network, report
+    from lmi_multi.fit import report
     from lmi_multi.instances import INSTANCES, find
+    from lmi_multi.network import read_network
 
     if tensor_parallel is not None:
         if instance is None:

@@ -11,8 +11,9 @@ from lmi_multi.checkpoint.s3.address import Address, is_address
 from lmi_multi.checkpoint.source import DEMO, is_local
 from lmi_multi.deploy.deployment import MAX_VOLUME, Deployment, name_for
 from lmi_multi.errors import CapacityError, OptionError
-from lmi_multi.fit import Network, Option, read_network, report
+from lmi_multi.fit import Option, report
 from lmi_multi.instances import GIB, INSTANCES, Instance, find
+from lmi_multi.network import Network, read_network
 from lmi_multi.serve.settings import ServeSettings
 
 VARIABLES = {

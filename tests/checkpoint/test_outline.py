@@ -16,7 +16,7 @@ from lmi_multi.checkpoint import outline
 from lmi_multi.checkpoint.convert import convert
 from lmi_multi.checkpoint.outline import outlined
 from lmi_multi.errors import CheckpointError, OptionError
-from lmi_multi.fit import read_network
+from lmi_multi.network import read_network
 
 from .hub_server import Hub
 from .s3_server import BUCKET, Door
@@ -88,7 +88,7 @@ CLIENT = """
 import json, sys
 from lmi_multi.checkpoint import outline
 from lmi_multi.errors import LmiError
-from lmi_multi.fit import read_network
+from lmi_multi.network import read_network
 
 outline.HEAD = 64
 for source in sys.argv[1:]:

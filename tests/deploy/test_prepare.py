@@ -12,9 +12,10 @@ from lmi_multi.deploy import prepare as module
 from lmi_multi.deploy.deployment import Deployment
 from lmi_multi.deploy.prepare import place, prepare, volume
 from lmi_multi.errors import CapacityError, LmiError, OptionError
-from lmi_multi.fit import Network, Option
+from lmi_multi.fit import Option
 from lmi_multi.instances import GIB, find
 from lmi_multi.models.spec import ModelSpec, Rope
+from lmi_multi.network import Network
 from lmi_multi.serve.settings import ServeSettings
 from tests.checkpoint.tiny import llama_state, write
 from tests.deploy.test_deployment import ROLE
