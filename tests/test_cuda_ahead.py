@@ -90,6 +90,9 @@ def attend(
 def greedy(
     logits: Tensor, drawn: Tensor, ids: Tensor, lengths: Tensor, live: Tensor, *_: Tensor
 ) -> bool:
+    """The kernel's, which refuses what it does not cover."""
+    if not logits.is_contiguous():
+        return False
     best, tokens = logits.max(-1)
     usable = torch.isfinite(best)
     drawn.copy_(torch.where(usable, tokens, -1))
