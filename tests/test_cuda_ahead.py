@@ -183,6 +183,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Programs:
     monkeypatch.setattr(torch.cuda, "Stream", lambda *_: None)
     monkeypatch.setattr(prefill, "processors", lambda device: 1)
     monkeypatch.setattr(graphs, "capture", lambda body, *_: Replayed(body))
+    monkeypatch.setattr(graphs, "run", lambda body, stream: body())
     return made
 
 

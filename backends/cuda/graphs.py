@@ -252,11 +252,7 @@ def capture(body: Callable[[], Tensor], stream: torch.cuda.Stream, pool: Any) ->
     """Run `body` once on `stream`, so that all it sets up is there, and record it; its memory is
     of `pool`, a handle of torch's."""
     with _CAPTURING, interrupts.delayed():
-        current = torch.cuda.current_stream()
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            body()
-        current.wait_stream(stream)
+        run(body, stream)
         with progress.waiting():  # capturing begins with it anyway: other ranks' part of `body`
             stream.synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -264,6 +260,17 @@ def capture(body: Callable[[], Tensor], stream: torch.cuda.Stream, pool: Any) ->
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             out = body()
         return Captured(graph, out)
+
+
+def run(body: Callable[[], Tensor], stream: torch.cuda.Stream) -> None:
+    """Run `body` on `stream`, after what the current one has and before what it gets."""
+    current = torch.cuda.current_stream()
+    stream.wait_stream(current)
+    try:
+        with torch.cuda.stream(stream):
+            body()
+    finally:  # also for what had begun when memory was missing: the kernels' scratch is shared
+        current.wait_stream(stream)
 
 
 def capture_together(
@@ -277,8 +284,14 @@ def capture_together(
     """
     if peers.alone:
         return capture(body, stream, pool)
+
+    def rehearse() -> Captured:
+        captured = capture(body, stream, pool)
+        run(body, stream)  # it will run again before it is captured again, beside this graph
+        return captured
+
     with peers.muted():
-        rehearsed = on_all(lambda: capture(body, stream, pool), peers).graph
+        rehearsed = on_all(rehearse, peers).graph
     captured = on_all(lambda: capture(body, stream, pool), peers)
     del rehearsed  # not before: torch gives up a pool that no graph is of
     return captured
