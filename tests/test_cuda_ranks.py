@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import time
 from functools import partial
@@ -15,13 +16,17 @@ import torch
 import lmi_multi
 from lmi_multi import backends
 from lmi_multi.checkpoint.artifact import Artifact
+from lmi_multi.checkpoint.convert import convert
+from lmi_multi.engine.batch import Row
 from lmi_multi.errors import RankError
 from lmi_multi.model import Model
+from lmi_multi.ops.sampling import SampleRow
 from lmi_multi.parallel.collectives import TorchCollectives
 from lmi_multi.parallel.local import LocalRanks
 from tests import tiny_models
+from tests.families import VOCAB
 from tests.matrix import SharedRanks
-from tests.test_cuda_graphs import LIMITS, assert_same_as_cpu
+from tests.test_cuda_graphs import LIMITS, assert_same_as_cpu, prompts
 
 pytestmark = pytest.mark.cuda
 
@@ -74,6 +79,7 @@ class Shelf:
             assert self.peers.near is not None, "see the log: why not"
 
     def open(self, folder: Path) -> None:
+        """A network that the kernels cover: its heads' sizes are multiples of 8."""
         from lmi_multi.backends.cuda.executor import CudaExecutor
         from lmi_multi.backends.cuda.kernels import missing
         from lmi_multi.backends.cuda.ops import Scratch
@@ -88,18 +94,36 @@ class Shelf:
     def use(self, method: str, *arguments: Any) -> Any:
         return getattr(self.executor, method)(*arguments)
 
-    def captured(self) -> tuple[int, int]:
-        """How many graphs there are, of steps and of prefills, all of which could be had."""
+    def captured(self) -> int:
+        """How many graphs of steps there are, all of which could be had."""
         opened = self.executor
-        assert opened._fed and opened._ahead and opened._prefill_graphs
-        steps = opened._fed._captured | opened._ahead._graphs._captured
-        prefills = opened._prefill_graphs._captured
-        assert all(steps.values()) and all(prefills.values())
-        return len(steps), len(prefills)
+        assert opened._fed and opened._ahead
+        steps = [*opened._fed._captured.values(), *opened._ahead._graphs._captured.values()]
+        assert all(steps)
+        return len(steps)
+
+    @torch.inference_mode()
+    def prefilled(self) -> list[float]:
+        """How far logits by graphs of prefills are from those of the same kernels uncaptured."""
+        opened, found = self.executor, []
+        graphs, chance = opened._prefill_graphs, random.Random(0)
+        assert graphs is not None
+        for lengths in ((3,), (16, 1), (5, 30, 9)):
+            rows = [
+                Row([chance.randrange(3, VOCAB) for _ in range(n)], 0, [*range(i * 8, i * 8 + 8)],
+                    n, sample=SampleRow())
+                for i, n in enumerate(lengths)
+            ]  # fmt: skip
+            hidden, last = opened._prefill.decode(rows)
+            plain = opened._network.logits(hidden.index_select(0, last)).clone()
+            captured = graphs.logits(rows)
+            assert captured is not None
+            found.append(((captured - plain).norm() / plain.norm()).item())
+        return found
 
 
 @pytest.mark.parametrize(("count", "near"), [(1, False), (2, False), (2, True)])
-@pytest.mark.parametrize("family", ["t5", "gpt2", "bloom", "gptj", "llama"])
+@pytest.mark.parametrize("family", ["t5", "bloom", "gptj", "llama", "qwen2"])
 def test_captured_steps_over_nccl(checkpoints: Path, family: str, count: int, near: bool) -> None:
     """Greedy and sampled, rows that come and go; sums by NCCL or, `near`, over peer memory. One GPU
     suffices to see whether NCCL's calls can be captured at all: a world of one, with nothing left
@@ -110,8 +134,30 @@ def test_captured_steps_over_nccl(checkpoints: Path, family: str, count: int, ne
         artifact = tiny_models.artifact(checkpoints, family)
         model = Model(artifact, "cuda", SharedRanks(ranks, artifact.folder, LIMITS))
         assert_same_as_cpu(checkpoints, family, model)
-        steps, prefills = ranks.call("captured")
-        assert steps > 8 and prefills
+        assert ranks.call("captured") > 8
+        own = prompts(4, 6)  # several greedy rows, and nothing else
+        with tiny_models.model(artifact, **vars(LIMITS)) as cpu:
+            expected = [c.token_ids for c in cpu.generate(own, max_new_tokens=9)]
+        model = Model(artifact, "cuda", SharedRanks(ranks, artifact.folder, LIMITS))
+        with model:
+            assert [c.token_ids for c in model.generate(own, max_new_tokens=9)] == expected
+    finally:
+        ranks.close()
+
+
+@pytest.mark.parametrize(("count", "near"), [(1, False), (2, False), (2, True)])
+@pytest.mark.parametrize("family", ["bloom", "llama"])
+def test_captured_prefills_over_nccl(
+    checkpoints: Path, tmp_path: Path, family: str, count: int, near: bool
+) -> None:
+    """In bf16: the prefill kernel covers no fp32."""
+    need(count, kernels=True)
+    source = tiny_models.checkpoint(checkpoints, family)
+    artifact = convert(source, tmp_path / "bf16", dtype="bf16")
+    ranks = LocalRanks(count, partial(Shelf, near), "nccl")
+    try:
+        ranks.call("open", artifact.folder)
+        assert max(ranks.call("prefilled")) < 0.03
     finally:
         ranks.close()
 
@@ -135,7 +181,7 @@ def test_a_rank_that_fails(
     """While the other one's GPU waits for it in a graph, in NCCL or in a sum over peer memory."""
     need(2, kernels=True)
     monkeypatch.setenv("LMI_MULTI_CUDA_PEER_MEMORY", memory)
-    folder = tiny_models.checkpoint(checkpoints, "gpt2")
+    folder = tiny_models.checkpoint(checkpoints, "llama")
     with lmi_multi.load(folder, backend="cuda", tensor_parallel=2, max_batch=2) as model:
         ranks = model._engine.executor._ranks.ranks  # type: ignore[attr-defined]
         processes, began = [rank.process for rank in ranks], 0.0

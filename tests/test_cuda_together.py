@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from lmi_multi.backends.cuda import draws, executor, graphs
+from lmi_multi.backends.cuda import draws, executor, graphs, prefill_graphs
 from lmi_multi.backends.cuda.ahead import Flight
 from lmi_multi.backends.cuda.draws import GREEDY
 from lmi_multi.backends.cuda.ops import Scratch
@@ -173,6 +173,24 @@ def test_memory_is_short_on_one(
         assert first == second
         lacking = [size for size, there in first[2].items() if not there]
         assert lacking == [missing] if missing else len(lacking) == len(first[2])
+
+
+def no_inputs(shelf: Shelf) -> None:
+    def refuse(*_: Any) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    shelf.patch.setattr(prefill_graphs, "PrefillInputs", refuse)
+
+
+def test_memory_is_short_on_one_before_a_capture(two: LocalRanks, folder: Path) -> None:
+    """For what a prefill's graph would read: no rank captures it."""
+    own = prompts(4, 6)
+    with cpu_model(folder, "gpt2") as cpu:
+        expected = [c.token_ids for c in cpu.generate(own, max_new_tokens=9)]
+    with open_model(two, folder, "gpt2", no_inputs) as model:
+        assert [c.token_ids for c in model.generate(own, max_new_tokens=9)] == expected
+        first, second = two.call("facts")
+        assert first == second
 
 
 def not_covered(shelf: Shelf) -> None:

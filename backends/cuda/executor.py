@@ -159,7 +159,10 @@ class CudaExecutor(TorchExecutor):
             self._flight.done.wait()
 
     def close(self) -> None:
-        """See `TorchExecutor.close`."""
+        """See `TorchExecutor.close`. What a step under way sends to other ranks, they get first."""
+        if self._flight is not None and not self._peers.alone:
+            with progress.waiting():
+                self._flight.done.synchronize()
         self._flight = self._fed = self._ahead = self._prefill_graphs = None
         for name in ("_kernel", "_prefill"):
             self.__dict__.pop(name, None)

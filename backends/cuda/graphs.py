@@ -7,12 +7,12 @@ import threading
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from lmi_multi import interrupts
+from lmi_multi import interrupts, progress
 from lmi_multi.models.rope import cos_sin
 from lmi_multi.models.spec import ModelSpec, Rope
 from lmi_multi.models.transformer import Transformer
@@ -31,6 +31,7 @@ SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024,
 # Clients choose among thousands of kinds, and each graph stops all rows while it is made.
 MOST_CHOSEN = 32
 Kind = DrawKind | BeamKind | None
+Made = TypeVar("Made")
 ALWAYS: tuple[Kind, ...] = (None, GREEDY)
 # torch captures one graph at a time in a process, which may hold several models.
 _CAPTURING = threading.Lock()
@@ -206,7 +207,8 @@ class StepGraphs:
     def _greedy(self, size: int) -> Tensor:
         scratch = self._scratch
         ids, lengths, live = self._advanced(size)
-        logits, drawn = self._logits(size), torch.empty_like(ids)
+        # Several ranks' logits may go on beyond the vocabulary, where they are filled up.
+        logits, drawn = self._logits(size).contiguous(), torch.empty_like(ids)
         done = torch.ops.lmi_multi.greedy(
             logits, drawn, ids, lengths, live, scratch.work, scratch.counters
         )
@@ -250,16 +252,25 @@ def capture(body: Callable[[], Tensor], stream: torch.cuda.Stream, pool: Any) ->
     """Run `body` once on `stream`, so that all it sets up is there, and record it; its memory is
     of `pool`, a handle of torch's."""
     with _CAPTURING, interrupts.delayed():
-        current = torch.cuda.current_stream()
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            body()
-        current.wait_stream(stream)
+        run(body, stream)
+        with progress.waiting():  # capturing begins with it anyway: other ranks' part of `body`
+            stream.synchronize()
         graph = torch.cuda.CUDAGraph()
         # Other threads may load models and compute meanwhile.
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             out = body()
         return Captured(graph, out)
+
+
+def run(body: Callable[[], Tensor], stream: torch.cuda.Stream) -> None:
+    """Run `body` on `stream`, after what the current one has and before what it gets."""
+    current = torch.cuda.current_stream()
+    stream.wait_stream(current)
+    try:
+        with torch.cuda.stream(stream):
+            body()
+    finally:  # also for what had begun when memory was missing: the kernels' scratch is shared
+        current.wait_stream(stream)
 
 
 def capture_together(
@@ -273,15 +284,22 @@ def capture_together(
     """
     if peers.alone:
         return capture(body, stream, pool)
+
+    def rehearse() -> Captured:
+        captured = capture(body, stream, pool)
+        run(body, stream)  # it will run again before it is captured again, beside this graph
+        return captured
+
     with peers.muted():
-        rehearsed = _on_all(lambda: capture(body, stream, pool), peers).graph
-    captured = _on_all(lambda: capture(body, stream, pool), peers)
+        rehearsed = on_all(rehearse, peers).graph
+    captured = on_all(lambda: capture(body, stream, pool), peers)
     del rehearsed  # not before: torch gives up a pool that no graph is of
     return captured
 
 
-def _on_all(work: Callable[[], Captured], peers: Peers) -> Captured:
-    """What `work` returns, if it can be done on every rank."""
+def on_all(work: Callable[[], Made], peers: Peers) -> Made:
+    """What `work` returns, which is not None, if it can be done on every rank. Else all raise
+    NotCoveredError or torch.OutOfMemoryError."""
     done, outcome = None, _DONE
     try:
         done = work()

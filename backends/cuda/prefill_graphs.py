@@ -15,7 +15,7 @@ from lmi_multi.engine.batch import Prompt, Row
 from lmi_multi.ops import Attention
 from lmi_multi.parallel.collectives import Peers
 
-from .graphs import Angles, Captured, capture_together
+from .graphs import Angles, Captured, capture_together, on_all
 from .prefill import Prefill, PrefillAttention
 from .prefill_inputs import PrefillInputs
 from .program import NotCoveredError
@@ -90,11 +90,9 @@ class PrefillGraphs:
         return self._captured[key]
 
     def _capture(self, kind: Kind, size: int) -> tuple[PrefillInputs, Captured] | None:
-        width = -(-self._context // self._block_size) if kind == "rows" else 0
         body = self._logits if kind == "rows" else self._encode
         try:
-            inputs = PrefillInputs(size, min(self._rows, size), width, 0, self._device)
-            inputs.clear()
+            inputs = on_all(lambda: self._inputs(kind, size), self._peers)
             captured = capture_together(lambda: body(inputs), self._stream, self._pool, self._peers)
             return inputs, captured
         except torch.OutOfMemoryError:
@@ -102,6 +100,12 @@ class PrefillGraphs:
             if not any(self._captured.values()):  # torch gives up a pool that no graph is of
                 self._pool = torch.cuda.graph_pool_handle()
         return None
+
+    def _inputs(self, kind: Kind, size: int) -> PrefillInputs:
+        width = -(-self._context // self._block_size) if kind == "rows" else 0
+        inputs = PrefillInputs(size, min(self._rows, size), width, 0, self._device)
+        inputs.clear()
+        return inputs
 
     def _logits(self, inputs: PrefillInputs) -> Tensor:
         network = self._prefill.network

@@ -95,7 +95,8 @@ def workspace_bytes(
     qkv = 2 * (heads + 2 * kv_heads) * spec.head_dim * item_bytes
     up = 2 * (2 if spec.gated else 1) * -(-spec.ffn // ranks) * item_bytes
     step = rows * (residual + max(qkv, up))
-    drawn = 2 * max_batch * spec.vocab * _DRAW_BYTES  # by hand, and in the pool of graphs
+    # By hand, in the pool of graphs that draw, and in that of those that end with logits or search.
+    drawn = 3 * max_batch * spec.vocab * _DRAW_BYTES
     graphs = _GRAPHS * _NODES * layers * _NODE_BYTES
     programs = _PROGRAM_ROWS * layers * (residual + qkv + up)
     total = _FIXED + step + _bias(spec, heads, max_tokens, item_bytes) + widest * item_bytes

@@ -31,7 +31,8 @@ Device device(int index) {
 
 void allow_shared(const void* kernel, int bytes) {
   static std::mutex mutex;
-  static std::map<std::pair<int, const void*>, int> allowed;
+  // Never destroyed: threads may launch kernels while the process ends.
+  static auto& allowed = *new std::map<std::pair<int, const void*>, int>;
   int device = 0;
   check(cudaGetDevice(&device), "device");
   std::lock_guard<std::mutex> lock(mutex);
