@@ -40,7 +40,8 @@ class Application:
         self._draining = asyncio.Event()
         self._served: Served | None = None
         self._models = models.Models(settings, read, self.metrics)
-        for router in self._routers(settings, name):
+        self._included = [*self._routers(settings, name)]
+        for router in self._included:
             self.app.include_router(router)
         self.app.add_api_route(
             "/metrics",
@@ -123,7 +124,8 @@ class Application:
 
     def _methods(self, scope: Scope) -> set[str]:
         """Those of all routes of a path; Starlette knows only the first one's."""
-        own = [route for route in self.app.routes if isinstance(route, Route)]
+        routes = (route for own in (self.app.router, *self._included) for route in own.routes)
+        own = (route for route in routes if isinstance(route, Route))
         found = (route for route in own if route.matches(scope)[0] is not Match.NONE)
         return {method for route in found for method in route.methods or ()}
 

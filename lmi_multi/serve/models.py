@@ -21,7 +21,6 @@ from typing import Any
 
 import psutil
 from fastapi import APIRouter
-from pydantic import BaseModel, ConfigDict
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -45,10 +44,8 @@ Read = Callable[[Path], ServeSettings]
 """The settings of the model in a folder."""
 
 
-class LoadRequest(BaseModel):
+class LoadRequest(body.Body):
     """The body of `POST /models`."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     model_name: str
     url: str
