@@ -30,8 +30,10 @@ _Body = TypeVar("_Body", bound="Body")
 
 
 async def read(request: Request, limit: int) -> bytes:
-    """The body. Raises HttpError 413 beyond `limit` bytes, before any more is read, and 408 when
-    nothing comes for `PATIENCE` seconds."""
+    """The body. Raises HttpError 413 beyond `limit` bytes, before any more is read, 408 when
+    nothing comes for `PATIENCE` seconds, and 499 where the client goes away before its end."""
+    from starlette.requests import ClientDisconnect  # which DJL Serving's handler does without
+
     announced = request.headers.get("content-length", "")
     if announced.isdigit() and int(announced) > limit:
         raise _too_large(limit)
@@ -46,6 +48,8 @@ async def read(request: Request, limit: int) -> bytes:
             parts.append(part)
     except asyncio.TimeoutError:  # another class than the built-in one before Python 3.11
         raise HttpError(408, f"no more of the body came within {PATIENCE:g} s") from None
+    except ClientDisconnect:
+        raise HttpError(499, "the client has gone") from None
     return b"".join(parts)
 
 

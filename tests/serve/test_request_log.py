@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -118,6 +119,21 @@ def test_a_client_that_leaves(server: Running) -> None:
         next(answer.iter_lines())
     found = line(server, "left")
     assert (found["level"], found["status"], found["error"]) == ("INFO", 200, "client_gone")
+
+
+def test_a_client_that_leaves_in_the_midst_of_its_body(server: Running) -> None:
+    """It is no failure of the server's."""
+    head = f"POST /invocations HTTP/1.1\r\nHost: here\r\nAuthorization: Bearer {KEY}\r\n"
+    for own, body in (
+        ("half", "Content-Length: 100\r\n\r\n{"),
+        ("chunk", "Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n"),
+    ):
+        address = server.client.base_url.host, server.client.base_url.port or 0
+        with socket.create_connection(address) as connection:
+            connection.sendall(f"{head}X-Request-Id: {own}\r\n{body}".encode())
+        found = line(server, own)
+        assert (found["level"], found["status"], found["error"]) == ("INFO", 499, "client_gone")
+    assert "Traceback" not in server.log.read_text()
 
 
 def test_ids(server: Running) -> None:
