@@ -181,6 +181,8 @@ def test_embeddings_and_models(tmp_path: Path, checkpoints: Path) -> None:
         assert (found["route"], found["model"]) == ("/models/{name}/invoke", "bert")
         assert (found["prompt_tokens"], found["output_tokens"]) == (4, 0)
         assert line(server, "load")["route"] == "/models"
+        server.client.put(f"/models/{SECRET}", headers=named("put"))
+        assert line(server, "put")["status"] == 405 and SECRET not in server.log.read_text()
         assert server.gauge('lmi_requests_total{outcome="done"}') == 2
 
 
