@@ -26,6 +26,10 @@ from lmi_multi.serve.served import Served
 from lmi_multi.serve.settings import ServeSettings
 from lmi_multi.serve.tracing import Tracing
 
+BODY_BYTES = 128 * 2**20
+"""What the bodies of all requests may take together, or two of the largest where those are more:
+else large ones on all the connections there may be would take more memory than many a host has."""
+
 log = logging.getLogger(__name__)
 
 
@@ -53,6 +57,7 @@ class Application:
         self.app.add_exception_handler(LmiError, self._failed)
         self.app.add_exception_handler(HTTPException, self._refused)
         self.app.add_exception_handler(Exception, self._broken)
+        self.app.add_middleware(_Bodies, most=max(BODY_BYTES, 2 * settings.max_body_bytes))
         self.app.add_middleware(_Draining, draining=self._draining)
         if settings.api_key is not None:
             key = settings.api_key.get_secret_value()
@@ -162,6 +167,31 @@ class _Authorized:
                 await _answer(scope, failure)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
+
+
+class _Bodies:
+    """Bounds what the bodies of requests take together, from when they come until the answer."""
+
+    def __init__(self, app: ASGIApp, most: int) -> None:
+        self._app, self._left = app, most
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        taken = 0
+
+        async def received() -> Message:
+            nonlocal taken
+            message = await receive()
+            size = len(message.get("body", b""))
+            if size > self._left:
+                raise OverloadedError("the bodies of other requests take too much; try again later")
+            self._left -= size
+            taken += size
+            return message
+
+        try:
+            await self._app(scope, received, send)
+        finally:
+            self._left += taken
 
 
 class _Draining:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +13,7 @@ import psutil
 import pytest
 
 from lmi_multi.serve import body
+from lmi_multi.serve.app import BODY_BYTES
 from lmi_multi.serve.errors import HttpError
 from lmi_multi.serve.lmi import Invocation
 from tests.serve.running import Running, serving
@@ -80,6 +83,38 @@ def test_what_is_wrong_costs_little(name: str, server: Running) -> None:
     assert taken < SECONDS
     assert peak(server) - before < BYTES
     assert server.post("/invocations", {"inputs": "ten"}).status_code == 200
+
+
+def test_bodies_of_all_requests_are_bounded(server: Running) -> None:
+    """Those that come, and do not end: no more of them are kept than `BODY_BYTES`."""
+    limit = 6 * 2**20
+    address = server.client.base_url.host, server.client.base_url.port or 0
+    head = f"POST /invocations HTTP/1.1\r\nHost: here\r\nContent-Length: {limit}\r\n\r\n".encode()
+    shed = server.gauge("lmi_shed_requests_total")
+    with contextlib.ExitStack() as stack:
+        open_ = []
+        for _ in range(BODY_BYTES // limit + 3):
+            connection = stack.enter_context(socket.create_connection(address, timeout=30))
+            with contextlib.suppress(ConnectionError):  # it is told so in the midst of it
+                connection.sendall(head + b" " * (limit - 1))
+            open_.append(connection)
+        server.until(lambda: server.gauge("lmi_shed_requests_total") > shed)
+        said = b"".join(told(connection) for connection in open_)
+        assert b" 503 " in said and b"retry-after: 1" in said
+        assert server.ping() == 200
+        refused = server.client.post("/invocations", content=b" " * limit)
+        assert refused.status_code == 503 and "take too much" in refused.text
+    server.until(lambda: server.post("/invocations", {"inputs": "a" * 2**20}).status_code == 400)
+    assert server.post("/invocations", {"inputs": "ten"}).json() == {"generated_text": "10"}
+
+
+def told(connection: socket.socket) -> bytes:
+    """What has been answered already."""
+    connection.setblocking(False)
+    try:
+        return connection.recv(4096)
+    except OSError:
+        return b""
 
 
 @pytest.mark.parametrize(
