@@ -27,6 +27,9 @@ _LINE, _EVENT = "%s\n", "data: %s\n\n"
 _FORMS = {_SSE: _EVENT, _JSON_LINES: _LINE}
 
 
+_TRANSFORM_MB = 100
+"""What a batch transform job's requests at once may be large in all, by AWS's description of it."""
+
 Invoke = Callable[[Request], Awaitable[Response]]
 
 
@@ -51,10 +54,12 @@ def router(
     async def execution_parameters() -> dict[str, Any]:
         """What batch transform asks before it sends anything."""
         rows = engine.info.get("limits", {}).get("max_batch", 1)
+        payload = min(max(1, settings.max_body_bytes >> 20), _TRANSFORM_MB)
+        at_once = min(rows, settings.max_queue, _TRANSFORM_MB // payload)
         return {
-            "MaxConcurrentTransforms": settings.max_concurrent_transforms or rows,
+            "MaxConcurrentTransforms": settings.max_concurrent_transforms or at_once,
             "BatchStrategy": settings.batch_strategy,
-            "MaxPayloadInMB": max(1, settings.max_body_bytes >> 20),
+            "MaxPayloadInMB": payload,
         }
 
     @routes.post("/invocations", tags=["SageMaker"], **description(settings))
