@@ -18,7 +18,16 @@ from pydantic import (
 
 from lmi_multi import values
 from lmi_multi.errors import OptionError
-from lmi_multi.values import MAX_BIAS, MAX_IDS, MAX_STOPS, MAX_WORD_TOKENS, MAX_WORDS, Float, Int
+from lmi_multi.values import (
+    MAX_BIAS,
+    MAX_IDS,
+    MAX_STOP_CHARACTERS,
+    MAX_STOPS,
+    MAX_WORD_TOKENS,
+    MAX_WORDS,
+    Float,
+    Int,
+)
 
 MAX_LOGPROBS = 20
 """The most alternatives whose log-probabilities one prompt may ask for."""
@@ -113,7 +122,8 @@ class GenerateOptions(BaseModel):
     - `logit_bias`: token ids and what is added to their logits before all else, -100 to 100.
     - `seed`: 0 to 2**64 - 1; the same seed gives the same tokens in any batch. `None`: random.
     - `ignore_eos`: an end token is generated like any other and ends nothing.
-    - `stop`: one string or up to 16; generation ends as soon as the text holds one of them.
+    - `stop`: one string or up to 16, each of up to 1024 characters; generation ends as soon as the
+      text holds one of them.
     - `stop_token_ids`: they end generation as end tokens do, `ignore_eos` or not, but with the
       finish reason "stop".
     - `logprobs`: the log-probability of every generated token and of so many likeliest ones
@@ -165,7 +175,9 @@ class GenerateOptions(BaseModel):
     )
     ignore_eos: StrictBool | None = Field(default=None, description="True or False")
     stop: _Strings = Field(
-        default=None, description=f"a non-empty string, or a list of up to {MAX_STOPS} of them"
+        default=None,
+        description=f"a string of 1 to {MAX_STOP_CHARACTERS} characters, or a list of up to "
+        f"{MAX_STOPS} of them",
     )
     min_p: Annotated[Float, Field(ge=0, le=1, allow_inf_nan=False)] | None = Field(
         default=None, description="a number from 0 to 1 (0: off)"
@@ -222,6 +234,10 @@ class GenerateOptions(BaseModel):
     if not TYPE_CHECKING:  # type checkers see the fields as keywords
 
         def __init__(self, **fields: Any) -> None:
+            # Before anything else: pydantic would list every one, and there may be a million.
+            for name in fields:
+                if name not in type(self).model_fields:
+                    raise _unknown(name)
             try:
                 super().__init__(**fields)
             except ValidationError as error:
@@ -328,14 +344,20 @@ def _judged(error: ValidationError) -> OptionError:
     if not first["loc"]:  # a rule over several fields words its own message
         found = first["ctx"]["error"]
         return OptionError(str(found), getattr(found, "option", None))
-    name, known = str(first["loc"][0]), GenerateOptions.model_fields
-    if name in known:
-        # An element of a list is judged with the list: the caller gave the list.
-        given = _short(first["input"])
-        return OptionError(f"{name} is {given}; allowed: {known[name].description}", name)
-    near = _OTHER_NAMES.get(name) or next(iter(difflib.get_close_matches(name, known, 1)), None)
+    name = str(first["loc"][0])
+    # An element of a list is judged with the list: the caller gave the list.
+    given, allowed = _short(first["input"]), GenerateOptions.model_fields[name].description
+    return OptionError(f"{name} is {given}; allowed: {allowed}", name)
+
+
+def _unknown(name: str) -> OptionError:
+    """The error of an option that there is not; it names the nearest one that there is."""
+    known = GenerateOptions.model_fields
+    close = difflib.get_close_matches(name[:80], known, 1)
+    near = _OTHER_NAMES.get(name) or next(iter(close), None)
     guess = f"; did you mean {near!r}?" if near else ";"
-    return OptionError(f"unknown option {_short(name)}{guess} known: {', '.join(known)}", name)
+    message = f"unknown option {_short(name)}{guess} known: {', '.join(known)}"
+    return OptionError(message, name[:80])
 
 
 def _short(value: object) -> str:

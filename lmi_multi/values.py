@@ -15,6 +15,9 @@ from pydantic import BeforeValidator, StrictFloat, StrictInt
 
 MAX_STOPS = 16
 """The most stop strings that one prompt may have."""
+MAX_STOP_CHARACTERS = 1024
+"""The most characters in one stop string: each prompt of a request has a copy of all of them, and
+every token is held against them."""
 MAX_IDS = 4096
 """The most token ids in one option: each of them costs time at every step."""
 MAX_WORDS = 1024
@@ -51,10 +54,10 @@ Float = Annotated[StrictFloat, BeforeValidator(plain_float)]
 
 
 def strings(value: object) -> tuple[str, ...]:
-    """One non-empty string, or a list of up to `MAX_STOPS` of them."""
+    """One string of 1 to `MAX_STOP_CHARACTERS` characters, or a list of up to `MAX_STOPS`."""
     entries = _listed((value,) if isinstance(value, str) else value, MAX_STOPS)
-    if not all(isinstance(entry, str) and entry for entry in entries):
-        raise ValueError("not all of them are non-empty strings")
+    if not all(isinstance(e, str) and 0 < len(e) <= MAX_STOP_CHARACTERS for e in entries):
+        raise ValueError("not all of them are strings, or one is empty or too long")
     return tuple(map(str, entries))
 
 

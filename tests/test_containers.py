@@ -209,6 +209,7 @@ def test_the_entry_point(started: tuple[Running, dict[str, str]]) -> None:
     assert healthy() == 1
     server.wait_ready()
     assert healthy() == 0
+    assert healthy(http_proxy="http://127.0.0.1:1") == 0
     port = settings["SAGEMAKER_BIND_TO_PORT"]
     assert healthy(OPTION_PORT=port, SAGEMAKER_BIND_TO_PORT="1") == 0  # as the server has it
     assert healthy(OPTION_PORT="1") == 1

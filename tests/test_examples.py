@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -27,6 +28,16 @@ EXAMPLE = Path(__file__).parent.parent / "examples" / "sagemaker"
 MODEL, BUCKET = "somebody/spoken", "models"
 
 
+class Endpoints(dict[str, str]):
+    """Addresses by what an endpoint's name begins with."""
+
+    def __contains__(self, name: object) -> bool:
+        return any(str(name).startswith(own) for own in self)
+
+    def __missing__(self, name: str) -> str:
+        return next(address for own, address in self.items() if name.startswith(own))
+
+
 @pytest.fixture
 def runtime(
     aws: Moto, demo_server: Running, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -36,7 +47,7 @@ def runtime(
     with hub_server.serve() as hub, runtime_server.serve() as own:
         files = {file.name: file.read_bytes() for file in CHECKPOINT.iterdir()}
         hub.repos[MODEL] = {"main": "a" * 40, "a" * 40: files}
-        own.endpoints["spoken"] = str(demo_server.client.base_url)
+        own.endpoints = Endpoints({"spoken-": str(demo_server.client.base_url)})
         for name, value in {
             "AWS_ENDPOINT_URL_SAGEMAKER_RUNTIME": own.url,
             "HF_ENDPOINT": hub.url,
@@ -85,7 +96,7 @@ def test_the_notebook(aws: Moto, runtime: Runtime) -> None:
     local, asked, streamed = (texts[index] for index in (3, 7, 8))
     assert local == asked == streamed == "$22\n"
     assert '"InstanceType": "ml.g5.xlarge"' in texts[5]
-    assert "made endpoint spoken" in texts[6] and "removed endpoint spoken" in texts[9]
+    assert "made endpoint spoken-" in texts[6] and "removed endpoint spoken-" in texts[9]
     assert is_clean(aws)
 
 
@@ -94,12 +105,24 @@ def test_the_script_cleans_up_when_a_step_fails(aws: Moto, runtime: Runtime) -> 
     command = [sys.executable, EXAMPLE / "walkthrough.py"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=120)
     assert done.returncode == 1
-    assert (
-        done.stderr.strip()
-        .splitlines()[-1]
-        .endswith(
-            "endpoint spoken: ValidationError: Endpoint spoken of account 123456789012 not found."
-        )
-    )
-    assert "made endpoint spoken" in done.stdout and "removed endpoint spoken" in done.stdout
+    last = done.stderr.strip().splitlines()[-1]
+    assert re.search(r"endpoint (spoken-\w{8}): ValidationError: Endpoint \1 of account", last)
+    assert "made endpoint spoken-" in done.stdout and "removed endpoint spoken-" in done.stdout
     assert is_clean(aws)
+
+
+def test_what_was_there_stays(aws: Moto, runtime: Runtime) -> None:
+    """Objects and an endpoint that go by the model's own name are somebody's."""
+    aws.client("s3").put_object(Bucket=BUCKET, Key="spoken/data.csv", Body=b"1,2\n")
+    sagemaker = aws.client("sagemaker")
+    sagemaker.create_model(ModelName="spoken", ExecutionRoleArn=os.environ["ROLE"])
+    variant = {"VariantName": "v", "ModelName": "spoken", "InstanceType": "ml.g5.xlarge"}
+    variant |= {"InitialInstanceCount": 1}
+    sagemaker.create_endpoint_config(EndpointConfigName="spoken", ProductionVariants=[variant])
+    sagemaker.create_endpoint(EndpointName="spoken", EndpointConfigName="spoken")
+    command = [sys.executable, EXAMPLE / "walkthrough.py"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=120)
+    assert done.returncode == 0, done.stderr
+    [found] = aws.client("s3").list_objects_v2(Bucket=BUCKET)["Contents"]
+    assert found["Key"] == "spoken/data.csv"
+    assert [e["EndpointName"] for e in sagemaker.list_endpoints()["Endpoints"]] == ["spoken"]

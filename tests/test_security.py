@@ -163,6 +163,7 @@ def test_no_request_names_a_file(server: Running) -> None:
         {"num_return_sequences": 17},
         {"num_beams": 17},
         {"stop": ["x"] * 17},
+        {"stop": "x" * 1025},
         {"logprobs": 21},
         {"bad_words": ["x"] * 1025},
         {"stop_token_ids": [1] * 4097},

@@ -60,14 +60,18 @@ print(expected.text)
 
 # %% [markdown]
 # ## Upload
+#
+# All that goes by this name is removed in the end: it is one that nobody else has.
 
 # %%
+from uuid import uuid4
+
 import boto3
 
 from lmi_multi.checkpoint.publish import publish
 from lmi_multi.deploy.deployment import name_for
 
-name = name_for(model_id)
+name = f"{name_for(model_id)[:50]}-{uuid4().hex[:8]}"
 objects = boto3.resource("s3").Bucket(bucket).objects.filter(Prefix=f"{name}/")
 clean_up.callback(objects.delete)
 publish(artifact.folder, f"s3://{bucket}/{name}")
@@ -82,7 +86,13 @@ publish(artifact.folder, f"s3://{bucket}/{name}")
 from lmi_multi.deploy.prepare import prepare
 
 deployment, fit = prepare(
-    f"s3://{bucket}/{name}", instance, settings={}, environment={}, image=image, role=role
+    f"s3://{bucket}/{name}",
+    instance,
+    settings={},
+    environment={},
+    name=name,
+    image=image,
+    role=role,
 )
 print(json.dumps([call.shown() for call in deployment.calls()], indent=2))
 

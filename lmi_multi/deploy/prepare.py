@@ -133,9 +133,9 @@ def _degree(settings: ServeSettings, instance: Instance, possible: list[int]) ->
 def _elsewhere(network: Network, settings: ServeSettings, option: Option) -> str:
     """What would do instead."""
     own = (option.dtype, option.quantize)
-    found = report(
-        network, INSTANCES, settings.max_tokens, settings.memory_share, option.pipeline_parallel
-    )
+    share = settings.memory_share
+    others = [i for i in INSTANCES if share is None or i.backend == "cuda"]
+    found = report(network, others, settings.max_tokens, share, option.pipeline_parallel)
     for best in found.smallest:
         if (best.dtype, best.quantize) == own:
             return f"it fits ml.{best.instance} at tensor_parallel {best.tensor_parallel}"

@@ -26,6 +26,10 @@ from lmi_multi.serve.served import Served
 from lmi_multi.serve.settings import ServeSettings
 from lmi_multi.serve.tracing import Tracing
 
+BODY_BYTES = 128 * 2**20
+"""What the bodies of all requests may take together, or two of the largest where those are more:
+else large ones on all the connections there may be would take more memory than many a host has."""
+
 log = logging.getLogger(__name__)
 
 
@@ -40,7 +44,8 @@ class Application:
         self._draining = asyncio.Event()
         self._served: Served | None = None
         self._models = models.Models(settings, read, self.metrics)
-        for router in self._routers(settings, name):
+        self._included = [*self._routers(settings, name)]
+        for router in self._included:
             self.app.include_router(router)
         self.app.add_api_route(
             "/metrics",
@@ -52,6 +57,7 @@ class Application:
         self.app.add_exception_handler(LmiError, self._failed)
         self.app.add_exception_handler(HTTPException, self._refused)
         self.app.add_exception_handler(Exception, self._broken)
+        self.app.add_middleware(_Bodies, most=max(BODY_BYTES, 2 * settings.max_body_bytes))
         self.app.add_middleware(_Draining, draining=self._draining)
         if settings.api_key is not None:
             key = settings.api_key.get_secret_value()
@@ -123,7 +129,8 @@ class Application:
 
     def _methods(self, scope: Scope) -> set[str]:
         """Those of all routes of a path; Starlette knows only the first one's."""
-        own = [route for route in self.app.routes if isinstance(route, Route)]
+        routes = (route for own in (self.app.router, *self._included) for route in own.routes)
+        own = (route for route in routes if isinstance(route, Route))
         found = (route for route in own if route.matches(scope)[0] is not Match.NONE)
         return {method for route in found for method in route.methods or ()}
 
@@ -160,6 +167,31 @@ class _Authorized:
                 await _answer(scope, failure)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
+
+
+class _Bodies:
+    """Bounds what the bodies of requests take together, from when they come until the answer."""
+
+    def __init__(self, app: ASGIApp, most: int) -> None:
+        self._app, self._left = app, most
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        taken = 0
+
+        async def received() -> Message:
+            nonlocal taken
+            message = await receive()
+            size = len(message.get("body", b""))
+            if size > self._left:
+                raise OverloadedError("the bodies of other requests take too much; try again later")
+            self._left -= size
+            taken += size
+            return message
+
+        try:
+            await self._app(scope, received, send)
+        finally:
+            self._left += taken
 
 
 class _Draining:

@@ -5,9 +5,18 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections import Counter
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from lmi_multi.serve.errors import HttpError
 
@@ -17,12 +26,14 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # the only way in for strings th
 if TYPE_CHECKING:  # the handler for DJL Serving does without starlette
     from starlette.requests import Request
 
-_Model = TypeVar("_Model", bound=BaseModel)
+_Body = TypeVar("_Body", bound="Body")
 
 
 async def read(request: Request, limit: int) -> bytes:
-    """The body. Raises HttpError 413 beyond `limit` bytes, before any more is read, and 408 when
-    nothing comes for `PATIENCE` seconds."""
+    """The body. Raises HttpError 413 beyond `limit` bytes, before any more is read, 408 when
+    nothing comes for `PATIENCE` seconds, and 499 where the client goes away before its end."""
+    from starlette.requests import ClientDisconnect  # which DJL Serving's handler does without
+
     announced = request.headers.get("content-length", "")
     if announced.isdigit() and int(announced) > limit:
         raise _too_large(limit)
@@ -37,6 +48,8 @@ async def read(request: Request, limit: int) -> bytes:
             parts.append(part)
     except asyncio.TimeoutError:  # another class than the built-in one before Python 3.11
         raise HttpError(408, f"no more of the body came within {PATIENCE:g} s") from None
+    except ClientDisconnect:
+        raise HttpError(499, "the client has gone") from None
     return b"".join(parts)
 
 
@@ -59,21 +72,69 @@ def parse(data: bytes) -> Any:
         raise HttpError(400, f"the body is no JSON: {error}") from None
 
 
-def check(kind: type[_Model], value: Any) -> _Model:
+class Body(BaseModel):
+    """What a request may say. A body can be wrong in a million places: the first is enough."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_known_names(cls, value: Any) -> Any:
+        """Before the fields: a missing one is often an unknown one, misspelt."""
+        for name in value if isinstance(value, dict) else ():
+            if name not in cls.model_fields:
+                known = ", ".join(cls.model_fields)
+                raise PydanticCustomError("unknown", "", {"name": name, "known": known})
+        return value
+
+
+def _prompts(value: Any) -> Any:
+    """`value`, if it is as `Prompts` says. pydantic's own check keeps what is wrong with each of a
+    million ids as a string, as a list, and so on."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list) or not (
+        all(isinstance(entry, str) for entry in value)
+        or _ids(value)
+        or all(isinstance(entry, list) and _ids(entry) for entry in value)
+    ):
+        raise ValueError("no prompts")
+    return value
+
+
+def _ids(value: list[Any]) -> bool:
+    return all(type(entry) is int for entry in value)  # a bool is none
+
+
+_AnyPrompts = str | list[str] | list[int] | list[list[int]]
+Prompts = Annotated[
+    _AnyPrompts,
+    PlainValidator(_prompts, json_schema_input_type=_AnyPrompts),
+    Field(description="a string, a list of strings, a list of token ids, or a list of such lists"),
+]
+"""One prompt or several. An error says what a field's description allows."""
+
+
+def check(kind: type[_Body], value: Any) -> _Body:
     """`value` as a `kind`. Raises HttpError 400 that names the field."""
     if not isinstance(value, dict):
         raise HttpError(400, f"the body is a {type(value).__name__}, must be a JSON object")
     try:
         return kind.model_validate(value)
     except ValidationError as error:
-        # An unknown name first: a missing one is often the same, misspelt.
-        first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-        path = f"{'.'.join(str(part) for part in first['loc']):.80}"
-        if first["type"] == "extra_forbidden":
-            known = ", ".join(kind.model_fields)
-            raise HttpError(400, f"unknown field {path!r}; known: {known}", path) from None
-        given = f" is {first['input']!r:.80}" if first["type"] != "missing" else ""
-        raise HttpError(400, f"{path}{given}: {first['msg']}", path) from None
+        first = error.errors()[0]
+    loc = [str(part) for part in first["loc"]]
+    if first["type"] == "unknown":
+        path = f"{'.'.join([*loc, first['ctx']['name']]):.80}"
+        raise HttpError(400, f"unknown field {path!r}; known: {first['ctx']['known']}", path)
+    if first["type"] == "missing":
+        path = ".".join(loc)
+        raise HttpError(400, f"{path}: {first['msg']}", path)
+    if (allowed := kind.model_fields[loc[0]].description) is not None:
+        given = f"{value[loc[0]]!r:.80}"
+        raise HttpError(400, f"{loc[0]} is {given}; allowed: {allowed}", loc[0])
+    path = f"{'.'.join(loc):.80}"
+    raise HttpError(400, f"{path} is {first['input']!r:.80}: {first['msg']}", path)
 
 
 def _refuse_constant(name: str) -> None:
@@ -83,9 +144,8 @@ def _refuse_constant(name: str) -> None:
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        name = next(name for name in found if names.count(name) > 1)
-        shown = name.encode("utf-8", "replace").decode()
+        [(name, _)] = Counter(name for name, _ in pairs).most_common(1)
+        shown = name[:80].encode("utf-8", "replace").decode()
         raise HttpError(400, f"{shown!r:.80} is given twice in an object; allowed: once", shown)
     return found
 

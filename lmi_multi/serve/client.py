@@ -122,14 +122,14 @@ class EngineClient:
         finally:
             ready.cancel()
 
-    async def close(self) -> None:
-        """End the engine. What it was answering fails."""
+    async def close(self, reason: str = "the server is shutting down") -> None:
+        """End the engine. What it was answering fails with `reason`."""
         if self._supervisor is not None:
             self._supervisor.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._supervisor
         self.ready.clear()
-        self.error = self.error or "the server is shutting down"
+        self.error = self.error or reason
         self._fail_all(EngineGoneError(self.error))
 
     def memory(self) -> int:

@@ -6,9 +6,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from pydantic import BaseModel, ConfigDict, StrictBool
+from pydantic import Field, StrictBool
 
+from lmi_multi.embedding import Pooling
 from lmi_multi.options import GenerateOptions, TokenLogprob
+from lmi_multi.serve import body
+from lmi_multi.serve.body import Body, Prompts
 from lmi_multi.serve.errors import HttpError
 from lmi_multi.streaming import Chunk
 from lmi_multi.tokenizer import Tokenizer, text_of
@@ -18,13 +21,11 @@ _REASONS = {"eos": "eos_token", "length": "length", "stop": "stop_sequence"}
 _NAMES = {"stop_sequences": "stop"}
 
 
-class Invocation(BaseModel):
+class Invocation(Body):
     """The body of `/invocations`: prompts, and how to continue them."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    inputs: str | list[str] | list[int] | list[list[int]]
-    parameters: dict[str, Any] = {}
+    inputs: Prompts
+    parameters: dict[str, Any] = Field(default_factory=dict)
     stream: StrictBool | None = None
 
     @property
@@ -63,12 +64,16 @@ def options(parameters: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
     return given, details
 
 
-def pooling(parameters: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The parameters of an embedding, `pooling` and `normalize`, if there is nothing else."""
-    for name in parameters:
-        if name not in ("pooling", "normalize"):
-            raise HttpError(400, f"unknown parameter {name!r}; known: pooling, normalize", name)
-    return parameters
+class _Pooling(Body):
+    """The parameters of an embedding."""
+
+    pooling: Pooling = "mean"
+    normalize: StrictBool = True
+
+
+def pooling(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """How tokens become one vector. Raises HttpError 400 for anything else among `parameters`."""
+    return body.check(_Pooling, parameters).model_dump()
 
 
 def shown(

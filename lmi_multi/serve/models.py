@@ -21,7 +21,6 @@ from typing import Any
 
 import psutil
 from fastapi import APIRouter
-from pydantic import BaseModel, ConfigDict
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -45,10 +44,8 @@ Read = Callable[[Path], ServeSettings]
 """The settings of the model in a folder."""
 
 
-class LoadRequest(BaseModel):
+class LoadRequest(body.Body):
     """The body of `POST /models`."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     model_name: str
     url: str
@@ -116,7 +113,7 @@ class Models:
                 raise _not_loaded(name)
             served, model.served = model.served, None
         if served is not None:
-            await self._end(served, self._drain)
+            await self._end(model, served, self._drain)
         log.info("unloaded %s", name)
 
     @asynccontextmanager
@@ -236,18 +233,19 @@ class Models:
         self._metrics.evicted.inc()
         log.info("evicting %s, which was idle for longest: memory is short", name)
         if served is not None:
-            await self._end(served)
+            await self._end(idle[name], served)
         return True
 
-    async def _end(self, served: Served, patience: float = 0.0) -> None:
-        """End an engine, once it has answered or `patience` seconds have gone."""
+    async def _end(self, model: _Model, served: Served, patience: float = 0.0) -> None:
+        """End the engine that was a model's, once it has answered, those included whose bodies come
+        or are tokenized, or `patience` seconds have gone."""
         self._changing.append(served)
         try:
             deadline = time.monotonic() + patience
-            while served.engine.requests and time.monotonic() < deadline:
+            while (model.users or served.engine.requests) and time.monotonic() < deadline:
                 await asyncio.sleep(0.05)
         finally:
-            await served.engine.close()
+            await served.engine.close("the model is unloaded")
             self._changing.remove(served)
 
 

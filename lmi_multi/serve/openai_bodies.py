@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool
+from pydantic import FailFast, Field, StrictBool
+
+from lmi_multi.embedding import Pooling
+from lmi_multi.serve.body import Body, Prompts
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Body):
     """What a stream tells beside its chunks."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     include_usage: StrictBool = False
 
 
-class Generation(BaseModel):
+class Generation(Body):
     """What both kinds of completion take; beyond OpenAI's, options of this package."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str = ""
     n: int | None = None
@@ -50,7 +49,7 @@ class Generation(BaseModel):
 class CompletionRequest(Generation):
     """The body of `/v1/completions`."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Prompts
     max_tokens: int | None = 16
     logprobs: int | None = None
     echo: StrictBool = False
@@ -59,21 +58,19 @@ class CompletionRequest(Generation):
 class ChatRequest(Generation):
     """The body of `/v1/chat/completions`."""
 
-    messages: list[dict[str, Any]] = Field(min_length=1)
+    messages: Annotated[list[dict[str, Any]], FailFast()] = Field(min_length=1)
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     logprobs: StrictBool = False
     top_logprobs: int | None = None
 
 
-class EmbeddingRequest(BaseModel):
+class EmbeddingRequest(Body):
     """The body of `/v1/embeddings`; `pooling` and `normalize` are this package's."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
-
     model: str = ""
-    input: str | list[str] | list[int] | list[list[int]]
+    input: Prompts
     encoding_format: Literal["float", "base64"] = "float"
     user: str | None = None
-    pooling: Literal["mean", "cls", "last"] = "mean"
+    pooling: Pooling = "mean"
     normalize: StrictBool = True

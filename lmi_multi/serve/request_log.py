@@ -42,7 +42,8 @@ class Record:
     def fields(self, scope: Scope) -> dict[str, Any]:
         """What is logged. The route is one of ours, never the path that was sent."""
         route = getattr(scope.get("route"), "path", None)
-        model = scope.get("path_params", {}).get("name") if self.status != 404 else None
+        known = self.status not in (404, 405)  # else nobody has looked whether it is a model's
+        model = scope.get("path_params", {}).get("name") if known else None
         found = {
             "id": self.id,
             "method": self.method,

@@ -18,7 +18,7 @@ from lmi_multi.serve.client import EngineClient
 from lmi_multi.serve.errors import HttpError
 from lmi_multi.serve.lmi import Invocation
 from lmi_multi.serve.openai_bodies import ChatRequest, CompletionRequest
-from lmi_multi.serve.service import Service, Wanted, first
+from lmi_multi.serve.service import Service, Wanted, first, together
 from lmi_multi.serve.settings import ServeSettings
 from lmi_multi.streaming import Chunk
 
@@ -26,6 +26,9 @@ _JSON_LINES, _SSE = described.JSON_LINES, described.EVENTS
 _LINE, _EVENT = "%s\n", "data: %s\n\n"
 _FORMS = {_SSE: _EVENT, _JSON_LINES: _LINE}
 
+
+_TRANSFORM_MB = 100
+"""What a batch transform job's requests at once may be large in all, by AWS's description of it."""
 
 Invoke = Callable[[Request], Awaitable[Response]]
 
@@ -51,10 +54,12 @@ def router(
     async def execution_parameters() -> dict[str, Any]:
         """What batch transform asks before it sends anything."""
         rows = engine.info.get("limits", {}).get("max_batch", 1)
+        payload = min(max(1, settings.max_body_bytes >> 20), _TRANSFORM_MB)
+        at_once = min(rows, settings.max_queue, _TRANSFORM_MB // payload)
         return {
-            "MaxConcurrentTransforms": settings.max_concurrent_transforms or rows,
+            "MaxConcurrentTransforms": settings.max_concurrent_transforms or at_once,
             "BatchStrategy": settings.batch_strategy,
-            "MaxPayloadInMB": max(1, settings.max_body_bytes >> 20),
+            "MaxPayloadInMB": payload,
         }
 
     @routes.post("/invocations", tags=["SageMaker"], **description(settings))
@@ -170,27 +175,31 @@ def _form(asked: Invocation, request: Request, settings: ServeSettings) -> str |
 
 async def _lines(service: Service, data: bytes, request: Request) -> Response:
     """Batch transform's records, one JSON object a line; the answers in the same order."""
+    check = lmi.pooling if service.is_encoder else lmi.options
     asked = [
-        _line(number, line) for number, line in enumerate(data.splitlines(), 1) if line.strip()
+        _line(number, line, check)
+        for number, line in enumerate(data.splitlines(), 1)
+        if line.strip()
     ]
     if not asked:
         raise HttpError(400, "the body has no lines")
+    service.check_prompts(sum(len(as_list(one.inputs)) for one in asked))
     if service.is_encoder:
-        shown = [await _embeddings(service, one, request) for one in asked]
+        shown = await together(_embeddings(service, one, request) for one in asked)
     else:
-        service.check_prompts(sum(len(as_list(one.inputs)) for one in asked))
         shown = await _generated(service, asked, request)
     lines = [bytes(JSONResponse(one).body) for one in shown]
     return Response(b"\n".join(lines) + b"\n", media_type=_JSON_LINES)
 
 
-def _line(number: int, line: bytes) -> Invocation:
-    """One line's body. Raises HttpError 400, which names the line."""
+def _line(number: int, line: bytes, check: Callable[[dict[str, Any]], Any]) -> Invocation:
+    """One line's body, whose parameters pass `check`. Raises HttpError 400, which names the
+    line."""
     try:
         asked = body.check(Invocation, body.parse(line))
         if asked.stream:
             raise HttpError(400, "stream is True; allowed: false among lines", "stream")
-        lmi.options(asked.parameters)
+        check(asked.parameters)
     except (HttpError, OptionError) as error:
         found = error if isinstance(error, HttpError) else HttpError.of(error)
         raise HttpError(400, f"line {number}: {found.message}", found.param) from None

@@ -31,6 +31,7 @@ _STAND_INS: Mapping[str, ModuleType] = {
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,100}")  # of a header
 _VALUE = re.compile(r"[\t -~]{0,4000}")
 _OWN = ("content-length", "transfer-encoding", "connection")  # the server's to say
+_WITHOUT_CONTENT = (204, 205, 304)  # by HTTP: more than a head would be read as the next answer
 OUT_OF_MEMORY = (CapacityError, MemoryError, torch.OutOfMemoryError)
 
 
@@ -137,8 +138,11 @@ class _Worker:
         if not isinstance(output, Output):
             raise TypeError(f"handle returned a {type(output).__name__}; allowed: Output or None")
         head = {"code": _status(output.code), "headers": _headers(output.properties)}
+        content = b"" if output.streams else _body(output)
+        if output.code in _WITHOUT_CONTENT and (content or output.streams):
+            raise ValueError(f"the output's code is {output.code}, which goes without content")
         if not output.streams:
-            yield head | {"content": wire.text(_body(output)), "last": True}
+            yield head | {"content": wire.text(content), "last": True}
             return
         yield head | {"content": "", "last": False}
         for part in output.parts():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -205,6 +205,17 @@ async def while_connected(request: Request, work: Any) -> Any:
         for own in (task, gone):
             own.cancel()
         await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def together(works: Iterable[Coroutine[Any, Any, Any]]) -> list[Any]:
+    """What each of `works` returns. The first that raises ends the others, and is raised."""
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _disconnected(request: Request) -> None:

@@ -272,8 +272,10 @@ class ServeSettings(BaseModel):
             fields["fallback"] = "transformers"
         if (dtype := _folded(fields.get("dtype"))) in ("int8", "fp8"):
             fields["dtype"] = "auto"
-            if fields.get("quantize") is None:
-                fields["quantize"] = dtype
+            if _folded(fields.setdefault("quantize", dtype) or dtype) != dtype:
+                allowed = f"no other one beside option.quantize={fields['quantize']}"
+                raise _rule("dtype", dtype, allowed)
+            fields["quantize"] = dtype
         return fields
 
     @model_validator(mode="after")

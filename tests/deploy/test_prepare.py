@@ -97,6 +97,10 @@ def test_what_does_not_fit_says_what_would(monkeypatch: pytest.MonkeyPatch) -> N
     assert f"{missing}; it fits ml." in str(error.value)
     with pytest.raises(CapacityError, match=r"at tensor_parallel 1: .*missing"):
         place(network(70), find("g5.12xlarge"), settings(tensor_parallel=1))
+    shared = settings(memory_share=0.5)
+    monkeypatch.setattr(module, "INSTANCES", (find("inf2.48xlarge"), find("p4de.24xlarge")))
+    with pytest.raises(CapacityError, match=r"it fits ml\.p4de\.24xlarge"):
+        place(network(70), find("g5.xlarge"), shared)
     monkeypatch.setattr(module, "INSTANCES", (find("g5.xlarge"), find("g6.xlarge")))
     with pytest.raises(CapacityError, match="no instance takes it in this format"):
         place(network(70), find("g5.xlarge"), settings())

@@ -87,10 +87,25 @@ def test_an_option_that_nobody_knows(tmp_path: Path) -> None:
 def test_the_largest_body_by_sagemaker_s_other_variable(tmp_path: Path) -> None:
     with serving(tmp_path, "demo", SAGEMAKER_MAX_REQUEST_SIZE="2048") as server:
         server.until(lambda: server.ping() != 0)
+        assert server.client.get("/execution-parameters").json()["MaxPayloadInMB"] == 1
         for length, status in ((2049, 413), (2048, 400)):
             server.wait_ready()
             answer = server.client.post("/invocations", content=b" " * length)
             assert answer.status_code == status
+
+
+@pytest.mark.parametrize(
+    ("megabytes", "rows", "at_once"), [("6", "64", 16), ("6", "3", 3), ("1024", "64", 1)]
+)
+def test_batch_transform_sends_no_more_than_aws_lets_it(
+    megabytes: str, rows: str, at_once: int, tmp_path: Path
+) -> None:
+    variables = {"SAGEMAKER_MAX_PAYLOAD_IN_MB": megabytes, "OPTION_MAX_ROLLING_BATCH_SIZE": rows}
+    with serving(tmp_path, "demo", OPTION_BACKEND="cpu", **variables) as server:
+        server.wait_ready()
+        found = server.client.get("/execution-parameters").json()
+    assert found["MaxConcurrentTransforms"] == at_once
+    assert at_once * found["MaxPayloadInMB"] <= 100
 
 
 def test_a_model_that_is_not_loaded_in_time(tmp_path: Path) -> None:

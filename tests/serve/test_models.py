@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -125,6 +126,26 @@ def test_models_come_answer_and_go(server: Running, root: Path) -> None:
     server.until(lambda: server.gauge("lmi_engine_restarts") == 1)
     server.until(lambda: server.gauge("lmi_engine_ready") == 1)
     assert server.post("/models/tiny/invoke", body).json() == {"generated_text": other}
+
+
+def test_a_request_whose_body_still_comes_is_answered_first(server: Running, root: Path) -> None:
+    """A model that is told to go meanwhile waits for it."""
+    assert load(server, root, "numbers").status_code == 200
+    body = b'{"inputs": "ten"}'
+    head = f"POST /models/numbers/invoke HTTP/1.1\r\nHost: here\r\nContent-Length: {len(body)}\r\n"
+    address = server.client.base_url.host, server.client.base_url.port or 0
+    with (
+        socket.create_connection(address, timeout=60) as connection,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        connection.sendall(f"{head}Expect: 100-continue\r\nConnection: close\r\n\r\n".encode())
+        assert b" 100 " in connection.recv(100)  # somebody reads the body
+        gone = pool.submit(server.client.delete, "/models/numbers")
+        server.until(lambda: "numbers" not in names(server))
+        connection.sendall(body)
+        answer = b"".join(iter(lambda: connection.recv(4096), b""))
+        assert gone.result(30).status_code == 200
+    assert b" 200 OK" in answer and answer.endswith(b'{"generated_text":"10"}')
 
 
 def test_an_answer_that_is_there_needs_no_engine() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -120,6 +121,21 @@ def test_a_client_that_leaves(server: Running) -> None:
     assert (found["level"], found["status"], found["error"]) == ("INFO", 200, "client_gone")
 
 
+def test_a_client_that_leaves_in_the_midst_of_its_body(server: Running) -> None:
+    """It is no failure of the server's."""
+    head = f"POST /invocations HTTP/1.1\r\nHost: here\r\nAuthorization: Bearer {KEY}\r\n"
+    for own, body in (
+        ("half", "Content-Length: 100\r\n\r\n{"),
+        ("chunk", "Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n"),
+    ):
+        address = server.client.base_url.host, server.client.base_url.port or 0
+        with socket.create_connection(address) as connection:
+            connection.sendall(f"{head}X-Request-Id: {own}\r\n{body}".encode())
+        found = line(server, own)
+        assert (found["level"], found["status"], found["error"]) == ("INFO", 499, "client_gone")
+    assert "Traceback" not in server.log.read_text()
+
+
 def test_ids(server: Running) -> None:
     def answered(**headers: str) -> str:
         named = {name.replace("_", "-"): value for name, value in headers.items()}
@@ -165,6 +181,8 @@ def test_embeddings_and_models(tmp_path: Path, checkpoints: Path) -> None:
         assert (found["route"], found["model"]) == ("/models/{name}/invoke", "bert")
         assert (found["prompt_tokens"], found["output_tokens"]) == (4, 0)
         assert line(server, "load")["route"] == "/models"
+        server.client.put(f"/models/{SECRET}", headers=named("put"))
+        assert line(server, "put")["status"] == 405 and SECRET not in server.log.read_text()
         assert server.gauge('lmi_requests_total{outcome="done"}') == 2
 
 

@@ -117,6 +117,10 @@ def handle(inputs):
         return {"a": 1}
     if case == "code":
         return Output(code=99).add("x")
+    if case == "204":
+        return Output(code=204).add("x")
+    if case == "204 stream":
+        return Output(code=204).add_stream_content(iter(["x"]))
     if case == "header":
         return Output().add("x").add_property("x", "a\\r\\nb: c")
     if case == "two":
@@ -220,6 +224,8 @@ def test_forms_of_answers(server: Running, folder: Path) -> None:
         ("option", 400, "x is 1; allowed: 2"),
         ("dict", 424, "handle returned a dict; allowed: Output or None"),
         ("code", 424, "the output's code is 99; allowed"),
+        ("204", 424, "the output's code is 204, which goes without content"),
+        ("204 stream", 424, "the output's code is 204, which goes without content"),
         ("header", 424, "the output's property 'x' is 'a\\r\\nb: c': no header"),
         ("two", 424, "the output has 2 contents; allowed: one, or one 'data'"),
     ],

@@ -354,6 +354,10 @@ def test_values_that_mean_another_option() -> None:
     for kind in ("int8", "fp8"):
         found = ServeSettings(dtype=kind)
         assert (found.dtype, found.quantize) == ("auto", kind)
+    assert ServeSettings(dtype="int8", quantize="INT8").quantize == "int8"
+    assert ServeSettings(dtype="int8", quantize=None).quantize == "int8"
+    with pytest.raises(OptionError, match="dtype is 'int8'; allowed: no other one beside"):
+        ServeSettings(dtype="int8", quantize="fp8")
 
 
 # --- loading
