@@ -41,7 +41,7 @@ MAX_DIVERSITY_PENALTY = 100.0
 PENALTIES = (0.01, 100.0)
 """The range of the two repetition penalties: what is beyond it would leave float32's."""
 
-FinishReason = Literal["eos", "length", "stop", "numerical_error", "cancelled"]
+FinishReason = Literal["eos", "length", "stop", "numerical_error", "out_of_memory", "cancelled"]
 
 # Names under which other libraries know an option, where the spelling alone does not tell.
 _OTHER_NAMES = {
@@ -389,8 +389,8 @@ class Completion:
       up to it (`token_ids` still holds all). None when the model has no tokenizer.
     - `finish_reason`: "eos" an end token came; "length" `max_new_tokens`, or the model's limit,
       was reached; "stop" a stop string or a token of `stop_token_ids` appeared;
-      "numerical_error" the logits were not finite, or no token was allowed, and `error` says so;
-      "cancelled" the caller went away.
+      "numerical_error" the logits were not finite, or no token was allowed; "out_of_memory" a step
+      with it did not fit the GPU; `error` says more of both; "cancelled" the caller went away.
     - `score`: of an answer that beam search found, the one by which it was compared.
     - `logprobs`: one entry for each of `token_ids`, and `cumulative_logprob` their sum; None
       unless the option `logprobs` asks for them. `prompt_logprobs`: one for each of

@@ -125,7 +125,7 @@ class BeamSearch:
             return
         error = sequence.not_finite(state.drawn, self.options)
         if not all(own is None or own.finite for own in found):
-            self._fail(error)
+            self.fail(error)
             return
         groups: list[Group] = []
         taken: Counter[int] = Counter()
@@ -154,6 +154,12 @@ class BeamSearch:
         for answer in self._answers:
             answer.cancel()
         self.finish_reason = self.finish_reason or "cancelled"
+
+    def fail(self, error: str, reason: FinishReason = "numerical_error") -> None:
+        """See `Request.fail`."""
+        for answer in self._answers:
+            answer.fail(error, reason)
+        self.finish_reason = reason
 
     def _prefill(self, count: int) -> Row:
         stop = self._prefilled + count
@@ -227,8 +233,3 @@ class BeamSearch:
             for place in range(len(answer.generated), len(beam.tokens)):
                 answer.push(beam.tokens[place], logprobs[place])
         self.finish_reason = self._answers[0].finish_reason
-
-    def _fail(self, error: str) -> None:
-        for answer in self._answers:
-            answer.fail(error)
-        self.finish_reason = "numerical_error"

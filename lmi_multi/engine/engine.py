@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Generator, Iterable
 from collections.abc import Sequence as Items
 from functools import partial
 from typing import TypeVar, cast
 
+import torch
 from torch import Tensor
 
 from lmi_multi import interrupts
 from lmi_multi.backends.base import Executor
 from lmi_multi.engine.batch import Passage, Prompt
-from lmi_multi.engine.request import Request
+from lmi_multi.engine.request import Request, Share
 from lmi_multi.engine.scheduler import Scheduler
 from lmi_multi.errors import OptionError
 
 _T = TypeVar("_T")
+
+log = logging.getLogger(__name__)
 
 
 class Engine:
@@ -120,13 +124,29 @@ class Engine:
     def _step(self) -> None:
         with interrupts.delayed(), self._lock:
             batch, shares = self.scheduler.plan()
-        draws = iter(self.executor.step(batch).draws)
+        try:
+            draws = iter(self.executor.step(batch).draws)
+        except torch.OutOfMemoryError as error:
+            with interrupts.delayed(), self._lock:
+                self._give_up_one(shares, error)
+            return
         with interrupts.delayed(), self._lock:
             for share in shares:
                 if share.draws:
                     share.request.accept(draws)
             self.scheduler.commit(shares)
             self._steps += 1
+
+    def _give_up_one(self, shares: Items[Share], error: torch.OutOfMemoryError) -> None:
+        """Fail the request that wanted most of a step which did not fit the GPU, the latest of
+        several; the others take the step again. Sizes are planned so that this does not happen:
+        another process has taken memory, or the plan is wrong."""
+        largest = max(reversed(shares), key=lambda share: share.tokens).request
+        message = f"a step with it does not fit the GPU: {str(error).splitlines()[0]}"
+        log.error("%s; %d others go on", message, len(shares) - 1)
+        largest.fail(message, "out_of_memory")
+        self.scheduler.release(largest)
+        self._steps += 1
 
     def _stepped_since(self, seen: int) -> bool:
         return self._steps != seen

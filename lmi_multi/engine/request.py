@@ -70,6 +70,9 @@ class Request(Protocol):
     def cancel(self) -> None:
         """End it, unless it has ended: nobody wants its answer."""
 
+    def fail(self, error: str, reason: FinishReason) -> None:
+        """End it with an error."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -85,6 +88,12 @@ class Share:
 
     request: Request
     rows: Sequence[Row]
+
+    @property
+    def tokens(self) -> int:
+        """How many are computed for it: in its first step the encoder's too."""
+        encoded = self.request.encoder_ids if self.rows[0].fresh else None
+        return sum(len(row.token_ids) for row in self.rows) + len(encoded or ())
 
     @property
     def draws(self) -> bool:

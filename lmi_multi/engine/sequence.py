@@ -155,10 +155,10 @@ class Sequence:
         if reason is not None:
             self._finish(reason)
 
-    def fail(self, error: str) -> None:
-        """End it with a numerical error."""
+    def fail(self, error: str, reason: FinishReason = "numerical_error") -> None:
+        """See `Request.fail`."""
         self.error = error
-        self._finish("numerical_error")
+        self._finish(reason)
 
     def advance(self, length: int) -> None:
         """See `Request.advance`."""

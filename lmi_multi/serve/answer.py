@@ -22,9 +22,9 @@ class Answer:
     score: float | None = None
 
     def add(self, chunk: Chunk) -> None:
-        """Take the next chunk of it. Raises HttpError 500 if the answer has failed."""
+        """Take the next chunk of it. Raises HttpError if the answer has failed."""
         if chunk.error is not None:
-            raise HttpError(500, f"{chunk.finish_reason}: {chunk.error}")
+            raise HttpError.of_answer(chunk.finish_reason, chunk.error)
         self.text += chunk.text or ""
         self.token_ids += chunk.token_ids
         self.logprobs += chunk.logprobs or []

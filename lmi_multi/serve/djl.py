@@ -154,8 +154,9 @@ class Handler:
         ]
 
     def _shown(self, request: _Request, completions: list[Completion]) -> Any:
-        if failed := next((c for c in completions if c.error is not None), None):
-            return HttpError(500, f"{failed.finish_reason}: {failed.error}").plain()
+        for completion in completions:
+            if completion.error is not None:
+                return HttpError.of_answer(completion.finish_reason, completion.error).plain()
         shown = [
             lmi.shown(c, len(c.prompt_token_ids), self._model.tokenizer, request.details)
             for c in completions

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from lmi_multi.errors import CapacityError, LmiError, OptionError
+from lmi_multi.options import FinishReason
 from lmi_multi.serve.failures import (
     EngineGoneError,
     LateError,
@@ -66,6 +67,11 @@ class HttpError(Exception):
         if isinstance(error, CapacityError):
             return cls(507, message)
         return cls(500, message)
+
+    @classmethod
+    def of_answer(cls, reason: FinishReason | None, error: str) -> HttpError:
+        """Why an answer has failed."""
+        return cls(507 if reason == "out_of_memory" else 500, f"{reason}: {error}")
 
     def openai(self) -> dict[str, object]:
         """The body that OpenAI's clients understand."""

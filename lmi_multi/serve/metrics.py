@@ -9,6 +9,7 @@ from functools import partial
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from lmi_multi.errors import LmiError
+from lmi_multi.options import FinishReason
 from lmi_multi.serve.client import EngineClient
 from lmi_multi.serve.errors import HttpError
 from lmi_multi.serve.request_log import current
@@ -93,7 +94,8 @@ class Watch:
     def __init__(self, metrics: Metrics, phases: Phases, answers: int) -> None:
         self._metrics, self._phases, self._left = metrics, phases, answers
         self._record = current()
-        self._ended = self._broken = False
+        self._ended = False
+        self._broken: FinishReason | None = None  # why one of its answers has failed
         self._came = time.time_ns()
         self._start = time.perf_counter()
         self._first: float | None = None
@@ -127,9 +129,10 @@ class Watch:
             self._record.output_tokens += tokens
             if chunk.finish_reason is not None:
                 self._record.finish_reasons.add(chunk.finish_reason)
+        if chunk.error is not None:
+            self._broken = chunk.finish_reason
         if chunk.finish_reason == "numerical_error":
             metrics._numerical.inc()
-            self._broken = True
         self._left -= chunk.finish_reason is not None
         if not self._left:
             self.done()
@@ -137,7 +140,7 @@ class Watch:
     def done(self) -> None:
         """Every answer has ended; one that is broken fails the prompt."""
         if self._broken:
-            self._end("failed", "numerical_error")
+            self._end("failed", self._broken)
         else:
             self._end("done")
 
@@ -149,7 +152,7 @@ class Watch:
     def aborted(self) -> None:
         """Its client went away, or heard that one of its answers is broken."""
         if self._broken:
-            self._end("failed", "numerical_error")
+            self._end("failed", self._broken)
         else:
             self._end("aborted", "client_gone")
 

@@ -284,7 +284,7 @@ async def _events(
         async for chunks in found:
             for chunk in chunks:
                 if chunk.error is not None:
-                    raise HttpError(500, f"{chunk.finish_reason}: {chunk.error}")
+                    raise HttpError.of_answer(chunk.finish_reason, chunk.error)
                 index = starts[chunk.index] + chunk.answer
                 tokens += len(chunk.token_ids)
                 reason = None if chunk.finish_reason is None else _reason(chunk.finish_reason)
