@@ -8,16 +8,17 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from lmi_multi.checkpoint.convert import convert
+    from lmi_multi.completion import Completion
     from lmi_multi.errors import LmiError
     from lmi_multi.model import Model, load
-    from lmi_multi.options import Completion, GenerateOptions
+    from lmi_multi.options import GenerateOptions
 
 _HOME = {
     "load": "lmi_multi.model",
     "Model": "lmi_multi.model",
     "convert": "lmi_multi.checkpoint.convert",
     "GenerateOptions": "lmi_multi.options",
-    "Completion": "lmi_multi.options",
+    "Completion": "lmi_multi.completion",
     "LmiError": "lmi_multi.errors",
 }
 

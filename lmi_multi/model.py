@@ -22,6 +22,7 @@ from lmi_multi.checkpoint.cache import open_or_convert
 from lmi_multi.checkpoint.convert import Progress, check_options
 from lmi_multi.checkpoint.remote import check_ranks
 from lmi_multi.checkpoint.source import Source, resolve
+from lmi_multi.completion import Completion
 from lmi_multi.defaults import GenerationDefaults
 from lmi_multi.engine.batch import Passage, groups
 from lmi_multi.engine.batch import Prompt as EncoderPrompt
@@ -35,7 +36,7 @@ from lmi_multi.models.schema import check_degree
 from lmi_multi.models.spec import ModelSpec
 from lmi_multi.models.stages import check_stages
 from lmi_multi.models.traits import Traits
-from lmi_multi.options import Completion, GenerateOptions, per_prompt
+from lmi_multi.options import GenerateOptions, per_prompt
 from lmi_multi.parallel import torchrun
 from lmi_multi.prompts import Prompt, PromptReader, Prompts
 from lmi_multi.streaming import Chunk

@@ -1,10 +1,9 @@
-"""What a caller may ask of `generate`, and what comes back."""
+"""What a caller may ask of `generate`."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
@@ -40,8 +39,6 @@ MAX_LENGTH_PENALTY = 10.0
 MAX_DIVERSITY_PENALTY = 100.0
 PENALTIES = (0.01, 100.0)
 """The range of the two repetition penalties: what is beyond it would leave float32's."""
-
-FinishReason = Literal["eos", "length", "stop", "numerical_error", "out_of_memory", "cancelled"]
 
 # Names under which other libraries know an option, where the spelling alone does not tell.
 _OTHER_NAMES = {
@@ -367,43 +364,3 @@ def _short(value: object) -> str:
     except Exception:  # a foreign object's own repr must not hide our message
         text = f"a {type(value).__name__}"
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-@dataclass(frozen=True)
-class TokenLogprob:
-    """One generated token: `logprob` is its log-probability by the model itself, before penalties,
-    bans and temperature; `top` are the likeliest tokens with theirs, the likeliest first."""
-
-    token_id: int
-    logprob: float
-    top: dict[int, float]
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What one prompt became.
-
-    - `prompt`: as given, a string or token ids; `prompt_token_ids`: what the model read.
-    - `token_ids`: every token that was generated, the end token included where one was.
-    - `text`: those tokens as text, without special tokens and, when a stop string appeared, only
-      up to it (`token_ids` still holds all). None when the model has no tokenizer.
-    - `finish_reason`: "eos" an end token came; "length" `max_new_tokens`, or the model's limit,
-      was reached; "stop" a stop string or a token of `stop_token_ids` appeared;
-      "numerical_error" the logits were not finite, or no token was allowed; "out_of_memory" a step
-      with it did not fit the GPU; `error` says more of both; "cancelled" the caller went away.
-    - `score`: of an answer that beam search found, the one by which it was compared.
-    - `logprobs`: one entry for each of `token_ids`, and `cumulative_logprob` their sum; None
-      unless the option `logprobs` asks for them. `prompt_logprobs`: one for each of
-      `prompt_token_ids`, None for the first, which nothing predicts.
-    """
-
-    prompt: str | list[int]
-    prompt_token_ids: list[int]
-    text: str | None
-    token_ids: list[int]
-    finish_reason: FinishReason
-    error: str | None = None
-    logprobs: list[TokenLogprob] | None = None
-    cumulative_logprob: float | None = None
-    prompt_logprobs: list[float | None] | None = None
-    score: float | None = None

@@ -6,10 +6,10 @@ import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 
+from lmi_multi.completion import FinishReason, TokenLogprob
 from lmi_multi.engine.engine import Engine
 from lmi_multi.engine.request import Job
 from lmi_multi.engine.sequence import Sequence as EngineSequence
-from lmi_multi.options import FinishReason, TokenLogprob
 
 
 @dataclass(frozen=True)

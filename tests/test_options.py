@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lmi_multi.completion import Completion
 from lmi_multi.errors import OptionError
-from lmi_multi.options import Completion, GenerateOptions, per_prompt
+from lmi_multi.options import GenerateOptions, per_prompt
 
 NAN, INF = float("nan"), float("inf")
 

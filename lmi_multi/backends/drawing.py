@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from lmi_multi import progress
+from lmi_multi.completion import TokenLogprob
 from lmi_multi.engine.batch import Continuation, Continuations, Draw, Row
 from lmi_multi.ops.beams import Beams, best_continuations
 from lmi_multi.ops.sampling import Sampled, SampleRow, Sampling, processed, sample
-from lmi_multi.options import TokenLogprob
 
 
 def draw(logits: Tensor, rows: Sequence[Row]) -> list[Draw | Continuations]:

@@ -14,8 +14,8 @@ from lmi_multi.cli.console import byte_progress, json_line, line, note
 from lmi_multi.cli.prompts import Prompts, read_prompts
 
 if TYPE_CHECKING:
+    from lmi_multi.completion import Completion
     from lmi_multi.model import Model
-    from lmi_multi.options import Completion
 
 _TEXT = "Generation (defaults: the model's own)"
 

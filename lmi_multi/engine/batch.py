@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from lmi_multi.completion import TokenLogprob
 from lmi_multi.ops.beams import Beams
 from lmi_multi.ops.sampling import SampleRow
-from lmi_multi.options import TokenLogprob
 
 
 class Row(NamedTuple):

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
+from lmi_multi.completion import FinishReason
 from lmi_multi.engine import hypotheses, sequence
 from lmi_multi.engine.batch import Continuations, Draw, Prompt, Row
 from lmi_multi.engine.detokenizer import Detokenizer
 from lmi_multi.engine.hypotheses import Group, Hypothesis
 from lmi_multi.ops.beams import Beams
-from lmi_multi.options import FinishReason
 from lmi_multi.resolved import Resolved
 
 

@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lmi_multi.completion import TokenLogprob
 from lmi_multi.engine.batch import Continuation
 from lmi_multi.engine.detokenizer import Detokenizer
-from lmi_multi.options import TokenLogprob
 from lmi_multi.resolved import Resolved
 
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from lmi_multi.completion import FinishReason
 from lmi_multi.engine.batch import Continuations, Draw, Prompt, Row
-from lmi_multi.options import FinishReason
 
 if TYPE_CHECKING:
     from lmi_multi.engine import sequence

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import cast
 
+from lmi_multi.completion import FinishReason, TokenLogprob
 from lmi_multi.engine.batch import Continuations, Draw, Prompt, Row
 from lmi_multi.engine.detokenizer import Detokenizer
 from lmi_multi.ops.sampling import SampleRow
-from lmi_multi.options import FinishReason, TokenLogprob
 from lmi_multi.resolved import Resolved
 
 

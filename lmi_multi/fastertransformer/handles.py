@@ -6,6 +6,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
+from lmi_multi.completion import Completion
 from lmi_multi.errors import LmiError, OptionError
 from lmi_multi.fastertransformer.parameters import (
     GPT_DEFAULTS,
@@ -15,7 +16,6 @@ from lmi_multi.fastertransformer.parameters import (
     options,
 )
 from lmi_multi.model import Model
-from lmi_multi.options import Completion
 from lmi_multi.prompts import Prompt, Prompts, as_list
 from lmi_multi.streaming import Chunk
 from lmi_multi.tokenizer import Tokenizer

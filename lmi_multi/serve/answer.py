@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from lmi_multi.completion import FinishReason, TokenLogprob
 from lmi_multi.engine.detokenizer import Detokenizer
-from lmi_multi.options import FinishReason, TokenLogprob
 from lmi_multi.serve.errors import HttpError
 from lmi_multi.streaming import Chunk
 from lmi_multi.tokenizer import Tokenizer

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 from lmi_multi.checkpoint.convert import convert
 from lmi_multi.checkpoint.publish import publish
 from lmi_multi.checkpoint.s3.address import is_address
+from lmi_multi.completion import Completion
 from lmi_multi.errors import LmiError, OptionError
 from lmi_multi.model import Model, load
-from lmi_multi.options import Completion, GenerateOptions
+from lmi_multi.options import GenerateOptions
 from lmi_multi.prompts import Prompt, as_list
 from lmi_multi.serve import body, lmi, names
 from lmi_multi.serve.answer import Answer

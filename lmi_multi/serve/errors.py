@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from lmi_multi.completion import FinishReason
 from lmi_multi.errors import CapacityError, LmiError, OptionError
-from lmi_multi.options import FinishReason
 from lmi_multi.serve.failures import (
     EngineGoneError,
     LateError,

@@ -8,8 +8,9 @@ from typing import Any, Protocol
 
 from pydantic import Field, StrictBool
 
+from lmi_multi.completion import TokenLogprob
 from lmi_multi.embedding import Pooling
-from lmi_multi.options import GenerateOptions, TokenLogprob
+from lmi_multi.options import GenerateOptions
 from lmi_multi.serve import body
 from lmi_multi.serve.body import Body, Prompts
 from lmi_multi.serve.errors import HttpError

@@ -8,8 +8,8 @@ from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from lmi_multi.completion import FinishReason
 from lmi_multi.errors import LmiError
-from lmi_multi.options import FinishReason
 from lmi_multi.serve.client import EngineClient
 from lmi_multi.serve.errors import HttpError
 from lmi_multi.serve.request_log import current

@@ -16,8 +16,8 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
+from lmi_multi.completion import TokenLogprob
 from lmi_multi.errors import LmiError, OptionError
-from lmi_multi.options import TokenLogprob
 from lmi_multi.prompts import as_list
 from lmi_multi.serve import body, described
 from lmi_multi.serve.answer import Answer

@@ -14,7 +14,7 @@ import json
 from multiprocessing.connection import Connection
 from typing import Any
 
-from lmi_multi.options import TokenLogprob
+from lmi_multi.completion import TokenLogprob
 from lmi_multi.streaming import Chunk
 
 Message = dict[str, Any]

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from lmi_multi.options import TokenLogprob
+from lmi_multi.completion import TokenLogprob
 from lmi_multi.serve.failures import LateError, UnreadError
 from lmi_multi.serve.inbox import MAX_SCRIPT_UNREAD, MAX_UNREAD, Inbox, size_of
 from lmi_multi.streaming import Chunk
