@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -80,6 +81,21 @@ class Metrics:
         if (record := current()) is not None:
             record.prompt_tokens += prompt_tokens
         return Watch(self, self._tracing.prompt(prompt_tokens), answers)
+
+
+@contextmanager
+def told_of_failure(watches: Sequence[Watch]) -> Iterator[None]:
+    """Whatever is raised within it ends the prompts that are watched."""
+    try:
+        yield
+    except LmiError as error:
+        for watch in watches:
+            watch.failed(error)
+        raise
+    except BaseException:
+        for watch in watches:
+            watch.aborted()
+        raise
 
 
 def _total(

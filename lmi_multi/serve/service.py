@@ -12,14 +12,14 @@ from typing import Any
 from starlette.requests import Request
 
 from lmi_multi import chat
-from lmi_multi.errors import LmiError, OptionError
+from lmi_multi.errors import OptionError
 from lmi_multi.options import GenerateOptions
 from lmi_multi.prompts import Prompt, PromptReader
 from lmi_multi.serve.answer import Answer, GrowingTexts
 from lmi_multi.serve.client import BYTES_A_TOKEN, Ask, EngineClient
 from lmi_multi.serve.errors import HttpError
 from lmi_multi.serve.failures import EngineGoneError
-from lmi_multi.serve.metrics import Metrics
+from lmi_multi.serve.metrics import Metrics, told_of_failure
 from lmi_multi.streaming import Chunk
 from lmi_multi.tokenizer import Tokenizer, text_of
 
@@ -132,20 +132,12 @@ class Service:
         ]
         texts = GrowingTexts(self.tokenizer)
         found = self.engine.generate(asks, self._timeout, stream=not whole)
-        try:
+        with told_of_failure(watches):
             async with contextlib.aclosing(found):
                 async for chunks in found:
                     for chunk in chunks:
                         watches[chunk.index].chunk(chunk)
                     yield [texts.with_text(chunk) for chunk in chunks]
-        except LmiError as error:
-            for watch in watches:
-                watch.failed(error)
-            raise
-        except BaseException:
-            for watch in watches:
-                watch.aborted()
-            raise
 
     async def answers(self, wanted: Sequence[Wanted], request: Request) -> list[list[Answer]]:
         """Every answer to every prompt, whole. When the client goes away, their places are freed
@@ -176,17 +168,9 @@ class Service:
                 lambda: [reader.ids(prompt, index) for index, prompt in enumerate(prompts)]
             )
         watches = [self.metrics.request(len(own)) for own in ids]
-        try:
+        with told_of_failure(watches):
             work = self.engine.embed(ids, pooling, normalize, self._timeout)
             vectors = await while_connected(request, work)
-        except LmiError as error:
-            for watch in watches:
-                watch.failed(error)
-            raise
-        except BaseException:
-            for watch in watches:
-                watch.aborted()
-            raise
         for watch in watches:
             watch.done()
         return vectors, sum(map(len, ids))
