@@ -207,6 +207,31 @@ def test_a_caller_that_was_stopped_has_not_waited(
     assert ranks.call("anything") == "late"
 
 
+def test_a_rank_that_ends_gives_those_that_waited_for_it_time(
+    short: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What they waited for has only now been done: they have not stood still until then."""
+    ranks, ends = _ranks(2)
+    now, passed = [0.0], range(3 * LIMIT)
+    monkeypatch.setattr("lmi_multi.parallel.ranks.time", _Clock(now))
+    beats = iter([*((Reading(i, False), Reading(1, True)) for i in passed), None, ("ok", "ok")])
+
+    def wait(watched: list[Any], seconds: float) -> list[Any]:
+        now[0] += 1.0
+        said = next(beats)
+        if said is None:  # one ends the call, and the other one has not woken up yet
+            ends[0].send((1, "ok", "met"))
+        elif said[0] == "ok":
+            ends[1].send((1, "ok", None))
+        else:
+            for end, reading in zip(ends, said, strict=True):
+                end.send((1, "beat", reading))
+        return []
+
+    monkeypatch.setattr("lmi_multi.parallel.ranks.wait", wait)
+    assert ranks.call("anything") == "met"
+
+
 class _Clock:
     def __init__(self, now: list[float]) -> None:
         self._now = now

@@ -141,6 +141,8 @@ class Ranks:
                 elif number == self._answering:
                     result = answer[0]
                 del pending[number]
+                for _, other in pending.values():
+                    other.other_done()
             text = fault({number: watch for number, (_, watch) in pending.items()}, patience)
             if text is not None:
                 self._fail(RankError(text))

@@ -78,6 +78,11 @@ class Watch:
             self.still = 0.0
         self._counted, self.waiting = reading
 
+    def other_done(self) -> None:
+        """Another rank has ended the call: what this one waits for has only now all been done."""
+        if self.waiting:
+            self.still = 0.0
+
     def passed(self, seconds: float) -> None:
         """So much time has gone by."""
         self.silent += seconds
