@@ -8,6 +8,9 @@ from types import ModuleType
 
 import pytest
 
+from benchmarks import registers
+from benchmarks.registers import Compiled
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -76,6 +79,33 @@ def test_a_failing_compiler_is_shown(
     assert setup.main(["--output", str(target), "--arch", "90"]) == 1
     assert "what is wrong" in capsys.readouterr().err
     assert not target.exists()
+
+
+REPORT = """\
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '{0}' for 'sm_80'
+ptxas info    : Function properties for {0}
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 32 registers, used 1 barriers, 80 bytes smem, 424 bytes cmem[0]
+ptxas info    : Compiling entry function '{0}' for 'sm_90a'
+ptxas info    : Function properties for {0}
+    16 bytes stack frame, 12 bytes spill stores, 8 bytes spill loads
+ptxas info    : Used 255 registers, 424 bytes cmem[0]
+""".format(
+    "_ZN3lmi41_GLOBAL__N__8023d323_9_greedy_cu_474f512213greedy_kernelIfEEvNS_12GreedyParamsE"
+)
+
+
+def test_what_ptxas_reports_is_read() -> None:
+    assert [*registers.read(REPORT)] == [
+        Compiled("greedy_kernel", "80", 32, 80, 0),
+        Compiled("greedy_kernel", "90a", 255, 0, 20),
+    ]
+    assert registers.name("_Z6simplePf") == "simple"
+    with pytest.raises(ValueError, match="no registers or no spills"):
+        [*registers.read(REPORT.replace("Used 255 registers", ""))]
+    shown = registers.table([*registers.read(REPORT), Compiled("greedy_kernel", "80", 40, 8, 0)])
+    assert "| `greedy_kernel` | 80 | 2 | 40 | 80 | 0 |" in shown
 
 
 def test_missing_kernels_have_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
