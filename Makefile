@@ -9,7 +9,7 @@ NEURON := .venv-neuron
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-neuron test-neuron-sources lint format kernels constraints clean
+.PHONY: help demo test test-cuda test-neuron test-neuron-sources lint format kernels constraints clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -19,6 +19,9 @@ demo: $(STAMP) ## Run the demo model on whatever hardware is here
 
 test: $(STAMP) ## Run every test (PYTEST_ARGS="-k name" for some)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+
+test-cuda: kernels ## Compile the kernels, then run the tests that need an NVIDIA GPU
+	$(BIN)/python -m pytest -m cuda $(PYTEST_ARGS)
 
 test-neuron: $(NEURON)/.installed ## Run the Neuron backend's tests on the emulator (Python 3.11 or later)
 	LMI_MULTI_NEURON_RUNTIME=emulator $(NEURON)/bin/python -m pytest -n 2 --dist worksteal -k neuron \

@@ -74,7 +74,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` looks at the markers
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if getattr(_cell(item), "backend", None) == "cuda":
+            item.add_marker("cuda")
     wanted = config.getoption("--backend")
     if not wanted:
         return
