@@ -198,6 +198,20 @@ def test_activation(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_widened_codes_are_exact(kind: torch.dtype, dtype: torch.dtype) -> None:
+    """Every code there is, in sizes that fill blocks of the kernel, and not."""
+    every = torch.arange(256, device="cuda").to(torch.uint8)
+    every = every[every.view(kind).float().isfinite()].repeat(2)[:256]
+    fused, plain = ops(), Reference()
+    for rows in (1, 5, 16, 1000):
+        codes, scale = every.repeat(rows, 1).view(kind), torch.rand(rows, device="cuda")
+        found, expected = (each._widened(codes, scale, dtype) for each in (fused, plain))
+        assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+    assert not fused._kernels.widen(codes[0, :8], 1.0, found[0][0, :8])  # no whole 16 bytes
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_greedy(dtype: torch.dtype) -> None:
     """As `sample` does: ties go to the lowest id, unusable rows are noticed, others unharmed."""
     torch.manual_seed(6)

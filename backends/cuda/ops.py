@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lmi_multi.models.spec import Activation
 from lmi_multi.models.weights import Linear, Norm
-from lmi_multi.ops.reference import Reference
+from lmi_multi.ops.reference import Reference, unit_of
 
 # Rows up to which a kernel is offered the work, by the type of the weights; above, cuBLAS is the
 # faster one (benchmarks/results/cuda-kernels.md), or a kernel does not go that far.
@@ -119,6 +119,12 @@ class CudaOps(Reference):
         if linear.bias is None and x.dtype == weight.dtype == residual.dtype:
             return residual.addmm_(x, weight.t())  # the sum in the product's own kernel
         return super().linear_residual(x, linear, residual)
+
+    def _widened(self, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        out, unit = torch.empty_like(codes, dtype=dtype), unit_of(codes.dtype, dtype)
+        if self._kernels.widen(codes, 1 / unit, out):
+            return out, (scale * unit).to(dtype)
+        return super()._widened(codes, scale, dtype)
 
     def _fused(
         self,

@@ -26,18 +26,13 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 }
 
 
-def widened(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A quantized weight's codes and scale in `dtype`, such that (x @ codes.T) * scale is exact but
-    for the product's own rounding.
+def unit_of(codes: torch.dtype, dtype: torch.dtype) -> float:
+    """What a quantized weight's codes are divided by in `dtype`, and its scale grows by.
 
-    In fp16 the codes shrink by a power of two to below one, and the scale grows by it: sums of
-    codes up to 448 would leave the type's range, and scales as small as theirs its precision.
+    In fp16 a power of two that brings codes below one: sums of codes up to 448 would leave the
+    type's range, and scales as small as theirs its precision.
     """
-    wide = codes.to(dtype)
-    if dtype != torch.float16:
-        return wide, scale.to(dtype)
-    unit = 2.0 ** math.frexp(LARGEST[codes.dtype])[1]
-    return wide.mul_(1 / unit), (scale * unit).to(dtype)
+    return 2.0 ** math.frexp(LARGEST[codes])[1] if dtype == torch.float16 else 1.0
 
 
 class Reference:
@@ -89,9 +84,17 @@ class Reference:
         weight, bias = linear.weight, linear.bias
         if linear.scale is None:
             return self._matmul(x.to(weight.dtype), weight, bias)
-        codes, scale = widened(weight, linear.scale, x.dtype)
+        codes, scale = self._widened(weight, linear.scale, x.dtype)
         y = self._matmul(x, codes, None) * scale
         return y if bias is None else y + bias
+
+    def _widened(self, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A quantized weight's codes and scale in `dtype`, such that (x @ codes.T) * scale is exact
+        but for the product's own rounding."""
+        wide, unit = codes.to(dtype), unit_of(codes.dtype, dtype)
+        if unit == 1:
+            return wide, scale.to(dtype)
+        return wide.mul_(1 / unit), (scale * unit).to(dtype)
 
     def _matmul(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x @ weight.T + bias for operands of one float type."""

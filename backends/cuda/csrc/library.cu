@@ -3,6 +3,7 @@
 #include "activate.h"
 #include "arguments.h"
 #include "greedy.h"
+#include "widen.h"
 
 namespace lmi {
 namespace {
@@ -67,6 +68,22 @@ bool run_activate(Tensor x, int64_t activation, bool gated, Tensor out) {
   return true;
 }
 
+bool run_widen(Tensor codes, double factor, Tensor out) {
+  const auto type = type_of(codes);
+  if (!type || !is_quantized(*type) || !is_dense(codes) || !is_float(out) || !is_dense(out) ||
+      codes.numel() % 16 || !codes.numel() || codes.numel() != out.numel()) {
+    return false;
+  }
+  const DeviceGuard guard(codes.get_device_index());
+  const WidenParams p{.codes = operand(codes),
+                      .out = out.data_ptr(),
+                      .out_type = *type_of(out),
+                      .factor = static_cast<float>(factor),
+                      .count = codes.numel()};
+  widen(p, device_of(codes), stream_of(codes));
+  return true;
+}
+
 bool run_greedy(Tensor logits, Tensor drawn, Tensor ids, Tensor lengths, Tensor live, Tensor work,
                 Tensor counters) {
   const int64_t vocab = logits.size(-1), rows = logits.numel() / vocab;
@@ -99,6 +116,7 @@ STABLE_TORCH_LIBRARY(lmi_multi, m) {
   m.def(
       "greedy(Tensor logits, Tensor(a!) drawn, Tensor(b!) ids, Tensor(c!) lengths, Tensor live, "
       "Tensor(d!) work, Tensor(e!) counters) -> bool");
+  m.def("widen(Tensor codes, float factor, Tensor(a!) out) -> bool");
   m.def("norm(Tensor x, Tensor weight, Tensor? bias, float eps, Tensor(a!) out) -> bool");
   m.def(
       "linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor? norm_weight, "
@@ -114,6 +132,7 @@ STABLE_TORCH_LIBRARY(lmi_multi, m) {
 STABLE_TORCH_LIBRARY_IMPL(lmi_multi, CUDA, m) {
   m.impl("activate", TORCH_BOX(&lmi::run_activate));
   m.impl("greedy", TORCH_BOX(&lmi::run_greedy));
+  m.impl("widen", TORCH_BOX(&lmi::run_widen));
   m.impl("norm", TORCH_BOX(&lmi::run_norm));
   m.impl("linear", TORCH_BOX(&lmi::run_linear));
   m.impl("attention", TORCH_BOX(&lmi::run_attention));
