@@ -26,7 +26,9 @@ class Server(uvicorn.Server):
     """uvicorn, ended by SIGTERM or SIGINT: no new connection, then the requests that run; what is
     left `LAST_WORDS` before the end of the drain gets an error, and connections on which that does
     not get through are reset. Where the process still lives a fourth of that before the end,
-    nothing is owed to anybody any more, and it leaves as it is. A second signal ends it at once."""
+    nothing is owed to anybody any more, and it leaves as it is.
+
+    At a second signal only `LAST_WORDS` are left; at a third nothing."""
 
     def __init__(self, application: Application, settings: ServeSettings) -> None:
         drain = settings.drain_timeout
@@ -45,6 +47,7 @@ class Server(uvicorn.Server):
             )
         )
         self._application, self._drain = application, drain
+        self._told = 0  # how often to stop
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve on `sockets` until a signal comes, or the engine cannot be had."""
@@ -67,21 +70,26 @@ class Server(uvicorn.Server):
         self._end()
 
     def _stop(self) -> None:
-        if self._application.draining:
-            self.force_exit = True
+        self._told += 1
+        if self._told == 2:
+            self._end_within(4 * self._part)
+        elif self._told > 2:
+            _leave()
         self._end()
 
     def _end(self) -> None:
         self.should_exit = True
-        if self._application.draining:
-            return
-        self._application.drain()
+        if not self._application.draining:
+            self._application.drain()
+            self._end_within(self._drain)
+
+    def _end_within(self, seconds: float) -> None:
         loop = asyncio.get_running_loop()
         cut = self._application.cut
-        loop.call_later(self._drain - 4 * self._part, cut, "the server is shutting down")
-        loop.call_later(self._drain - 3 * self._part, self._reset)
+        loop.call_later(seconds - 4 * self._part, cut, "the server is shutting down")
+        loop.call_later(seconds - 3 * self._part, self._reset)
         # A thread, as it is for a loop or an interpreter that no longer gets on.
-        late = threading.Timer(self._drain - self._part, _leave)
+        late = threading.Timer(seconds - self._part, _leave)
         late.daemon = True
         late.start()
 
