@@ -156,6 +156,7 @@ def programs(monkeypatch: pytest.MonkeyPatch) -> Programs:
     made = Programs()
     kernels = SimpleNamespace(
         attention=attend, greedy=greedy, linear=lambda *_: False, norm=lambda *_: False,
+        gemm=lambda *_: False,
         activate=lambda *_: False, record_norm=made.recording(norm),
         record_linear=made.recording(linear), record_attention=made.recording(attend),
         finish_program=lambda *_: True, run_program=made.run,

@@ -33,6 +33,12 @@ def test_compiles_for_every_target_without_warnings(setup: ModuleType) -> None:
     assert command[command.index("-c") + 1] == "a.cu"
 
 
+def test_hoppers_own_instructions_are_compiled_for_hopper_alone(setup: ModuleType) -> None:
+    source = Path("gemm_bfloat16.cu")
+    assert setup.targets(source, setup.ARCHS) == ["-gencode=arch=compute_90a,code=sm_90a"]
+    assert "arch=compute_80" in setup.targets(source, ["80"])[0]  # nothing that anybody starts
+
+
 def test_links_with_torch_and_not_with_python(setup: ModuleType) -> None:
     command = setup.link_command(Path("nvcc"), [Path("a.o")], Path("stubs"), Path("b.so"))
     assert {"-shared", "-ltorch_cpu", "-ltorch_cuda", "a.o"} <= set(command)
@@ -42,7 +48,7 @@ def test_links_with_torch_and_not_with_python(setup: ModuleType) -> None:
 @pytest.mark.parametrize("archs", [["75"], ["sm_90"], [""], []])
 def test_refuses_unknown_architectures(setup: ModuleType, archs: list[str]) -> None:
     with pytest.raises(setup.BuildError, match="architecture"):
-        setup.targets(archs)
+        setup.targets(Path("norm.cu"), archs)
 
 
 def test_one_line_without_nvcc(

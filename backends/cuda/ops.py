@@ -21,6 +21,9 @@ MOST_ROWS: Mapping[torch.dtype, int] = {
     torch.int8: 32,
     torch.float8_e4m3fn: 32,
 }
+# Rows up to which the products of half types that these leave are offered to the kernel for Hopper's
+# tensor cores.
+MOST_GEMM_ROWS = 64
 ACTIVATIONS: dict[Activation | None, int] = {
     None: 0,
     "gelu": 1,
@@ -73,6 +76,9 @@ class CudaOps(Reference):
             out = self._fused(x, linear, dtype, activation=activation, gated=gated)
             if out is not None:
                 return out
+        out = self._gemm(x, linear, x.dtype, activation=activation, gated=gated)
+        if out is not None:
+            return out
         weight, bias = linear.weight, linear.bias
         if (
             bias is not None
@@ -115,6 +121,9 @@ class CudaOps(Reference):
             out = self._fused(x, linear, residual.dtype, residual=residual)
             if out is not None:
                 return out
+        out = self._gemm(x, linear, residual.dtype, residual=residual)
+        if out is not None:
+            return out
         weight = linear.weight
         if linear.bias is None and x.dtype == weight.dtype == residual.dtype:
             return residual.addmm_(x, weight.t())  # the sum in the product's own kernel
@@ -156,3 +165,21 @@ class CudaOps(Reference):
             out,
         )
         return out if done else None
+
+    def _gemm(
+        self,
+        x: Tensor,
+        linear: Linear,
+        dtype: torch.dtype,
+        residual: Tensor | None = None,
+        activation: Activation | None = None,
+        gated: bool = False,
+    ) -> Tensor | None:
+        """A product of some rows in `dtype`; None where that is not covered."""
+        if x.shape[0] > MOST_GEMM_ROWS or linear.scale is not None or not len(x):
+            return None
+        outputs = linear.weight.shape[0] // 2 if gated else linear.weight.shape[0]
+        out = x.new_empty((x.shape[0], outputs), dtype=dtype)
+        scratch, bias, kind = self._scratch, linear.bias, ACTIVATIONS[activation]
+        terms = (bias, residual, kind, gated, scratch.work, scratch.counters, out)
+        return out if self._kernels.gemm(x, linear.weight, *terms) else None

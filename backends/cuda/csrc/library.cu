@@ -2,6 +2,7 @@
 // cover these types, shapes or layouts, and nothing was written.
 #include "activate.h"
 #include "arguments.h"
+#include "gemm.h"
 #include "greedy.h"
 
 namespace lmi {
@@ -32,6 +33,20 @@ bool run_linear(Tensor x, Tensor weight, Maybe scale, Maybe bias, Maybe norm_wei
     case Type::bfloat16: return linear_bfloat16(*p, use);
     default: return linear_float32(*p, use);
   }
+}
+
+bool run_gemm(Tensor x, Tensor weight, Maybe bias, Maybe residual, int64_t activation, bool gated,
+              Tensor work, Tensor counters, Tensor out) {
+  const auto p = linear_params(x, weight, {}, bias, {}, {}, 0, residual, activation, gated, work,
+                               counters, out);
+  const auto type = type_of(x);
+  if (!p || p->rows > GEMM_MOST_ROWS || type != type_of(weight) || type == Type::float32 ||
+      !device_of(x).hopper) {
+    return false;
+  }
+  const DeviceGuard guard(x.get_device_index());
+  const Resources use{device_of(x), stream_of(x), 1, work.numel()};
+  return type == Type::float16 ? gemm_float16(*p, use) : gemm_bfloat16(*p, use);
 }
 
 bool run_attention(Tensor q, Tensor k, Tensor v, Tensor table, Tensor lengths, bool write,
@@ -105,6 +120,9 @@ STABLE_TORCH_LIBRARY(lmi_multi, m) {
       "Tensor? norm_bias, float eps, Tensor? residual, int activation, bool gated, int splits, "
       "Tensor(a!) work, Tensor(b!) counters, Tensor(c!) out) -> bool");
   m.def(
+      "gemm(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int activation, bool gated, "
+      "Tensor(a!) work, Tensor(b!) counters, Tensor(c!) out) -> bool");
+  m.def(
       "attention(Tensor q, Tensor(a!) k, Tensor(b!) v, Tensor table, Tensor lengths, bool write, "
       "int heads, Tensor? q_norm, Tensor? k_norm, float eps, Tensor? cos, Tensor? sin, "
       "Tensor? bias, Tensor? slopes, int window, float scale, int splits, Tensor(c!) work, "
@@ -116,5 +134,6 @@ STABLE_TORCH_LIBRARY_IMPL(lmi_multi, CUDA, m) {
   m.impl("greedy", TORCH_BOX(&lmi::run_greedy));
   m.impl("norm", TORCH_BOX(&lmi::run_norm));
   m.impl("linear", TORCH_BOX(&lmi::run_linear));
+  m.impl("gemm", TORCH_BOX(&lmi::run_gemm));
   m.impl("attention", TORCH_BOX(&lmi::run_attention));
 }

@@ -1,0 +1,37 @@
+// Products of 9 to 64 rows on Hopper's tensor cores (sm_90a): arguments and entry points.
+#pragma once
+
+#include <cuda.h>
+
+#include "linear.h"
+
+namespace lmi {
+
+constexpr int GEMM_MOST_ROWS = 64;
+
+// A tile is two halves of 64 weight rows: neighbours, or gates and what they gate.
+constexpr int HALF = 64, TILE_FEATURES = 64;
+
+struct GemmParams {
+  CUtensorMap weights, x;  // boxes of [HALF, TILE_FEATURES], and [rows of a tile, TILE_FEATURES]
+  Operand bias, residual;
+  void* out;
+  float* work;    // two tiles of partial sums for every block
+  int* counters;  // [tiles], zero
+  Type out_type;
+  Activation activation;
+  int rows, outputs;      // outputs of `out`: gated, half of the weights' rows
+  unsigned tiles, steps;  // steps of TILE_FEATURES through the features, for each tile
+  int upper;              // weight rows from a tile's first half to its second
+  bool gated;
+};
+
+// False, and nothing done, if `work` is too small.
+bool gemm_float16(const LinearParams& p, const Resources& use);
+bool gemm_bfloat16(const LinearParams& p, const Resources& use);
+
+// How the copy engine finds boxes [box_rows, TILE_FEATURES] of a matrix [rows, features] of 16-bit
+// elements; beyond its ends it reads zeros.
+CUtensorMap tensor_map(const void* data, Type type, int rows, int features, int box_rows);
+
+}  // namespace lmi
