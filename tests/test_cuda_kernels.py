@@ -132,8 +132,9 @@ def test_linear(dtype: torch.dtype, int8: bool) -> None:
             assert error(found, expected) < TOLERANCE[dtype], f"residual, {case}"
 
 
+@pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_gemm(dtype: torch.dtype) -> None:
+def test_gemm(dtype: torch.dtype, int8: bool) -> None:
     """Products for Hopper's tensor cores: steps and tiles that end within a box, tiles that many
     blocks share, blocks that have many tiles; the same sums, bit by bit, call after call."""
     if torch.cuda.get_device_capability() != (9, 0):
@@ -148,7 +149,9 @@ def test_gemm(dtype: torch.dtype) -> None:
         if gated and kind is None:
             kind = "gelu_tanh"
         case = f"{rows} x {inputs} -> {outputs}, {kind}, gated {gated}, bias {bias}"
-        linear = make_linear(outputs, inputs, dtype, False, bias)
+        if inputs % 16:
+            inputs += 8 * int8  # quantized weights are read so many at a time
+        linear = make_linear(outputs, inputs, dtype, int8, bias)
         x = randn(rows, inputs, dtype=dtype)
         expected = Reference().linear(x.double(), wide(linear), kind, gated)
         found = [fused._gemm(x, linear, dtype, None, kind, gated) for _ in range(3)]

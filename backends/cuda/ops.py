@@ -21,9 +21,6 @@ MOST_ROWS: Mapping[torch.dtype, int] = {
     torch.int8: 32,
     torch.float8_e4m3fn: 32,
 }
-# Rows up to which the products of half types that these leave are offered to the kernel for Hopper's
-# tensor cores.
-MOST_GEMM_ROWS = 64
 ACTIVATIONS: dict[Activation | None, int] = {
     None: 0,
     "gelu": 1,
@@ -31,6 +28,8 @@ ACTIVATIONS: dict[Activation | None, int] = {
     "relu": 3,
     "silu": 4,
 }
+# Rows from which on products of half types are for Hopper's tensor cores, and up to which.
+GEMM_ROWS, MOST_GEMM_ROWS = 9, 64
 # Activations that cuBLASLt has as epilogues behind a bias; its gelu is the tanh form.
 EPILOGUES = ("gelu_tanh", "relu")
 
@@ -59,6 +58,9 @@ class CudaOps(Reference):
     ) -> None:
         self._scratch, self._most_rows = scratch, most_rows
         self._kernels = torch.ops.lmi_multi if kernels is None else kernels
+        device = scratch.work.device
+        cuda = device.type == "cuda"
+        self._hopper = cuda and torch.cuda.get_device_capability(device) == (9, 0)
 
     def norm(self, x: Tensor, norm: Norm, eps: float) -> Tensor:
         """See `Ops.norm`."""
@@ -71,12 +73,8 @@ class CudaOps(Reference):
         self, x: Tensor, linear: Linear, activation: Activation | None = None, gated: bool = False
     ) -> Tensor:
         """See `Ops.linear`."""
-        if x.shape[0] <= self._most_rows[linear.weight.dtype]:
-            dtype = linear.weight.dtype if linear.scale is None else x.dtype
-            out = self._fused(x, linear, dtype, activation=activation, gated=gated)
-            if out is not None:
-                return out
-        out = self._gemm(x, linear, x.dtype, activation=activation, gated=gated)
+        dtype = linear.weight.dtype if linear.scale is None else x.dtype
+        out = self._product(x, linear, dtype, activation=activation, gated=gated)
         if out is not None:
             return out
         weight, bias = linear.weight, linear.bias
@@ -108,7 +106,8 @@ class CudaOps(Reference):
         gated: bool = False,
     ) -> Tensor:
         """See `Ops.norm_linear`."""
-        if x.shape[0] <= self._most_rows[linear.weight.dtype]:
+        tensor_cores = self._hopper and x.shape[0] >= GEMM_ROWS  # they want x normalized before
+        if x.shape[0] <= self._most_rows[linear.weight.dtype] and not tensor_cores:
             dtype = (linear if linear.scale is None else norm).weight.dtype
             out = self._fused(x, linear, dtype, norm, eps, activation=activation, gated=gated)
             if out is not None:
@@ -117,17 +116,46 @@ class CudaOps(Reference):
 
     def linear_residual(self, x: Tensor, linear: Linear, residual: Tensor) -> Tensor:
         """See `Ops.linear_residual`."""
-        if x.shape[0] <= self._most_rows[linear.weight.dtype]:
-            out = self._fused(x, linear, residual.dtype, residual=residual)
-            if out is not None:
-                return out
-        out = self._gemm(x, linear, residual.dtype, residual=residual)
+        out = self._product(x, linear, residual.dtype, residual=residual)
         if out is not None:
             return out
         weight = linear.weight
         if linear.bias is None and x.dtype == weight.dtype == residual.dtype:
             return residual.addmm_(x, weight.t())  # the sum in the product's own kernel
         return super().linear_residual(x, linear, residual)
+
+    def _product(
+        self,
+        x: Tensor,
+        linear: Linear,
+        dtype: torch.dtype,
+        residual: Tensor | None = None,
+        activation: Activation | None = None,
+        gated: bool = False,
+    ) -> Tensor | None:
+        """A product, and what follows it, in one kernel; None where none covers it."""
+        rows, out = x.shape[0], None
+        if self._hopper and GEMM_ROWS <= rows <= MOST_GEMM_ROWS:
+            out = self._gemm(x, linear, dtype, residual, activation, gated)
+        if out is None and rows <= self._most_rows[linear.weight.dtype]:
+            out = self._fused(x, linear, dtype, None, 0.0, residual, activation, gated)
+        return out
+
+    def _gemm(
+        self,
+        x: Tensor,
+        linear: Linear,
+        dtype: torch.dtype,
+        residual: Tensor | None = None,
+        activation: Activation | None = None,
+        gated: bool = False,
+    ) -> Tensor | None:
+        """`_product` by Hopper's tensor cores."""
+        outputs = linear.weight.shape[0] // 2 if gated else linear.weight.shape[0]
+        out = x.new_empty((x.shape[0], outputs), dtype=dtype)
+        given = (x, linear.weight, linear.scale, linear.bias, residual, ACTIVATIONS[activation])
+        done = self._kernels.gemm(*given, gated, self._scratch.work, self._scratch.counters, out)
+        return out if done else None
 
     def _fused(
         self,
@@ -165,21 +193,3 @@ class CudaOps(Reference):
             out,
         )
         return out if done else None
-
-    def _gemm(
-        self,
-        x: Tensor,
-        linear: Linear,
-        dtype: torch.dtype,
-        residual: Tensor | None = None,
-        activation: Activation | None = None,
-        gated: bool = False,
-    ) -> Tensor | None:
-        """A product of some rows in `dtype`; None where that is not covered."""
-        if x.shape[0] > MOST_GEMM_ROWS or linear.scale is not None or not len(x):
-            return None
-        outputs = linear.weight.shape[0] // 2 if gated else linear.weight.shape[0]
-        out = x.new_empty((x.shape[0], outputs), dtype=dtype)
-        scratch, bias, kind = self._scratch, linear.bias, ACTIVATIONS[activation]
-        terms = (bias, residual, kind, gated, scratch.work, scratch.counters, out)
-        return out if self._kernels.gemm(x, linear.weight, *terms) else None

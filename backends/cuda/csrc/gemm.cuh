@@ -9,18 +9,24 @@
 #include "activation.cuh"
 #include "gemm.h"
 #include "hopper.cuh"
+#include "product.cuh"
 
 namespace lmi {
 
 constexpr int HALF_WARPS = 4, GEMM_WARPS = 2 * HALF_WARPS;  // a half of a tile is a warpgroup's
 constexpr int GEMM_THREADS = (GEMM_WARPS + 1) * 32;         // and one warp copies
-constexpr int HALF_BYTES = HALF * TILE_FEATURES * 2;
+constexpr int HALF_BYTES = HALF * BOX_BYTES;
 
-// ROWS of x, filled up with zeros.
-template <typename T, int ROWS>
+// x of type T has so many ROWS, filled up with zeros.
+template <typename T_, typename W_, int ROWS_>
 struct Gemm {
-  static constexpr int X_BYTES = ROWS * TILE_FEATURES * 2;
-  static constexpr int STEP_BYTES = 2 * HALF_BYTES + X_BYTES;
+  using T = T_;
+  using W = W_;
+  static constexpr int ROWS = ROWS_;
+  static constexpr int FEATURES = BOX_BYTES / sizeof(W);  // of a step
+  static constexpr int X_FEATURES = BOX_BYTES / sizeof(T), X_BOXES = FEATURES / X_FEATURES;
+  static constexpr int X_BYTES = ROWS * BOX_BYTES;  // of a box
+  static constexpr int STEP_BYTES = 2 * HALF_BYTES + X_BOXES * X_BYTES;
   static constexpr int SUMS = ROWS / 2;       // that a thread has of a tile
   static constexpr int STRIDE = 2 * HALF + 4;  // of a tile's sums in shared memory: no two lanes'
                                                // are in one bank
@@ -37,8 +43,8 @@ struct Gemm {
     __device__ unsigned char* weights(int slot, int half) const {
       return steps + slot * STEP_BYTES + half * HALF_BYTES;
     }
-    __device__ unsigned char* x(int slot) const {
-      return steps + slot * STEP_BYTES + 2 * HALF_BYTES;
+    __device__ unsigned char* x(int slot, int box) const {
+      return steps + slot * STEP_BYTES + 2 * HALF_BYTES + box * X_BYTES;
     }
   };
 
@@ -65,7 +71,7 @@ template <typename G>
 __device__ void copy_steps(const GemmParams& p, const typename G::Ring& ring, unsigned begin,
                            unsigned end) {
   const auto weights = [&](unsigned step, int slot) {
-    const int tile = step / p.steps, feature = step % p.steps * TILE_FEATURES;
+    const int tile = step / p.steps, feature = step % p.steps * G::FEATURES;
     const int row = tile * (p.gated ? HALF : 2 * HALF);
     Barrier* full = ring.full + slot;
     full->arrive_and_expect(G::STEP_BYTES);
@@ -73,7 +79,11 @@ __device__ void copy_steps(const GemmParams& p, const typename G::Ring& ring, un
     copy_box(ring.weights(slot, 1), &p.weights, row + p.upper, feature, full);
   };
   const auto x = [&](unsigned step, int slot) {
-    copy_box(ring.x(slot), &p.x, 0, step % p.steps * TILE_FEATURES, ring.full + slot);
+    const int feature = step % p.steps * G::FEATURES;
+#pragma unroll
+    for (int i = 0; i < G::X_BOXES; ++i) {
+      copy_box(ring.x(slot, i), &p.x, 0, feature + i * G::X_FEATURES, ring.full + slot);
+    }
   };
   // Weights are nobody's results: the last kernel may still be at work.
   const unsigned first = min(end, begin + G::DEPTH);
@@ -108,14 +118,17 @@ __device__ void put(const GemmParams& p, int tile, const float (&sums)[G::SUMS],
   both.sync();
   const int width = p.gated ? HALF : 2 * HALF, column = thread % width, n = tile * width + column;
   if (n >= p.outputs) return;
-  const float bias = p.bias.data ? load(p.bias, n) : 0;
-  const float gated = p.bias.data && p.gated ? load(p.bias, n + p.upper) : 0;
+  // Of the output, and of what it gates.
+  const int second = p.gated ? n + p.upper : n;
+  const float scale[2] = {p.scale ? p.scale[n] : 1, p.scale ? p.scale[second] : 1};
+  const float bias[2] = {p.bias.data ? load(p.bias, n) : 0, p.bias.data ? load(p.bias, second) : 0};
 #pragma unroll 4
   for (int m = thread / width; m < p.rows; m += GEMM_WARPS * 32 / width) {
     const int64_t at = static_cast<int64_t>(m) * p.outputs + n;
     const float more = p.residual.data ? load(p.residual, at) : 0;
-    float y = activate(all[m * G::STRIDE + column] + bias, p.activation);
-    if (p.gated) y *= all[m * G::STRIDE + column + HALF] + gated;
+    const float* sum = all + m * G::STRIDE + column;
+    float y = activate(sum[0] * scale[0] + bias[0], p.activation);
+    if (p.gated) y *= sum[HALF] * scale[1] + bias[1];
     store(p.out, p.out_type, at, y + more);
   }
 }
@@ -149,50 +162,82 @@ __device__ bool merge(const GemmParams& p, const Share& share, int tile, float (
   return true;
 }
 
+// A step's products, on their way. Quantized weights are widened in `held`, which must stay as it is
+// until they are done.
+template <typename G>
+__device__ void multiply_step(const typename G::Ring& ring, int slot, int half,
+                              float (&sums)[G::SUMS], uint32_t (&held)[G::FEATURES / 16][4]) {
+  using T = typename G::T;
+  using W = typename G::W;
+  constexpr int IN_BOX = G::X_FEATURES / 16;
+  if constexpr (sizeof(W) == 1) {
+    const int lane = threadIdx.x % 32, g = lane / 4;
+    const unsigned char* row = ring.weights(slot, half) + lane % 4 * 2 +
+                               (threadIdx.x / 32 % HALF_WARPS * 16 + g) * BOX_BYTES;
+#pragma unroll
+    for (int k = 0; k < G::FEATURES / 16; ++k) {
+      const unsigned char* at = row + (k ^ g) * 16;  // the swizzle: g is also the row modulo eight
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const auto* two = reinterpret_cast<const uint16_t*>(at + i % 2 * 8 * BOX_BYTES + i / 2 * 8);
+        held[k][i] = expand(*two, 0x4140, W(), T());
+      }
+    }
+    begin_products();
+#pragma unroll
+    for (int k = 0; k < G::FEATURES / 16; ++k) {  // 32 bytes further, in units of 16
+      const uint64_t b = matrix(ring.x(slot, k / IN_BOX)) + 2 * (k % IN_BOX);
+      multiply_add<T, G::ROWS>(sums, held[k], b);
+    }
+  } else {
+    const uint64_t a = matrix(ring.weights(slot, half)), b = matrix(ring.x(slot, 0));
+    begin_products();
+#pragma unroll
+    for (int k = 0; k < IN_BOX; ++k) multiply_add<T, G::ROWS>(sums, a + 2 * k, b + 2 * k);
+  }
+  close_products();
+}
+
 // The warpgroups that multiply.
-template <typename T, int ROWS>
+template <typename G>
 __device__ void multiply_steps(const GemmParams& p, const Share& share,
-                               const typename Gemm<T, ROWS>::Ring& ring, float* all,
-                               unsigned begin, unsigned end) {
-  using G = Gemm<T, ROWS>;
+                               const typename G::Ring& ring, float* all, unsigned begin,
+                               unsigned end) {
   const int half = threadIdx.x / (HALF_WARPS * 32);
   const bool tells = threadIdx.x % 32 == 0;
   typename G::Slot slot;
+  int before = -1;  // the slot of the step whose products may not be done yet
+  float sums[G::SUMS];
+  // In turn: those of the last step are still being read while this one's are widened.
+  uint32_t held[2][G::FEATURES / 16][4];
+  const auto multiply = [&](int turn) {
+    ring.full[slot.at].wait(slot.phase);
+    multiply_step<G>(ring, slot.at, half, sums, held[turn]);
+    await_products<1>();
+    if (tells && before >= 0) ring.empty[before].arrive();
+    before = slot.at;
+    slot.next();
+  };
 #pragma unroll 1
   for (unsigned step = begin; step < end;) {
-    const int tile = step / p.steps;
-    const unsigned stop = min(end, (tile + 1) * p.steps);
-    float sums[G::SUMS];
+    const unsigned tile = step / p.steps, stop = min(end, (tile + 1) * p.steps);
 #pragma unroll
     for (int j = 0; j < G::SUMS; ++j) sums[j] = 0;
     hold(sums);
-    int before = -1;  // the slot of the step whose products may not be done yet
 #pragma unroll 1
-    for (; step < stop; ++step) {
-      ring.full[slot.at].wait(slot.phase);
-      const uint64_t a = matrix(ring.weights(slot.at, half)), b = matrix(ring.x(slot.at));
-      begin_products();
-#pragma unroll
-      for (int k = 0; k < TILE_FEATURES / 16; ++k) {  // 32 bytes further, in units of 16
-        multiply_add<T, ROWS>(sums, a + 2 * k, b + 2 * k, false);
-      }
-      close_products();
-      await_products<1>();
-      if (tells && before >= 0) ring.empty[before].arrive();
-      before = slot.at;
-      slot.next();
-    }
+    for (; step + 1 < stop; step += 2) multiply(0), multiply(1);
+    if (step < stop) multiply(0), ++step;
     await_products<0>();
     hold(sums);
-    if (tells && before >= 0) ring.empty[before].arrive();
+    if (tells) ring.empty[before].arrive();
+    before = -1;
     if (merge<G>(p, share, tile, sums)) put<G>(p, tile, sums, all);
   }
 }
 
-template <typename T, int ROWS>
+template <typename G>
 __global__ void __launch_bounds__(GEMM_THREADS, 1) gemm_kernel(const __grid_constant__ GemmParams p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  using G = Gemm<T, ROWS>;
   extern __shared__ unsigned char shared[];
   __shared__ Barrier full[G::DEPTH], empty[G::DEPTH];
   unsigned char* aligned = shared + (-shared_address(shared) & (G::ALIGNED - 1));
@@ -209,51 +254,61 @@ __global__ void __launch_bounds__(GEMM_THREADS, 1) gemm_kernel(const __grid_cons
   __syncthreads();
   if (threadIdx.x / 32 < GEMM_WARPS) {
     wait_for_last();
-    multiply_steps<T, ROWS>(p, share, ring, all, begin, end);
+    multiply_steps<G>(p, share, ring, all, begin, end);
   } else if (threadIdx.x % 32 == 0) {
     copy_steps<G>(p, ring, begin, end);
   }
 #endif
 }
 
-template <typename T, int ROWS>
-bool launch_gemm(GemmParams& p, const LinearParams& given, const Resources& use, Type type) {
-  using G = Gemm<T, ROWS>;
+template <typename G>
+bool launch_gemm(GemmParams p, const LinearParams& given, const Resources& use, Type type) {
   const int64_t steps = static_cast<int64_t>(p.tiles) * p.steps;
   const int64_t blocks = std::min<int64_t>(steps, use.gpu.processors);
   if (steps * (blocks + 1) > INT32_MAX ||
       use.work_floats < blocks * 2 * G::SUMS * GEMM_WARPS * 32) {
     return false;
   }
-  p.x = tensor_map(given.x.data, type, given.rows, given.weights.inputs, ROWS);
-  launch(&gemm_kernel<T, ROWS>, p, dim3(static_cast<unsigned>(blocks)), GEMM_THREADS, G::BYTES, early(use.gpu),
-         use.stream);
+  p.x = tensor_map(given.x.data, type, given.rows, given.weights.inputs, G::ROWS);
+  launch(&gemm_kernel<G>, p, dim3(static_cast<unsigned>(blocks)), GEMM_THREADS, G::BYTES,
+         early(use.gpu), use.stream);
   return true;
 }
 
-// The product of `given`, whose weights and x are of type T.
-template <typename T>
+// The product of `given`, x of type T, weights of type W.
+template <typename T, typename W>
 bool gemm(const LinearParams& given, const Resources& use, Type type) {
   const Weights& w = given.weights;
   const int outputs = w.gated ? w.outputs / 2 : w.outputs, tile = w.gated ? HALF : 2 * HALF;
-  GemmParams p{.weights = tensor_map(w.data, type, w.outputs, w.inputs, HALF),
-               .x = {},
-               .bias = given.bias,
-               .residual = given.residual,
-               .out = given.out,
-               .work = given.work,
-               .counters = given.counters,
-               .out_type = given.out_type,
-               .activation = given.activation,
-               .rows = given.rows,
-               .outputs = outputs,
-               .tiles = static_cast<unsigned>((outputs + tile - 1) / tile),
-               .steps = static_cast<unsigned>((w.inputs + TILE_FEATURES - 1) / TILE_FEATURES),
-               .upper = w.gated ? outputs : HALF,
-               .gated = w.gated};
-  if (given.rows <= 16) return launch_gemm<T, 16>(p, given, use, type);
-  if (given.rows <= 32) return launch_gemm<T, 32>(p, given, use, type);
-  return launch_gemm<T, 64>(p, given, use, type);
+  const int features = BOX_BYTES / sizeof(W);
+  const GemmParams p{.weights = tensor_map(w.data, given.weight_type, w.outputs, w.inputs, HALF),
+                     .x = {},
+                     .bias = given.bias,
+                     .residual = given.residual,
+                     .scale = given.scale,
+                     .out = given.out,
+                     .work = given.work,
+                     .counters = given.counters,
+                     .out_type = given.out_type,
+                     .activation = given.activation,
+                     .rows = given.rows,
+                     .outputs = outputs,
+                     .tiles = static_cast<unsigned>((outputs + tile - 1) / tile),
+                     .steps = static_cast<unsigned>((w.inputs + features - 1) / features),
+                     .upper = w.gated ? outputs : HALF,
+                     .gated = w.gated};
+  if (given.rows <= 16) return launch_gemm<Gemm<T, W, 16>>(p, given, use, type);
+  if (given.rows <= 32) return launch_gemm<Gemm<T, W, 32>>(p, given, use, type);
+  return launch_gemm<Gemm<T, W, 64>>(p, given, use, type);
+}
+
+template <typename T>
+bool gemm_of(const LinearParams& given, const Resources& use, Type type) {
+  switch (given.weight_type) {
+    case Type::int8: return gemm<T, int8_t>(given, use, type);
+    case Type::float8: return gemm<T, __nv_fp8_e4m3>(given, use, type);
+    default: return gemm<T, T>(given, use, type);
+  }
 }
 
 }  // namespace lmi

@@ -3,7 +3,7 @@
 namespace lmi {
 
 bool gemm_float16(const LinearParams& p, const Resources& use) {
-  return gemm<__half>(p, use, Type::float16);
+  return gemm_of<__half>(p, use, Type::float16);
 }
 
 }  // namespace lmi

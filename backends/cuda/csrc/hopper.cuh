@@ -72,44 +72,65 @@ __device__ inline uint64_t matrix(const void* rows) {
 
 #define LMI_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define LMI_D8(i) LMI_D4(i), LMI_D4(i + 4)
-
-// d += a [64, 16] times b [N, 16] transposed, of a warpgroup; or d = that, if `fresh`.
-template <typename T, int N>
-__device__ void multiply_add(float (&d)[N / 2], uint64_t a, uint64_t b, bool fresh) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  const int keep = !fresh;
-#define LMI_PRODUCT(SHAPE, TYPE, REGISTERS, A, B, KEEP, ...)                                  \
-  asm volatile("{\n.reg .pred keep;\nsetp.ne.b32 keep, %" KEEP                                 \
-               ", 0;\nwgmma.mma_async.sync.aligned." SHAPE ".f32." TYPE "." TYPE " {" REGISTERS \
-               "}, %" A ", %" B ", keep, 1, 1, 0, 0;\n}\n"                                      \
-               : __VA_ARGS__                                                                   \
-               : "l"(a), "l"(b), "r"(keep))
-  constexpr bool half = std::is_same_v<T, __half>;
-  if constexpr (N == 16) {
+#define LMI_D16(i) LMI_D8(i), LMI_D8(i + 8)
 #define LMI_R8 "%0, %1, %2, %3, %4, %5, %6, %7"
-    if constexpr (half) {
-      LMI_PRODUCT("m64n16k16", "f16", LMI_R8, "8", "9", "10", LMI_D8(0));
-    } else {
-      LMI_PRODUCT("m64n16k16", "bf16", LMI_R8, "8", "9", "10", LMI_D8(0));
-    }
-  } else if constexpr (N == 32) {
 #define LMI_R16 LMI_R8 ", %8, %9, %10, %11, %12, %13, %14, %15"
-    if constexpr (half) {
-      LMI_PRODUCT("m64n32k16", "f16", LMI_R16, "16", "17", "18", LMI_D8(0), LMI_D8(8));
-    } else {
-      LMI_PRODUCT("m64n32k16", "bf16", LMI_R16, "16", "17", "18", LMI_D8(0), LMI_D8(8));
-    }
-  } else {
-    static_assert(N == 64);
-#define LMI_R32                                                                             \
+#define LMI_R32 \
   LMI_R16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-    if constexpr (half) {
-      LMI_PRODUCT("m64n64k16", "f16", LMI_R32, "32", "33", "34", LMI_D8(0), LMI_D8(8), LMI_D8(16),
-                  LMI_D8(24));
-    } else {
-      LMI_PRODUCT("m64n64k16", "bf16", LMI_R32, "32", "33", "34", LMI_D8(0), LMI_D8(8), LMI_D8(16),
-                  LMI_D8(24));
-    }
+#define LMI_SHARED(SHAPE, TYPE, D, A, B, ...)                                               \
+  asm volatile("wgmma.mma_async.sync.aligned." SHAPE ".f32." TYPE "." TYPE " {" D "}, %" A  \
+               ", %" B ", 1, 1, 1, 0, 0;"                                                   \
+               : __VA_ARGS__                                                                \
+               : "l"(a), "l"(b))
+#define LMI_REGISTERS(SHAPE, TYPE, D, A0, A1, A2, A3, B, ...)                               \
+  asm volatile("wgmma.mma_async.sync.aligned." SHAPE ".f32." TYPE "." TYPE " {" D "}, {%" A0 \
+               ", %" A1 ", %" A2 ", %" A3 "}, %" B ", 1, 1, 1, 0;"                          \
+               : __VA_ARGS__                                                                \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+
+// d += a [64, 16] times b [N, 16] transposed, of a warpgroup, both in shared memory.
+template <typename T, int N>
+__device__ void multiply_add(float (&d)[N / 2], uint64_t a, uint64_t b) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  constexpr bool half = std::is_same_v<T, __half>;
+  static_assert(N == 16 || N == 32 || N == 64);
+  if constexpr (N == 16 && half) {
+    LMI_SHARED("m64n16k16", "f16", LMI_R8, "8", "9", LMI_D8(0));
+  } else if constexpr (N == 16) {
+    LMI_SHARED("m64n16k16", "bf16", LMI_R8, "8", "9", LMI_D8(0));
+  } else if constexpr (N == 32 && half) {
+    LMI_SHARED("m64n32k16", "f16", LMI_R16, "16", "17", LMI_D16(0));
+  } else if constexpr (N == 32) {
+    LMI_SHARED("m64n32k16", "bf16", LMI_R16, "16", "17", LMI_D16(0));
+  } else if constexpr (half) {
+    LMI_SHARED("m64n64k16", "f16", LMI_R32, "32", "33", LMI_D16(0), LMI_D16(16));
+  } else {
+    LMI_SHARED("m64n64k16", "bf16", LMI_R32, "32", "33", LMI_D16(0), LMI_D16(16));
+  }
+#endif
+}
+
+// The same with a in registers, which must stay as they are until the product is done: rows g and
+// g + 8 of a warp's sixteen, columns 2t and 2t + 1; and the same rows, eight columns further.
+template <typename T, int N>
+__device__ void multiply_add(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  constexpr bool half = std::is_same_v<T, __half>;
+  static_assert(N == 16 || N == 32 || N == 64);
+  if constexpr (N == 16 && half) {
+    LMI_REGISTERS("m64n16k16", "f16", LMI_R8, "8", "9", "10", "11", "12", LMI_D8(0));
+  } else if constexpr (N == 16) {
+    LMI_REGISTERS("m64n16k16", "bf16", LMI_R8, "8", "9", "10", "11", "12", LMI_D8(0));
+  } else if constexpr (N == 32 && half) {
+    LMI_REGISTERS("m64n32k16", "f16", LMI_R16, "16", "17", "18", "19", "20", LMI_D16(0));
+  } else if constexpr (N == 32) {
+    LMI_REGISTERS("m64n32k16", "bf16", LMI_R16, "16", "17", "18", "19", "20", LMI_D16(0));
+  } else if constexpr (half) {
+    LMI_REGISTERS("m64n64k16", "f16", LMI_R32, "32", "33", "34", "35", "36", LMI_D16(0),
+                  LMI_D16(16));
+  } else {
+    LMI_REGISTERS("m64n64k16", "bf16", LMI_R32, "32", "33", "34", "35", "36", LMI_D16(0),
+                  LMI_D16(16));
   }
 #endif
 }

@@ -35,15 +35,13 @@ bool run_linear(Tensor x, Tensor weight, Maybe scale, Maybe bias, Maybe norm_wei
   }
 }
 
-bool run_gemm(Tensor x, Tensor weight, Maybe bias, Maybe residual, int64_t activation, bool gated,
-              Tensor work, Tensor counters, Tensor out) {
-  const auto p = linear_params(x, weight, {}, bias, {}, {}, 0, residual, activation, gated, work,
+bool run_gemm(Tensor x, Tensor weight, Maybe scale, Maybe bias, Maybe residual, int64_t activation,
+              bool gated, Tensor work, Tensor counters, Tensor out) {
+  const auto p = linear_params(x, weight, scale, bias, {}, {}, 0, residual, activation, gated, work,
                                counters, out);
-  const auto type = type_of(x);
-  if (!p || p->rows > GEMM_MOST_ROWS || type != type_of(weight) || type == Type::float32 ||
-      !device_of(x).hopper) {
-    return false;
-  }
+  if (!p || p->rows > GEMM_MOST_ROWS || !device_of(x).hopper) return false;
+  const Type type = computed_in(x, weight, {});
+  if (type == Type::float32 || !is_of(x, type)) return false;
   const DeviceGuard guard(x.get_device_index());
   const Resources use{device_of(x), stream_of(x), 1, work.numel()};
   return type == Type::float16 ? gemm_float16(*p, use) : gemm_bfloat16(*p, use);
@@ -120,8 +118,8 @@ STABLE_TORCH_LIBRARY(lmi_multi, m) {
       "Tensor? norm_bias, float eps, Tensor? residual, int activation, bool gated, int splits, "
       "Tensor(a!) work, Tensor(b!) counters, Tensor(c!) out) -> bool");
   m.def(
-      "gemm(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int activation, bool gated, "
-      "Tensor(a!) work, Tensor(b!) counters, Tensor(c!) out) -> bool");
+      "gemm(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor? residual, int activation, "
+      "bool gated, Tensor(a!) work, Tensor(b!) counters, Tensor(c!) out) -> bool");
   m.def(
       "attention(Tensor q, Tensor(a!) k, Tensor(b!) v, Tensor table, Tensor lengths, bool write, "
       "int heads, Tensor? q_norm, Tensor? k_norm, float eps, Tensor? cos, Tensor? sin, "

@@ -21,11 +21,15 @@ Encode encode() {
 
 CUtensorMap tensor_map(const void* data, Type type, int rows, int features, int box_rows) {
   static const Encode encode_tiled = encode();
-  const auto element = type == Type::float16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                                             : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const auto element = type == Type::float16    ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                       : type == Type::bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                                : CU_TENSOR_MAP_DATA_TYPE_UINT8;
+  const cuuint64_t bytes = element == CU_TENSOR_MAP_DATA_TYPE_UINT8 ? 1 : 2;
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(features), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t strides[] = {2 * sizes[0]};
-  const cuuint32_t box[] = {TILE_FEATURES, static_cast<cuuint32_t>(box_rows)}, every[] = {1, 1};
+  const cuuint64_t strides[] = {bytes * sizes[0]};
+  const cuuint32_t box[] = {static_cast<cuuint32_t>(BOX_BYTES / bytes),
+                            static_cast<cuuint32_t>(box_rows)};
+  const cuuint32_t every[] = {1, 1};
   CUtensorMap map{};
   const CUresult done = encode_tiled(
       &map, element, 2, const_cast<void*>(data), sizes, strides, box, every,
