@@ -74,7 +74,7 @@ class CudaOps(Reference):
     ) -> Tensor:
         """See `Ops.linear`."""
         dtype = linear.weight.dtype if linear.scale is None else x.dtype
-        out = self._product(x, linear, dtype, activation=activation, gated=gated)
+        out = self._in_one(x, linear, dtype, activation=activation, gated=gated)
         if out is not None:
             return out
         weight, bias = linear.weight, linear.bias
@@ -116,7 +116,7 @@ class CudaOps(Reference):
 
     def linear_residual(self, x: Tensor, linear: Linear, residual: Tensor) -> Tensor:
         """See `Ops.linear_residual`."""
-        out = self._product(x, linear, residual.dtype, residual=residual)
+        out = self._in_one(x, linear, residual.dtype, residual=residual)
         if out is not None:
             return out
         weight = linear.weight
@@ -124,7 +124,7 @@ class CudaOps(Reference):
             return residual.addmm_(x, weight.t())  # the sum in the product's own kernel
         return super().linear_residual(x, linear, residual)
 
-    def _product(
+    def _in_one(
         self,
         x: Tensor,
         linear: Linear,
@@ -150,7 +150,7 @@ class CudaOps(Reference):
         activation: Activation | None = None,
         gated: bool = False,
     ) -> Tensor | None:
-        """`_product` by Hopper's tensor cores."""
+        """`_in_one` by Hopper's tensor cores."""
         outputs = linear.weight.shape[0] // 2 if gated else linear.weight.shape[0]
         out = x.new_empty((x.shape[0], outputs), dtype=dtype)
         given = (x, linear.weight, linear.scale, linear.bias, residual, ACTIVATIONS[activation])
