@@ -23,7 +23,7 @@ test: $(STAMP) ## Run every test (PYTEST_ARGS="-k name" for some)
 test-neuron: $(NEURON)/.installed ## Run the Neuron backend's tests on the emulator (Python 3.11 or later)
 	LMI_MULTI_NEURON_RUNTIME=emulator $(NEURON)/bin/python -m pytest -n 2 --dist worksteal -k neuron \
 		$(PYTEST_ARGS) tests/test_matrix.py $(addprefix tests/test_neuron_,emulator.py compile.py \
-		beams.py sampling.py nxd_emulated.py lint.py devices.py)
+		beams.py sampling.py nxd_emulated.py lint.py devices.py plan.py)
 
 test-neuron-sources: $(NEURON)/.installed ## Run Neuron's libraries from their sources: NXD= and TNX= checkouts
 	@test -n "$(NXD)$(TNX)" || { echo "error: set NXD, TNX or both to a checkout" >&2; exit 1; }

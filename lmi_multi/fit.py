@@ -17,10 +17,17 @@ from math import prod
 from pathlib import Path
 from typing import get_args
 
-from pydantic import BaseModel, computed_field
+from pydantic import BaseModel, Field, computed_field
 
 from lmi_multi.backends.limits import default_tokens, plan_limits, row_blocks
-from lmi_multi.backends.memory import DEFAULT_BATCH, MEMORY_SHARE, Device, Need, workspace_bytes
+from lmi_multi.backends.memory import (
+    DEFAULT_BATCH,
+    MEMORY_SHARE,
+    Device,
+    Need,
+    check_share,
+    workspace_bytes,
+)
 from lmi_multi.checkpoint.artifact import Artifact, is_artifact
 from lmi_multi.checkpoint.convert import chosen_dtype
 from lmi_multi.checkpoint.files import gib
@@ -92,6 +99,12 @@ class Network:
     def convertible(self) -> Network:
         """The same if its source were converted again: to any format."""
         return replace(self, is_artifact=False)
+
+    def converted(self, dtype: DtypeName | None, quantize: QuantizeName | None) -> Network:
+        """As it would be converted, with None for its own dtype; an artifact stays as it is."""
+        if self.is_artifact:
+            return self
+        return replace(self, dtype=dtype or self.dtype, quantize=quantize)
 
     def stored(self) -> list[Stored]:
         """The tensors in the source's own format."""
@@ -237,6 +250,7 @@ class Report(BaseModel):
     degrees: list[int]
     smallest: list[Smallest]
     instances: list[InstanceFit]
+    memory_share: float = Field(exclude=True)
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -245,7 +259,7 @@ class Report(BaseModel):
         return {
             "reserved_bytes_per_device": RESERVED,
             "reserved_bytes_of_host": HOST_RESERVED,
-            "memory_share_of_a_gpu": MEMORY_SHARE,
+            "memory_share_of_a_gpu": self.memory_share,
             "cache_share_of_the_rest_on_neuron": CACHE_SHARE,
         }
 
@@ -260,10 +274,11 @@ def report(
     """Estimate `network` on every instance, over so many pipeline stages, which only GPUs can be;
     `max_tokens` and `memory_share` as in `load` (None: the defaults).
 
-    Raises OptionError for a `max_tokens` beyond the model's positions, and for more stages than
-    there are layers.
+    Raises OptionError for a `max_tokens` beyond the model's positions, for a `memory_share` that is
+    none, and for more stages than there are layers.
     """
     spec = network.spec
+    check_share(memory_share)
     check_stages(spec, pipeline_parallel)
     ordered = sorted(instances, key=lambda i: i.size)
     fits = [_on(network, i, max_tokens, memory_share, pipeline_parallel) for i in ordered]
@@ -277,6 +292,7 @@ def report(
         degrees=valid_degrees(spec),
         smallest=_smallest(network, fits),
         instances=fits,
+        memory_share=memory_share or MEMORY_SHARE,
     )
 
 

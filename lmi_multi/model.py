@@ -124,7 +124,11 @@ def load(
         if not foreign.is_declared(found.folder):
             return _load_foreign(found.folder, backend, dtype, max_tokens)
     chosen = backends.select(backend)
+    check_options(dtype, quantize, tensor_parallel)
     job = torchrun.job(tensor_parallel, pipeline_parallel)
+    chosen.check_load(
+        tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel, quantize=quantize
+    )
     try:
         artifact = open_or_convert(
             found,
@@ -284,7 +288,7 @@ class Model:
         _, ids = self._reader.read(prompts)
         segments = self._reader.segments(ids, segment_ids)
         results: list[Encoded] = []
-        for batch in _batches([len(own) for own in ids], self.limits.max_step_tokens):
+        for batch in batches([len(own) for own in ids], self.limits.max_step_tokens):
             chosen = [EncoderPrompt(ids[i], segments[i]) for i in batch]
             hidden, pooled = self._engine.encode(chosen)
             parts = hidden.split_with_sizes([len(prompt.token_ids) for prompt in chosen])
@@ -354,7 +358,7 @@ class Model:
     def _score(self, passages: Sequence[Passage]) -> Iterator[Tensor]:
         """Log-probabilities of all but the first token of each passage: float32 [tokens - 1]."""
         sizes = [len(p.token_ids) + len(p.encoder_ids or ()) for p in passages]
-        for batch in _batches(sizes, self.limits.max_step_tokens):
+        for batch in batches(sizes, self.limits.max_step_tokens):
             chosen = [passages[i] for i in batch]
             counts = [len(p.token_ids) - 1 for p in chosen]
             yield from self._engine.score(chosen).split_with_sizes(counts)
@@ -387,7 +391,7 @@ class Model:
         )
 
 
-def _batches(sizes: Sequence[int], limit: int) -> Iterator[list[int]]:
+def batches(sizes: Sequence[int], limit: int) -> Iterator[list[int]]:
     """Indices in order, in groups whose sizes sum to at most `limit`; a larger one is alone."""
     batch: list[int] = []
     total = 0

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 from random import Random
 
+import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +18,9 @@ from lmi_multi.engine.beams import BeamSearch
 from lmi_multi.engine.request import Request, Share
 from lmi_multi.engine.scheduler import Scheduler
 from lmi_multi.engine.sequence import Sequence
+from lmi_multi.models.spec import Learned, ModelSpec
+from lmi_multi.ops import paged
+from lmi_multi.ops.heads import Heads
 from lmi_multi.resolved import Resolved
 
 EOS = 2
@@ -148,3 +153,22 @@ def draws(random: Random, rows: Iterable[Row]) -> list[Draw | Continuations]:
             best = [Continuation(b, t, -float(i)) for i, (b, t) in enumerate(chosen)]
             results.append(Continuations(best))
     return results or [Draw(random.choice([5, 6, 7, EOS]))]
+
+
+@pytest.mark.parametrize("most", [1, 10_000])
+def test_blocks_are_copied_in_every_layer(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """And no others are touched, whether all are copied at once or one after the other."""
+    monkeypatch.setattr(paged, "COPIED_BYTES", most)
+    spec = ModelSpec(
+        family="test", vocab=8, hidden=8, heads=2, ffn=8, position=Learned(), decoder_layers=3
+    )
+    cache = paged.PagedCache(Heads(spec, 1), 9, 2, torch.float32, torch.device("cpu"))
+    for pool in (*cache.k, *cache.v):
+        pool.normal_()
+    before = [pool.clone() for pool in (*cache.k, *cache.v)]
+    cache.copy([(1, 4), (1, 5), (8, 0)])
+    cache.clear([2, 7])
+    for pool, old in zip((*cache.k, *cache.v), before, strict=True):
+        expected = old[[8, 1, 2, 3, 1, 1, 6, 7, 8]]
+        expected[[2, 7]] = 0
+        assert torch.equal(pool, expected)

@@ -59,20 +59,57 @@ def test_lint(file: Path) -> None:
     assert "DL3025" in lint(shell_form).stdout
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.suffix)
-def test_bases_are_given_and_pinned(file: Path) -> None:
-    bases = {base.removesuffix(" AS build") for base in instructions(file, "FROM")}
-    names = [base.removeprefix("${").removesuffix("}") for base in bases]
-    assert bases == {f"${{{name}}}" for name in names}
-    assert set(names) <= set(instructions(file, "ARG")), "without a default"
+def arguments(file: Path) -> dict[str, str]:
+    """The arguments that have a default."""
+    pairs = [value.partition("=") for value in instructions(file, "ARG")]
+    return {name: value.strip('"') for name, equals, value in pairs if equals}
+
+
+def bases(file: Path) -> list[str]:
+    """The stages' images, with the defaults filled in where there are some."""
+    found = [base.removesuffix(" AS build") for base in instructions(file, "FROM")]
+    return [
+        re.sub(r"\$\{(\w+)\}", lambda name: arguments(file).get(name[1], name[0]), base)
+        for base in found
+    ]
+
+
+def checked(file: Path, **given: str) -> int:
+    """The exit code of the build's own look at its bases."""
     [check] = [run for run in instructions(file, "RUN") if "sha256" in run]
+    environ = os.environ | arguments(file) | given
+    command = ["bash", "-euo", "pipefail", "-c", check]
+    return subprocess.run(command, env=environ, capture_output=True).returncode
 
-    def checked(value: str) -> int:
-        given = os.environ | dict.fromkeys(names, value)
-        return subprocess.run(["bash", "-euo", "pipefail", "-c", check], env=given).returncode
 
-    assert checked("ubuntu:24.04") == checked("") == 1
-    assert checked(f"ubuntu@sha256:{'0' * 64}") == 0
+def test_bases_are_pinned() -> None:
+    cuda, neuron = FILES
+    build, runtime = bases(cuda)
+    # By digest, in the registry that needs no name, and of one release.
+    for base in (build, runtime):
+        assert re.fullmatch(r"([a-z]+/)?[a-z]+:[\w.-]+@sha256:[0-9a-f]{64}", base)
+        assert "ubuntu24.04" in base.replace(":", "")
+    assert "-devel-" in build
+    assert set(bases(neuron)) == {
+        "${REGISTRY}/pytorch-inference-neuronx:2.9.0-neuronx-py312-sdk2.30.0-ubuntu24.04"
+    }
+    assert "REGISTRY" in instructions(neuron, "ARG"), "without a default"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.suffix)
+def test_other_bases_must_be_pinned_too(file: Path) -> None:
+    names = [name for name in arguments(file) if name.endswith("BASE")]
+    assert names and checked(file) == 0
+    for name in names:
+        assert checked(file, **{name: f"ubuntu@sha256:{'0' * 64}"}) == 0
+        for moving in ("ubuntu:24.04", "ubuntu", "", "pytorch-inference-neuronx:latest"):
+            assert checked(file, **{name: moving}) == 1
+
+
+def test_the_runtime_s_user_is_its_own() -> None:
+    """Ubuntu has one with 1000."""
+    for file in FILES:
+        assert "useradd --create-home --uid 10001 lmi" in " ".join(instructions(file, "RUN"))
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.suffix)

@@ -142,6 +142,8 @@ class Programs:
 class Replayed:
     """A graph that does its work anew; `out` is where the first run left it."""
 
+    graph = None
+
     def __init__(self, body: Callable[[], Tensor]) -> None:
         self.body, self.out = body, body()
 
@@ -153,6 +155,11 @@ class Replayed:
 @pytest.fixture(autouse=True)
 def programs(monkeypatch: pytest.MonkeyPatch) -> Programs:
     """The stand-ins of all that needs a GPU; those of programs are returned."""
+    return stand_in(monkeypatch)
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> Programs:
+    """The same for other tests, and for other processes."""
     made = Programs()
     kernels = SimpleNamespace(
         attention=attend, greedy=greedy, linear=lambda *_: False, norm=lambda *_: False,
@@ -173,8 +180,7 @@ def programs(monkeypatch: pytest.MonkeyPatch) -> Programs:
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(torch.cuda, "Stream", lambda *_: None)
     monkeypatch.setattr(prefill, "processors", lambda device: 1)
-    for module in (graphs, prefill_graphs):
-        monkeypatch.setattr(module, "capture", lambda body, *_: Replayed(body))
+    monkeypatch.setattr(graphs, "capture", lambda body, *_: Replayed(body))
     return made
 
 
@@ -335,8 +341,7 @@ def test_without_memory_for_graphs_it_runs_uncaptured(
     def no_room(*_: object) -> None:
         raise torch.OutOfMemoryError("no room")
 
-    for module in (graphs, prefill_graphs):
-        monkeypatch.setattr(module, "capture", no_room)
+    monkeypatch.setattr(graphs, "capture", no_room)
     with open_model(folder, "gpt2") as model:
         assert [c.token_ids for c in model.generate(own, max_new_tokens=9)] == expected
 

@@ -375,12 +375,37 @@ def test_json(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert shown["assumptions"]["memory_share_of_a_gpu"] == 0.9
 
 
+def test_a_share_of_the_memory(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def batches(*args: str) -> tuple[list[int], float]:
+        assert run(["plan", str(llama), "--instance", "g5.12xlarge", "--json", *args]) == 0
+        shown = json.loads(capsys.readouterr().out)
+        share = shown["assumptions"]["memory_share_of_a_gpu"]
+        return [o["batch"] for o in shown["instances"][0]["options"]], share
+
+    whole, half = batches(), batches("--memory-share", "0.45")
+    assert (whole[1], half[1]) == (0.9, 0.45)
+    # A little more than half goes, as the workspace stays.
+    assert all(a / 3 < b < a / 2 for a, b in zip(whole[0], half[0], strict=True))
+
+
 @pytest.mark.parametrize(
     ("args", "code", "message"),
     [
         (["--instance", "g7.big"], 2, "instance is 'g7.big'; did you mean"),
         (["--max-tokens", "0"], 2, "max_tokens is 0, must be an integer, at least 1"),
         (["--max-tokens", "9999"], 2, "but the model's positions end at 2048"),
+        (["--memory-share", "1.5"], 2, "memory_share is 1.5, must be None or a number above 0"),
+        (["--memory-share", "0"], 2, "memory_share is 0.0, must be None or a number above 0"),
+        (
+            ["--memory-share", "0.5", "--instance", "inf2.xlarge"],
+            2,
+            "memory_share is 0.5; allowed on NeuronCores: nothing",
+        ),
+        (
+            ["--memory-share", "0.5", "--instance", "inf2.xlarge", "--tensor-parallel", "1"],
+            2,
+            "memory_share is 0.5; allowed for the list of graphs: nothing",
+        ),
         (["--pipeline-parallel", "3"], 2, "pipeline_parallel is 3, but the decoder has 2 layers"),
         (["--revision", "x"], 2, "is a local folder without any"),
     ],

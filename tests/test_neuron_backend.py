@@ -111,6 +111,55 @@ def test_cores_are_taken_once_a_process(machine: Any) -> None:
         environment.take_cores(2)
 
 
+def test_a_child_does_not_take_its_parents_cores_for_the_users_choice(machine: Any) -> None:
+    """It inherits the variables, under another process id."""
+    four = Host(
+        INF2.devices,
+        "trn1.32xlarge",
+        [Core(i, i // 2, GIB, 4711 if i < 2 else None) for i in range(4)],
+    )
+    parent = {environment.CORES: "0-1", environment.COUNT: "2", environment.TAKEN: "4711 0-1"}
+    machine(four, NXD, **parent)
+    assert "2 free" in BACKEND.probe().reason
+    environment.take_cores(1)
+    assert os.environ[environment.CORES] == "2"
+    assert os.environ[environment.COUNT] == "1"
+    machine(TAKEN, NXD, **parent)
+    with pytest.raises(BackendError, match="0 of 2 are free; all are held by process 4711"):
+        environment.take_cores(1)
+    # Another value is one that the user has set for the child.
+    machine(four, NXD, **{**parent, environment.CORES: "1"})
+    assert "1 named by NEURON_RT_VISIBLE_CORES" in BACKEND.probe().reason
+
+
+def test_the_environment_is_set_before_the_runtime_starts(machine: Any, tmp_path: Path) -> None:
+    machine(INF2, NXD, LMI_MULTI_CACHE=str(tmp_path))
+    environment.take_cores(2)
+    assert {name: value for name, value in os.environ.items() if name.startswith("NEURON_")} == {
+        "NEURON_RT_VISIBLE_CORES": "0-1",
+        "NEURON_RT_NUM_CORES": "2",
+        "NEURON_CC_FLAGS": environment.COMPILER_FLAGS,
+        "NEURON_COMPILE_CACHE_URL": f"{tmp_path}/neuronx-cc",
+    }
+
+
+@pytest.mark.parametrize(
+    ("given", "url"),
+    [
+        ({"LMI_MULTI_NEURON_CACHE": "/graphs"}, "/graphs/neuronx-cc"),
+        ({"LMI_MULTI_NEURON_CACHE": "s3://bucket/graphs"}, "s3://bucket/graphs/neuronx-cc"),
+        ({"LMI_MULTI_NEURON_CACHE": "/graphs", "NEURON_COMPILE_CACHE_URL": "/own"}, "/own"),
+    ],
+)
+def test_where_the_sdk_keeps_what_it_compiles(
+    given: dict[str, str], url: str, machine: Any
+) -> None:
+    machine(INF2, NXD, **given)
+    environment.compile_for("inf2.xlarge")
+    assert os.environ["NEURON_COMPILE_CACHE_URL"] == url
+    assert os.environ["NEURON_PLATFORM_TARGET_OVERRIDE"] == "inf2"
+
+
 @pytest.mark.parametrize(
     ("packages", "asked", "runtime"),
     [
@@ -151,16 +200,43 @@ def test_the_emulator_where_it_is_asked_for(machine: Any, monkeypatch: pytest.Mo
     assert runtimes.choose() == "emulator"
 
 
-def test_a_library_compiles_nothing_ahead_of_time(machine: Any, checkpoints: Path) -> None:
-    machine(INF2, TNX)
-    with pytest.raises(BackendError, match="compiles when it loads a model; allowed here: nxd, em"):
-        BACKEND.compile(
-            artifact("llama", checkpoints),
-            instance="inf2.xlarge",
-            tensor_parallel=2,
-            max_batch=None,
-            max_tokens=64,
-        )
+def test_a_library_compiles_ahead_of_time_without_cores(
+    machine: Any, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = stand_in()
+    library.install(monkeypatch)
+    machine(Host(), TNX, **{runtimes.VARIABLE: "transformers_neuronx"})
+    folder = artifact("llama", checkpoints).folder
+    on = ["--instance", "inf2.xlarge", "--max-tokens", "64", "--cache", str(tmp_path)]
+    assert run(["compile", str(folder), "--tensor-parallel", "2", *on]) == 0
+    assert os.environ["NEURON_PLATFORM_TARGET_OVERRIDE"] == "inf2"
+    assert environment.CORES not in os.environ
+    assert "base.NeuronModelBase.cpu_compile" in library.names()
+    machine(INF2, TNX, LMI_MULTI_NEURON_CACHE=str(tmp_path))
+    library.calls.clear()
+    load(folder, backend="neuron", tensor_parallel=2, max_tokens=64).close()
+    assert "base.NeuronModelBase.load" in library.names()
+    assert "base.NeuronModelBase.save" not in library.names()
+
+
+@pytest.mark.parametrize(
+    ("more", "fault"),
+    [
+        (["--instance", "trn2.48xlarge"], "runs on inf2 and trn1, not on trn2.48xlarge"),
+        (["--instance", "inf2.xlarge", "--quantize", "int8"], "must be None with transformers_n"),
+    ],
+)
+def test_what_a_library_cannot_compile_is_refused_before_it_is_converted(
+    more: list[str],
+    fault: str,
+    machine: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    machine(INF2, TNX, LMI_MULTI_CACHE=str(tmp_path))
+    assert run(["compile", "demo", *more]) != 0
+    assert fault in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_model_through_the_library(

@@ -21,6 +21,7 @@ from lmi_multi.cli.main import run
 from lmi_multi.errors import BackendError
 from lmi_multi.fit import Network
 from tests.families import Tiny
+from tests.moto_server import Moto
 
 pytest.importorskip("torch_xla", reason="the emulator needs torch-xla: see `make test-neuron`")
 pytest.importorskip("jaxlib", reason="the emulator needs jaxlib: see `make test-neuron`")
@@ -29,7 +30,7 @@ GPT2 = Tiny(
     "GPT2LMHeadModel", "GPT2Config", {"n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 64}
 )
 SIZES = ["--tensor-parallel", "2", "--max-batch", "2", "--max-tokens", "32"]
-GRAPHS = 6  # 2 rows of 1 token, greedy, sampled, or beams; 32 tokens, greedy, sampled, all logits
+GRAPHS = 5  # 2 rows of 1 token, greedy, sampled, or beams; 32 tokens, greedy, all logits
 
 
 @pytest.fixture
@@ -103,6 +104,19 @@ def test_loading_without_compiling_keeps_what_it_compiles(
     assert entries(artifact) == []
     compiles.clear()
     assert tokens(artifact, "neuron", 2) == first
+    assert compiles == []
+
+
+def test_graphs_on_s3_are_found(
+    artifact: Path, compiles: list[str], aws: Moto, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    aws.client("s3").create_bucket(Bucket="graphs")
+    assert compile_it(artifact, "--cache", "s3://graphs/neuron") == 0
+    assert len(compiles) == GRAPHS
+    assert entries(artifact) == []
+    compiles.clear()
+    monkeypatch.setenv("LMI_MULTI_NEURON_CACHE", "s3://graphs/neuron")
+    assert tokens(artifact, "neuron", 2) == tokens(artifact, "cpu")
     assert compiles == []
 
 

@@ -9,15 +9,11 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-from lmi_multi.backends.neuron import BACKEND, devices, instances, runtimes, sizing
-from lmi_multi.backends.neuron.buckets import Buckets
+from lmi_multi.backends.neuron import BACKEND, devices, instances, sizing
 from lmi_multi.backends.neuron.devices import Core, Host
 
-from lmi_multi.backends.base import Limits
-from lmi_multi.cli.main import run
 from lmi_multi.errors import BackendError, CapacityError, OptionError
 from lmi_multi.fit import Network
 from lmi_multi.models.registry import FAMILIES
@@ -292,133 +288,3 @@ def test_limits_follow_from_the_instance_alone() -> None:
     assert needed["cache"] == block * (full.blocks + 32 + 1)
     room = inf2.device_bytes - needed["reserved"] - needed["weights"]
     assert needed["cache"] <= 0.8 * room < needed["cache"] + block
-
-
-def planned(capsys: pytest.CaptureFixture[str], max_batch: int) -> dict[str, Any]:
-    """What `lmi-multi plan` prints as JSON for the demo model."""
-    sizes = f"--tensor-parallel 2 --max-tokens 64 --max-batch {max_batch}".split()
-    assert run(["plan", "demo", "--json", "--instance", "inf2.xlarge", *sizes]) == 0
-    answer: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return answer
-
-
-def test_a_plan_lists_graphs_and_the_bytes_of_a_core(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    plan = planned(capsys, 2)
-    assert plan["buckets"] == {
-        "rows": [1, 2],
-        "queries": [16, 32, 64],
-        "context": [32, 64],
-        "encoded": [32, 64],
-    }
-    names = [graph["name"] for graph in plan["graphs"]]
-    # 2 encoders; for each of 2 encoded: contexts of 32 (2 rows, 2 queries) and 64 (2, 3), rows
-    # greedy and sampled, 2 of them also for beams, queries also with all logits.
-    assert len(names) == len(set(names)) == 2 + 2 * ((2 * 2 + 1 + 3 * 2) + (2 * 2 + 1 + 3 * 3))
-    assert plan["core_bytes"]["reserved"] == GIB
-    counts = [graph["instructions"] for graph in plan["graphs"]]
-    if plan["uncounted"]:
-        assert plan["uncounted"].startswith("tracing needs torch_xla")
-        assert set(counts) == {None}
-    else:
-        assert min(counts) > 10
-
-
-def test_buckets_can_be_pruned(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    kept = "rows=1,4 queries=64 context=64 encoded=64"
-    monkeypatch.setenv("LMI_MULTI_NEURON_BUCKETS", kept)
-    plan = planned(capsys, 4)
-    assert plan["buckets"] == {"rows": [1, 4], "queries": [64], "context": [64], "encoded": [64]}
-    assert [graph["name"] for graph in plan["graphs"]] == [
-        "encode_64",
-        "decode_1x1_of_64_with_64",
-        "decode_4x1_of_64_with_64",
-        "decode_1x1_of_64_with_64_sampled",
-        "decode_4x1_of_64_with_64_sampled",
-        "decode_4x1_of_64_with_64_beams",
-        "decode_1x64_of_64_with_64",
-        "decode_1x64_of_64_with_64_sampled",
-        "decode_1x64_of_64_with_64_all",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("pruned", "fault"),
-    [
-        ("layers=1", "names 'layers', must be of rows, queries, context$"),
-        ("rows=1,2", "has 'rows=1,2', must be 4 and any of 1, 2, 4$"),
-        ("rows=3,4", "has 'rows=3,4', must be 4 and any of 1, 2, 4$"),
-        ("context", "has 'context', must be 64 and any of 32, 64$"),
-    ],
-)
-def test_buckets_that_cannot_be_pruned_so(pruned: str, fault: str) -> None:
-    limits = Limits(max_batch=4, max_tokens=64, max_step_tokens=64, blocks=8, block_size=16)
-    with pytest.raises(OptionError, match=f"LMI_MULTI_NEURON_BUCKETS {fault}"):
-        Buckets.of(spec(), limits, 8).pruned(pruned)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "fault"),
-    [
-        ("plan demo --tensor-parallel 2", "tensor_parallel needs an instance"),
-        ("plan demo --max-batch 2", "max_batch needs tensor_parallel"),
-        (
-            "plan demo --tensor-parallel 2 --instance g5.xlarge",
-            "must be one with NeuronCores: inf2",
-        ),
-        (
-            "plan demo --tensor-parallel 4 --instance trn1.32xlarge",
-            "but trn1.32xlarge has 32 NeuronCores and runs this model over 1, 2, 8",
-        ),
-        (
-            "plan demo --tensor-parallel 24 --instance inf2.48xlarge",
-            "can be split on inf2.48xlarge over 1, 2, 4, 8",
-        ),
-        ("compile demo --instance inf2.9xlarge", "did you mean 'inf2.xlarge'?"),
-        ("compile demo --instance inf2.xlarge --jobs 0", "jobs is 0, must be at least 1"),
-        ("compile demo --instance inf2.xlarge --max-batch 0", "max_batch is 0, must be an integer"),
-        (
-            "compile demo --instance inf2.xlarge --cache s3:///x",
-            "'s3:///x' is no address on S3, expected s3://BUCKET/PREFIX",
-        ),
-        (
-            "compile demo --instance inf2.xlarge --cache gs://bucket/x",
-            "cache is 'gs://bucket/x', must be a folder or s3://BUCKET/PREFIX",
-        ),
-        ("compile demo --instance inf2.xlarge --tensor-parallel 3", "and runs 1, 2"),
-        ("compile demo --instance inf2.xlarge --max-tokens 0", "max_tokens is 0, must be an integ"),
-    ],
-)
-def test_commands_say_what_is_valid(
-    arguments: str,
-    fault: str,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-) -> None:
-    monkeypatch.setenv("LMI_MULTI_NEURON_RUNTIME", "emulator")
-    monkeypatch.setenv("LMI_MULTI_CACHE", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    assert run(arguments.split()) == 2
-    shown = capsys.readouterr().err
-    assert shown.startswith("error: ")
-    assert fault in shown
-    if arguments.startswith("compile"):
-        assert not list(tmp_path.iterdir()), "converted before it was refused"
-
-
-def test_compile_refuses_what_cores_cannot_run_before_it_converts(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("LMI_MULTI_CACHE", str(tmp_path))
-    on = ["compile", "demo", "--instance", "inf2.xlarge"]
-    assert run([*on, "--quantize", "fp8"]) != 0
-    assert "quantize is 'fp8', must be None or int8" in capsys.readouterr().err
-    monkeypatch.setattr(runtimes, "find_spec", lambda name: None)
-    monkeypatch.setenv(runtimes.VARIABLE, "emulator")
-    assert run(on) != 0
-    assert "the emulator needs torch_xla" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())

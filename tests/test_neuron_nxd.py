@@ -160,7 +160,9 @@ def test_every_call_binds_from_lowering_to_closing(library: Library) -> None:
     assert [(a["buffer_key"], a["rank"]) for a in written] == [("k0", 0), ("k0", 1)]
     assert not any(a["tensor"].any() for a in written)
     assert {n: v for n, v in os.environ.items() if "NEURON" in n} == {
-        "NEURON_PLATFORM_TARGET_OVERRIDE": "inf2"
+        "NEURON_PLATFORM_TARGET_OVERRIDE": "inf2",
+        "NEURON_CC_FLAGS": environment.COMPILER_FLAGS,
+        "NEURON_COMPILE_CACHE_URL": environment.cache_url(),
     }
 
 

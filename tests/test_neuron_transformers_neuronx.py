@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lmi_multi import load
+from lmi_multi.backends.ahead_of_time import Compilation
 from lmi_multi.checkpoint.artifact import Artifact
 from lmi_multi.checkpoint.convert import convert
 from lmi_multi.engine.batch import Batch, Row
@@ -57,6 +58,7 @@ RUN: dict[str, Tiny] = {
 }
 MANY = ("llama", "mistral")
 GIB = 2**30
+NEFFS = {"0123.neff": b"tokens", "4567.neff": b"prompts"}
 
 
 def artifact(family: str, folder: Path, tiny: Tiny | None = None, **options: Any) -> Artifact:
@@ -103,10 +105,29 @@ def stand_in() -> Library:
     def from_pretrained(cls: Any, folder: str, **options: Any) -> Any:
         model = cls(SimpleNamespace(), **options)
         model.held = Network(folder, options["batch_size"])
+        model.compiled, model.folder = False, None
         return model
 
+    def compile_it(self: Any) -> None:
+        self.compiled = True
+
+    def to_neuron(self: Any) -> None:
+        if self.folder is None:
+            compile_it(self)
+        elif {path.name for path in self.folder.iterdir()} != set(NEFFS):
+            raise FileNotFoundError("Could not find a matching NEFF for your HLO")
+
+    def save(self: Any, folder: str) -> None:
+        assert self.compiled
+        for name, content in NEFFS.items():
+            (Path(folder) / name).write_bytes(content)
+
     behaviours: dict[str, Callable[..., Any]] = {
-        "module.PretrainedModel.from_pretrained": from_pretrained
+        "module.PretrainedModel.from_pretrained": from_pretrained,
+        "base.NeuronModelBase.cpu_compile": compile_it,
+        "base.NeuronModelBase.to_neuron": to_neuron,
+        "base.NeuronModelBase.save": save,
+        "base.NeuronModelBase.load": lambda self, folder: setattr(self, "folder", Path(folder)),
     }
     for port in PORTS.values():
         for module in ("gpt2", "opt", "bloom", "gptj", "gptneox", "llama", "mistral"):
@@ -127,6 +148,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Library:
     found = stand_in()
     found.install(monkeypatch)
     monkeypatch.setattr(environment, "take_cores", lambda count: None)
+    monkeypatch.setenv("NEURON_CC_FLAGS", environment.COMPILER_FLAGS)
     return found
 
 
@@ -257,6 +279,84 @@ def test_options_that_it_cannot_carry_are_refused_by_name(
             model.embed([[5]])
         with pytest.raises(BackendError, match="prompt_logprobs"):
             model.generate([[5, 6]], max_new_tokens=2, prompt_logprobs=True)
+
+
+AHEAD: dict[str, Any] = {"memory": GIB, "max_batch": None, "max_tokens": 64}
+
+
+def compiled(source: Artifact, where: Path | None = None, jobs: int | None = None) -> Compilation:
+    given = {**AHEAD, "where": where, "jobs": jobs}
+    return transformers_neuronx.compile_ahead_of_time(source, 2, **given)
+
+
+def last_calls(library: Library) -> list[str]:
+    """Of the library's model, by name, since this was last asked."""
+    names = [name.rpartition(".")[2] for name in library.names()]
+    library.calls.clear()
+    return [name for name in names if name in ("cpu_compile", "load", "to_neuron", "save")]
+
+
+@pytest.mark.parametrize("family", [name for name, port in PORTS.items() if port.reads_prompts])
+def test_graphs_compiled_ahead_are_found(
+    family: str, checkpoints: Path, library: Library, tmp_path: Path
+) -> None:
+    source = artifact(family, checkpoints)
+    made = compiled(source, tmp_path, jobs=3)
+    assert (made.count.total, made.count.hits) == (2, 0)
+    assert [path.parent for path in tmp_path.glob("*/*")] == [Path(made.place)]
+    given = next(c.arguments for c in library.calls if c.name.endswith("NeuronConfig.__init__"))
+    assert given["compilation_worker_count"] == 3
+    assert last_calls(library) == ["cpu_compile", "save"]
+    assert compiled(source, tmp_path).count.hits == 2
+    assert last_calls(library) == []
+
+
+def test_loading_compiles_nothing_that_the_cache_has(
+    checkpoints: Path,
+    library: Library,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("LMI_MULTI_NEURON_CACHE", str(tmp_path))
+    caplog.set_level("INFO")
+    source = artifact("llama", checkpoints)
+    opened(source)
+    assert last_calls(library) == ["to_neuron", "save"]
+    assert "graphs are not cached and compiled now" in caplog.text
+    opened(source)
+    assert last_calls(library) == ["load", "to_neuron"]
+    # Graphs that another release of the library builds have other names.
+    monkeypatch.setitem(NEFFS, "89ab.neff", b"new")
+    opened(source)
+    assert last_calls(library) == ["load", "to_neuron", "to_neuron", "save"]
+    [entry] = tmp_path.glob("*/*")
+    assert f"{entry} has other graphs than transformers-neuronx builds: not used" in caplog.text
+    assert compiled(source).count.total == 3
+    caplog.clear()
+    monkeypatch.setenv("NEURON_CC_FLAGS", "-O3")
+    opened(source)
+    assert last_calls(library) == ["to_neuron", "save"]
+    assert f"{entry} has the flags '{environment.COMPILER_FLAGS}', not '-O3': not us" in caplog.text
+
+
+def test_families_that_compile_only_when_they_load(checkpoints: Path, library: Library) -> None:
+    for family in ("gptj", "gptneox"):
+        with pytest.raises(BackendError, match=f"compiles {family} only when .*COMPILE_CACHE_URL"):
+            compiled(artifact(family, checkpoints))
+        opened(artifact(family, checkpoints))  # keeps nothing itself
+
+
+def test_faults_of_the_compiler_leave_nothing(
+    checkpoints: Path, library: Library, tmp_path: Path
+) -> None:
+    def fails(self: Any) -> None:
+        raise RuntimeError("neuronx-cc failed with 70")
+
+    library.behaviours["base.NeuronModelBase.cpu_compile"] = fails
+    with pytest.raises(BackendError, match=r"cannot compile .*gpt2-.*neuronx-cc failed with 70"):
+        compiled(artifact("gpt2", checkpoints), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_memory_bounds_the_rows_that_are_chosen(checkpoints: Path) -> None:

@@ -9,20 +9,24 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from lmi_multi.backends.neuron.cache import Cache, Key
+from lmi_multi.backends.neuron.program import Toolchain
 from lmi_multi.backends.neuron.transformers_neuronx import (
     ManyRows,
     OneRow,
+    opener,
     plan_rows,
-    settings,
 )
 from lmi_multi.backends.neuron.transformers_neuronx_export import exported
-from lmi_multi.backends.neuron.transformers_neuronx_ports import find_port
+from lmi_multi.backends.neuron.transformers_neuronx_graphs import compile_ahead, to_cores
+from lmi_multi.backends.neuron.transformers_neuronx_ports import PORTS, find_port
 from safetensors import safe_open
 
 from tests import nxd_closed_parts as closed
@@ -49,14 +53,17 @@ def test_signatures_are_those_of_the_sources(name: str) -> None:
 
 def opened(family: str, checkpoints: Path) -> tuple[Any, Path]:
     """The library's model before `to_neuron`, and the checkpoint that it was given."""
-    import transformers_neuronx as library
+    source = artifact(family, checkpoints)
+    folder = exported(source, find_port(source))
+    return maker(family, checkpoints)(), folder
 
+
+def maker(family: str, checkpoints: Path) -> Callable[[], Any]:
+    """What opens the library's model, as it does for two cores."""
     source = artifact(family, checkpoints)
     port = find_port(source)
-    folder = exported(source, port)
-    given = settings(library, port, plan_rows(source, port, 2, 2**30, None, 64))
-    cls = getattr(library, port.name)
-    return cls.from_pretrained(str(folder), **given, tp_degree=2, amp="f32"), folder
+    limits = plan_rows(source, port, 2, 2**30, None, 64)
+    return opener(source, port, limits, 2, exported(source, port))
 
 
 @pytest.mark.parametrize("family", RUN)
@@ -119,3 +126,53 @@ def test_a_row_reaches_the_graphs_with_its_places(
     assert rows.prompt(0, [5, 6, 7]).shape == (VOCAB,)
     assert rows.tokens({0: (8, 3)})[0].shape == (VOCAB,)
     assert graphs.calls == [(64, [*range(64)], [0], [2]), (1, [3], [0], [0])]
+
+
+class Kernel:
+    """In the place of a graph, which closed parts build."""
+
+    num_exec_repetition = 1
+
+    def __init__(self, number: int) -> None:
+        self.hlo_module = Hlo(number)
+        self.neff_bytes: bytes | None = None
+
+    def compile(self, repetition: int) -> bytes:
+        return b"neff of " + self.hlo_module.SerializeToString()
+
+
+class Hlo:
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def SerializeToString(self) -> bytes:  # noqa: N802
+        return b"graph %d" % self.number
+
+
+@pytest.mark.parametrize("family", [name for name, port in PORTS.items() if port.reads_prompts])
+def test_graphs_are_saved_and_found(
+    family: str, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library's own compiling without cores, saving and loading."""
+    from transformers_neuronx import decoder, ops
+
+    make = maker(family, checkpoints)
+    graphs: dict[int, Kernel] = {}
+
+    def kernels(self: Any) -> list[Kernel]:
+        return [graphs.setdefault(id(self), Kernel(self.n_active_tokens))]
+
+    monkeypatch.setattr(decoder.DecoderLmHeadForSamplingNoEmbedding, "get_all_kernels", kernels)
+    monkeypatch.setattr(ops, "init", lambda: None)
+    for part in ("load_weights", "setup"):
+        monkeypatch.setattr(type(make()), part, lambda self: None)
+    cache, key = Cache.at(tmp_path, "graphs"), Key("model", "0", Toolchain("tnx", {}))
+    count, hit = compile_ahead(make, cache, key)
+    assert count
+    assert not hit
+    graphs.clear()
+    monkeypatch.setattr(Kernel, "compile", None)  # nothing is compiled when it is loaded
+    to_cores(make, Cache.at(tmp_path, "graphs"), key)
+    assert {k.neff_bytes for k in graphs.values()} == {
+        b"neff of " + k.hlo_module.SerializeToString() for k in graphs.values()
+    }

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lmi_multi import progress
 from lmi_multi.engine.batch import Draw, Row
 from lmi_multi.ops.sampling import SampleRow
 
@@ -57,8 +58,9 @@ class Flight:
         return place if same else None
 
     def results(self) -> list[Draw]:
-        """What was drawn for every row; waits for it."""
-        self.done.synchronize()
+        """What was drawn for every row; waits for it, and so for other ranks' part of it."""
+        with progress.waiting():
+            self.done.synchronize()
         return [Draw(max(token, 0), token >= 0) for token in self.drawn.tolist()]
 
 

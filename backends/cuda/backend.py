@@ -19,12 +19,14 @@ from lmi_multi.fit import Network
 from lmi_multi.models.schema import check_degree
 from lmi_multi.ops.reference import Reference
 from lmi_multi.parallel import torchrun
+from lmi_multi.parallel.collectives import TorchCollectives
 from lmi_multi.parallel.executor import identity, open_ranks
 from lmi_multi.parallel.grid import Grid, connect
 
 from . import kernels
 from .executor import CudaExecutor
 from .loading import load_rank
+from .near import connect_memory
 from .ops import Scratch
 from .sizing import Sizes, sizes_on
 
@@ -50,6 +52,13 @@ class CudaBackend:
         missing = kernels.missing()
         how = f"plain torch, compiled kernels are {missing}" if missing else "compiled kernels"
         return Availability("cuda", True, how, devices=names)
+
+    def check_load(
+        self, *, tensor_parallel: int, pipeline_parallel: int, quantize: str | None
+    ) -> None:
+        """See `Backend.check_load`. Raises CapacityError for fewer GPUs than ranks."""
+        if type(pipeline_parallel) is int:
+            _devices(Grid(tensor_parallel, pipeline_parallel))
 
     def load(
         self,
@@ -131,8 +140,13 @@ def _open(
     stage = artifact.stages(grid.pipeline)[grid.stage_of(rank)]
     names = stage.tensors(tensor.name for tensor in artifact.stored)
     tensors = load_rank(artifact, grid.slice_of(rank), grid.tensor, device, names)
-    collectives = connect(grid, rank, stage)
-    if kernels.missing():
-        return TorchExecutor(artifact.spec, tensors, limits, Reference(), collectives)
+    peers = connect(grid, rank, stage)
+    missing = kernels.missing()
+    if peers.least(not missing) == 0:  # on any host: ranks work alike
+        if not missing:
+            log.warning("rank %d does without compiled kernels, as another rank has none", rank)
+        return TorchExecutor(artifact.spec, tensors, limits, Reference(), peers)
+    if isinstance(peers, TorchCollectives):
+        connect_memory(peers, device)
     scratch = Scratch(device, limits.max_batch * artifact.spec.heads)
-    return CudaExecutor(artifact.spec, tensors, limits, scratch, collectives)
+    return CudaExecutor(artifact.spec, tensors, limits, scratch, peers)

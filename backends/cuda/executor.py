@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lmi_multi import progress
 from lmi_multi.backends.base import Limits
 from lmi_multi.backends.drawing import draw_by_row
 from lmi_multi.backends.torch_executor import TorchExecutor
 from lmi_multi.engine.batch import Batch, Continuations, Draw, Passage, Prompt, Row, StepResult
 from lmi_multi.models.spec import ModelSpec
 from lmi_multi.ops.paged import PagedAttention
-from lmi_multi.parallel.collectives import Collectives
+from lmi_multi.parallel.collectives import Peers
 
 from .ahead import Ahead, Flight
 from .attention import CudaPagedAttention, DecodeAttention
@@ -37,6 +38,9 @@ class CudaExecutor(TorchExecutor):
     Single-token rows run as captured steps where the network allows (`captured` False: never), and
     ahead of the host where their options do; up to `program_rows` of them have their layers as one
     kernel (None: as many as that pays for). Short prompts run as captured prefills.
+
+    Ranks of one stage do all this together: whatever they decide, they decide by the batch, or
+    by what all of them have been told.
     """
 
     spare_blocks = 1
@@ -47,11 +51,12 @@ class CudaExecutor(TorchExecutor):
         tensors: Mapping[str, Tensor],
         limits: Limits,
         scratch: Scratch,
-        collectives: Collectives,
+        collectives: Peers,
         captured: bool = True,
         program_rows: int | None = None,
     ) -> None:
         super().__init__(spec, tensors, limits, CudaOps(scratch), collectives)
+        self._peers = collectives
         self._whole = collectives.pipeline.stage is None
         self._kernel = DecodeAttention(self._cache, scratch)
         self._prefill = Prefill(self._network, self._heads, self._cache)
@@ -59,9 +64,11 @@ class CudaExecutor(TorchExecutor):
         self._flight: Flight | None = None
         self._fed: StepGraphs | None = None
         self._ahead: Ahead | None = None
-        if captured and can_capture(self._network):
+        if captured and can_capture(self._network, collectives):
             encoded = spec.kind == "encoder-decoder"
             angles = Angles.of(spec, limits.max_tokens, self._device)
+            if not collectives.alone:
+                program_rows = 0  # one kernel cannot wait for other GPUs' sums
             if program_rows is None:
                 decoder = self._network.weights.decoder
                 program_rows = best_program_rows(decoder.layers if decoder else ())
@@ -73,6 +80,7 @@ class CudaExecutor(TorchExecutor):
                     StepInputs(limits, limits.max_batch, encoded, self._device),
                     angles,
                     program_rows,
+                    collectives,
                 )
                 for _ in range(2)
             )
@@ -91,7 +99,7 @@ class CudaExecutor(TorchExecutor):
         rest = [i for i, place in enumerate(places) if place is None]
         if rest:
             found = self._draw(rest, [rows[i] for i in rest])
-        tokens = [_token(found.get(i)) for i in range(len(rows))]
+        tokens = self._agreed(rows, [_token(found.get(i)) for i in range(len(rows))], rest)
         going = [i for i in range(len(rows)) if places[i] is not None or tokens[i] is not None]
         begun = None
         if self._ahead is not None and going:
@@ -105,25 +113,44 @@ class CudaExecutor(TorchExecutor):
             drawn = last.results()
             found |= {i: drawn[place] for i, place in enumerate(places) if place is not None}
         if begun is not None:
-            fed = {rows[i].blocks[-1]: _token(found[i]) or 0 for i in going}
+            given = [_token(found[i]) if tokens[i] is None else tokens[i] for i in going]
+            fed = {rows[i].blocks[-1]: t or 0 for i, t in zip(going, given, strict=True)}
             begun.fed = [fed[row.blocks[-1]] for row in begun.rows]
         self._flight = begun
+        self._peers.check()
         return StepResult([found[i] for i in sorted(found)])
+
+    def _agreed(
+        self, rows: Sequence[Row], tokens: list[int | None], rest: Sequence[int]
+    ) -> list[int | None]:
+        """The tokens that rank 0 has drawn for the rows `rest`, if any may go on with them at once:
+        ranks that went on with different ones would part."""
+        if self._ahead is None or self._peers.alone or not any(rows[i].ahead for i in rest):
+            return tokens
+        own = torch.tensor([-1 if t is None else t for t in tokens], device=self._device)
+        with progress.waiting():
+            return [t if t >= 0 else None for t in self._peers.broadcast(own).tolist()]
 
     def logits(self, batch: Batch) -> Tensor:
         """See `Executor.logits`."""
         self._join()
-        return super().logits(batch)
+        found = super().logits(batch)
+        self._peers.check()
+        return found
 
     def encode(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor | None]:
         """See `Executor.encode`."""
         self._join()
-        return super().encode(prompts)
+        found = super().encode(prompts)
+        self._peers.check()
+        return found
 
     def score(self, passages: Sequence[Passage]) -> Tensor:
         """See `Executor.score`."""
         self._join()
-        return super().score(passages)
+        found = super().score(passages)
+        self._peers.check()
+        return found
 
     def _join(self) -> None:
         """Let the caller's stream wait for the step under way: it may be on another caller's, and
@@ -160,7 +187,8 @@ class CudaExecutor(TorchExecutor):
         self._feed(rows, self._fed)
         self._fed.beams.fill(rows)
         found, done = download(step.replay()[: len(rows) // kind.width])
-        done.synchronize()
+        with progress.waiting():
+            done.synchronize()
         return kind.results(found, self._network.spec.vocab)
 
     def _feed(self, rows: Sequence[Row], graphs: StepGraphs) -> None:
@@ -196,8 +224,10 @@ class CudaExecutor(TorchExecutor):
         except NotCoveredError:
             log.warning("the kernels do not cover this network's attention: it runs uncaptured")
             self._fed = self._ahead = None
-        if self._fed is not None and self._prefill.covers():
-            self._prefill_graphs = PrefillGraphs(self._prefill, self.limits, angles, self._device)
+        if self._fed is not None and self._peers.least(self._prefill.covers()):
+            self._prefill_graphs = PrefillGraphs(
+                self._prefill, self.limits, angles, self._device, self._peers
+            )
             self.clears_blocks = False  # no kernel reads what lies beyond a row's tokens
 
     def _prefill_logits(self, rows: Sequence[Row]) -> Tensor | None:

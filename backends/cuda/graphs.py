@@ -17,6 +17,7 @@ from lmi_multi.models.rope import cos_sin
 from lmi_multi.models.spec import ModelSpec, Rope
 from lmi_multi.models.transformer import Transformer
 from lmi_multi.models.weights import Layer
+from lmi_multi.parallel.collectives import Peers
 
 from .attention import DecodeAttention, splits
 from .beams import BeamInputs, BeamKind
@@ -33,6 +34,8 @@ Kind = DrawKind | BeamKind | None
 ALWAYS: tuple[Kind, ...] = (None, GREEDY)
 # torch captures one graph at a time in a process, which may hold several models.
 _CAPTURING = threading.Lock()
+# What can become of a capture on one of several ranks, the worst first.
+_NOT_COVERED, _NO_MEMORY, _DONE = range(3)
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +118,9 @@ class StepGraphs:
         inputs: StepInputs,
         angles: Angles | None,
         most_program_rows: int,
+        peers: Peers,
     ) -> None:
+        self._peers = peers
         self.inputs, self.draws = inputs, DrawInputs(inputs.most, inputs.ids.device)
         self.beams = BeamInputs(inputs.most, inputs.ids.device)
         self._network, self._kernel, self._scratch = network, kernel, scratch
@@ -210,9 +215,12 @@ class StepGraphs:
     def _sampled(self, size: int, kind: DrawKind) -> Tensor:
         ids, lengths, live = self._advanced(size)
         found = self.draws.sample(self._logits(size), kind)
-        ids.copy_(found.tokens)
+        # Ranks have the same logits, and the same number to draw by; but if GPUs differ, so may
+        # the probabilities in their last bits, and ranks that went on differently would part.
+        drawn = self._peers.broadcast(torch.where(found.finite, found.tokens, -1))
+        ids.copy_(drawn.clamp(min=0))
         lengths.add_(live)
-        return torch.where(found.finite, found.tokens, -1)
+        return drawn
 
     def _advanced(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
         """What a step that draws changes for the next one, and by how much the lengths grow."""
@@ -227,10 +235,12 @@ class StepGraphs:
             kept = self.inputs.ids.clone()  # a step may be under way, and the next need its tokens
             self.inputs.clear()
             try:
-                self._captured[key] = capture(body, self._stream, self._pool)
+                self._captured[key] = capture_together(body, self._stream, self._pool, self._peers)
             except torch.OutOfMemoryError:
                 log.warning("no memory to capture a step of %d rows: it runs uncaptured", size)
                 self._captured[key] = None
+                if not any(self._captured.values()):  # torch gives up a pool that no graph is of
+                    self._pool = torch.cuda.graph_pool_handle()
             finally:
                 self.inputs.ids.copy_(kept)
         return self._captured[key]
@@ -252,12 +262,47 @@ def capture(body: Callable[[], Tensor], stream: torch.cuda.Stream, pool: Any) ->
         return Captured(graph, out)
 
 
-def can_capture(network: Transformer) -> bool:
-    """Whether steps of this network depend on nothing but the rows' tokens and lengths, and are
-    one process's affair: a captured step of several would hold their messages."""
-    spec, others = network.spec, network.collectives
-    alone = others.size == 1 and others.pipeline.stage is None
-    return alone and spec.decoder_layers > 0 and not spec.length_dependent
+def capture_together(
+    body: Callable[[], Tensor], stream: torch.cuda.Stream, pool: Any, peers: Peers
+) -> Captured:
+    """`capture` on every rank, or on none.
+
+    Ranks first capture a muted `body`, so that memory is found, or is missing, while nobody waits
+    in the middle of a step for one that has given up. Raises what the worst off of them raised, on
+    every rank: NotCoveredError or torch.OutOfMemoryError.
+    """
+    if peers.alone:
+        return capture(body, stream, pool)
+    with peers.muted():
+        rehearsed = _on_all(lambda: capture(body, stream, pool), peers).graph
+    captured = _on_all(lambda: capture(body, stream, pool), peers)
+    del rehearsed  # not before: torch gives up a pool that no graph is of
+    return captured
+
+
+def _on_all(work: Callable[[], Captured], peers: Peers) -> Captured:
+    """What `work` returns, if it can be done on every rank."""
+    done, outcome = None, _DONE
+    try:
+        done = work()
+    except NotCoveredError:
+        outcome = _NOT_COVERED
+    except torch.OutOfMemoryError:
+        outcome = _NO_MEMORY
+    worst = peers.least(outcome)
+    if worst == _NOT_COVERED:
+        raise NotCoveredError
+    if done is None or worst == _NO_MEMORY:
+        raise torch.OutOfMemoryError("a rank has no memory for this graph")
+    return done
+
+
+def can_capture(network: Transformer, peers: Peers) -> bool:
+    """Whether steps of this network depend on nothing but the rows' tokens and lengths, and a graph
+    can hold what ranks exchange in them. Stages' work in turn, as the host hands it on."""
+    spec = network.spec
+    held = peers.capturable and peers.pipeline.stage is None
+    return held and spec.decoder_layers > 0 and not spec.length_dependent
 
 
 def _covered(out: Tensor | None) -> Tensor:

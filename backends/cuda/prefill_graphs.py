@@ -13,8 +13,9 @@ from torch import Tensor
 from lmi_multi.backends.base import Limits
 from lmi_multi.engine.batch import Prompt, Row
 from lmi_multi.ops import Attention
+from lmi_multi.parallel.collectives import Peers
 
-from .graphs import Angles, Captured, capture
+from .graphs import Angles, Captured, capture_together
 from .prefill import Prefill, PrefillAttention
 from .prefill_inputs import PrefillInputs
 from .program import NotCoveredError
@@ -38,8 +39,14 @@ class PrefillGraphs:
     """
 
     def __init__(
-        self, prefill: Prefill, limits: Limits, angles: Angles | None, device: torch.device
+        self,
+        prefill: Prefill,
+        limits: Limits,
+        angles: Angles | None,
+        device: torch.device,
+        peers: Peers,
     ) -> None:
+        self._peers = peers
         self._prefill, self._angles, self._device = prefill, angles, device
         self._block_size = limits.block_size
         self._rows = min(limits.max_batch, MOST_ROWS)
@@ -88,9 +95,12 @@ class PrefillGraphs:
         try:
             inputs = PrefillInputs(size, min(self._rows, size), width, 0, self._device)
             inputs.clear()
-            return inputs, capture(lambda: body(inputs), self._stream, self._pool)
+            captured = capture_together(lambda: body(inputs), self._stream, self._pool, self._peers)
+            return inputs, captured
         except torch.OutOfMemoryError:
             log.warning("no memory to capture a prefill of %d tokens: it runs uncaptured", size)
+            if not any(self._captured.values()):  # torch gives up a pool that no graph is of
+                self._pool = torch.cuda.graph_pool_handle()
         return None
 
     def _logits(self, inputs: PrefillInputs) -> Tensor:

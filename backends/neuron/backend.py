@@ -52,6 +52,18 @@ class NeuronBackend:
         by = f"{runtimes.choose()} on SDK 2.{sdk.installed().release}"
         return Availability("neuron", True, f"{cores}, by {by}", devices=host.devices)
 
+    def check_load(
+        self, *, tensor_parallel: int, pipeline_parallel: int, quantize: str | None
+    ) -> None:
+        """See `Backend.check_load`: the degrees are the instance's, where that is known."""
+        _check_stages(pipeline_parallel)
+        _check_quantize(quantize)
+        name, instance = runtimes.choose(), _instance()
+        if instance is not None:
+            instances.check(None, instance, tensor_parallel)
+            if name == runtimes.LIBRARY:
+                _check_library(instance, quantize)
+
     def load(
         self,
         artifact: Artifact,
@@ -63,11 +75,7 @@ class NeuronBackend:
         memory_share: float | None = None,
     ) -> Executor:
         """See `Backend.load`. Raises BackendError for what a runtime cannot carry."""
-        if pipeline_parallel != 1:
-            raise BackendError(
-                f"pipeline_parallel is {pipeline_parallel}; allowed on NeuronCores: 1, with a "
-                "higher tensor_parallel"
-            )
+        _check_stages(pipeline_parallel)
         if memory_share is not None:
             raise OptionError(
                 f"memory_share is {memory_share!r}, must be None on NeuronCores, whose memory the "
@@ -86,8 +94,14 @@ class NeuronBackend:
                 f"this machine does not tell its instance type; set {INSTANCE}, as inf2.xlarge"
             )
         elif name == runtimes.LIBRARY:
-            return _open_library(
-                artifact, network, instance, tensor_parallel, max_batch, max_tokens
+            from . import transformers_neuronx
+
+            return transformers_neuronx.open_executor(
+                artifact,
+                tensor_parallel,
+                memory=_library_memory(network, instance, tensor_parallel, max_tokens),
+                max_batch=max_batch,
+                max_tokens=max_tokens,
             )
         else:
             limits = sizing.limits_on(network, instance, tensor_parallel, max_batch, max_tokens)
@@ -127,6 +141,7 @@ class NeuronBackend:
         quantize: str | None = None,
         cache: str | Path | None = None,
         jobs: int | None = None,
+        network: Network | None = None,
     ) -> None:
         """See `AheadOfTime.check`."""
         on = instances.find(instance)
@@ -135,7 +150,12 @@ class NeuronBackend:
         check_sizes(max_batch, max_tokens)
         _check_jobs(jobs)
         check_place(cache)
-        runtimes.open_runtime(runtimes.choose(), on)
+        if runtimes.choose() == runtimes.LIBRARY:
+            _check_library(on, quantize)
+        if network is not None:
+            _check_quantize(network.quantize)
+            sizing.limits_on(network, on, tensor_parallel, max_batch, max_tokens)
+            _check(network.spec, tensor_parallel)
 
     def compile(
         self,
@@ -154,6 +174,19 @@ class NeuronBackend:
         _check_jobs(jobs)
         network = Network.of(artifact, str(artifact.folder))
         _check_quantize(network.quantize)
+        if runtimes.choose() == runtimes.LIBRARY:
+            from . import transformers_neuronx
+
+            environment.compile_for(on.name)
+            return transformers_neuronx.compile_ahead_of_time(
+                artifact,
+                tensor_parallel,
+                memory=_library_memory(network, on, tensor_parallel, max_tokens),
+                max_batch=max_batch,
+                max_tokens=max_tokens,
+                where=cache,
+                jobs=jobs,
+            )
         limits = sizing.limits_on(network, on, tensor_parallel, max_batch, max_tokens)
         _check(artifact.spec, tensor_parallel)
         place = open_cache(network, tensor_parallel, limits, cache)
@@ -182,27 +215,21 @@ def _cores(host: devices.Host, instance: Instance | None) -> str:
     return f"{instance.name}: {cores}, {usable}, tensor_parallel {degrees}"
 
 
-def _open_library(
-    artifact: Artifact,
-    network: Network,
-    instance: Instance,
-    degree: int,
-    max_batch: int | None,
-    max_tokens: int | None,
-) -> Executor:
-    from . import transformers_neuronx
-
-    if instance.name.startswith("trn2"):
-        raise BackendError(f"{runtimes.LIBRARY} runs on inf2 and trn1, not on {instance.name}")
+def _library_memory(
+    network: Network, instance: Instance, degree: int, max_tokens: int | None
+) -> int:
+    """Bytes of each core for the cache of transformers-neuronx. Raises as `sizing.limits_on`."""
+    _check_library(instance, network.quantize)
     sizing.limits_on(network, instance, degree, 1, max_tokens)  # says what does not fit
     option = estimate(network, instance, network.dtype, network.quantize, degree, max_tokens)
-    return transformers_neuronx.open_executor(
-        artifact,
-        degree,
-        memory=option.cache_bytes,
-        max_batch=max_batch,
-        max_tokens=max_tokens,
-    )
+    return option.cache_bytes
+
+
+def _check_library(instance: Instance, quantize: str | None) -> None:
+    if instance.name.startswith("trn2"):
+        raise BackendError(f"{runtimes.LIBRARY} runs on inf2 and trn1, not on {instance.name}")
+    if quantize is not None:
+        raise BackendError(f"quantize is {quantize!r}, must be None with {runtimes.LIBRARY}")
 
 
 def _check(spec: ModelSpec, degree: int) -> None:
@@ -212,6 +239,14 @@ def _check(spec: ModelSpec, degree: int) -> None:
             "know; the neuron backend runs linear, llama3, yarn or none"
         )
     check_degree(spec, degree)
+
+
+def _check_stages(count: int) -> None:
+    if count != 1:
+        raise BackendError(
+            f"pipeline_parallel is {count}; allowed on NeuronCores: 1, with a higher "
+            "tensor_parallel"
+        )
 
 
 def _check_jobs(jobs: int | None) -> None:

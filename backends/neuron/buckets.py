@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any
+from typing import Any, TypeVar
 
 from lmi_multi.backends.base import Limits
 from lmi_multi.errors import OptionError
@@ -17,12 +17,14 @@ from .sampling import COLUMNS, MOST_VOCAB
 VARIABLE = "LMI_MULTI_NEURON_BUCKETS"
 LEAST_QUERIES = 16
 LEAST_CONTEXT = 32
+T = TypeVar("T")
+SPAN = 16  # how many times the smallest bucket of tokens the largest is, unless others are named
 
 
 class Kind(Enum):
-    """What a decoder's graph gives, and how its tag ends: each row's likeliest token, a token drawn
-    as the row's options say, each row's likeliest continuations after blocks were copied, or the
-    logits of all tokens."""
+    """What a decoder's graph gives, and how its tag ends: each row's likeliest token; for rows of
+    one token a token drawn as the row's options say, or each row's likeliest continuations after
+    blocks were copied; or the logits of all tokens."""
 
     GREEDY = ""
     SAMPLED = "_sampled"
@@ -47,10 +49,28 @@ def fit(steps: Sequence[int], wanted: int) -> int:
     raise ValueError(f"{wanted} exceeds the largest bucket, {steps[-1]}")
 
 
+def fit_most(steps: Sequence[int], wanted: int) -> int:
+    """The smallest step that holds `wanted`, or else the largest."""
+    return fit(steps, min(wanted, steps[-1]))
+
+
+def _upper(steps: Sequence[int]) -> list[int]:
+    """Without the steps that are less than 1 / SPAN of the largest."""
+    return [step for step in steps if step * SPAN >= steps[-1]]
+
+
+def _ends(steps: Sequence[T]) -> list[T]:
+    """The first step and the last."""
+    return list(dict.fromkeys((steps[0], steps[-1])))
+
+
 @dataclass(frozen=True)
 class Buckets:
-    """The ladders of one loaded model. `context` and `queries` are in tokens, contexts in whole
-    blocks; `encoded`, of prompts, is empty without an encoder."""
+    """The ladders of one loaded model, out of those steps in `known` that it can have.
+
+    `context` and `queries` are in tokens, contexts in whole blocks; `encoded`, of prompts, is
+    empty without an encoder.
+    """
 
     rows: Sequence[int]
     queries: Sequence[int]
@@ -59,22 +79,33 @@ class Buckets:
     block_size: int
     spec: ModelSpec
     blocks: int
+    known: Mapping[str, Sequence[int]]
 
     @classmethod
     def of(cls, spec: ModelSpec, limits: Limits, blocks: int) -> Buckets:
         """Powers of two up to what `limits` allow, over a pool of `blocks`."""
         size = limits.block_size
         longest = -(-limits.max_tokens // size) * size
+        most = min(limits.max_step_tokens, longest)
         context = [-(-n // size) * size for n in ladder(min(LEAST_CONTEXT, longest), longest)]
-        queries = min(limits.max_step_tokens, longest)
+        known = {
+            "rows": ladder(1, limits.max_batch),
+            "queries": ladder(min(LEAST_QUERIES, most), most),
+            "context": context,
+            "encoded": context if spec.encoder_layers else [],
+        }
+        queries = _upper(known["queries"])
+        if spec.encoder_layers:  # its answers begin with one token, but for a text that is scored
+            queries = _ends(queries)
         return cls(
-            rows=ladder(1, limits.max_batch),
-            queries=ladder(min(LEAST_QUERIES, queries), queries),
-            context=context,
-            encoded=context if spec.encoder_layers else (),
+            rows=known["rows"],
+            queries=queries,
+            context=_upper(context),
+            encoded=_upper(known["encoded"]),
             block_size=size,
             spec=spec,
             blocks=blocks,
+            known=known,
         )
 
     @property
@@ -87,22 +118,24 @@ class Buckets:
         decoder = {"rows": self.rows, "queries": self.queries, "context": self.context}
         return {name: list(steps) for name, steps in decoder.items()} | encoder
 
-    def pruned(self, kept: str) -> Buckets:
-        """With only the steps that `kept` names, as "rows=1,4 context=512"; a ladder that it does
-        not name stays whole. The largest step of each must stay. Raises OptionError."""
-        ladders = self.ladders
+    def having(self, wanted: str) -> Buckets:
+        """With the steps that `wanted` names, as "rows=1,4 context=512", and no others; a ladder
+        that it does not name stays as it is. The largest step of each must stay. Raises
+        OptionError."""
         chosen: dict[str, Any] = {}
-        for part in kept.split():
+        for part in wanted.split():
             name, _, listed = part.partition("=")
-            if name not in ladders:
-                raise OptionError(f"{VARIABLE} names {name!r}, must be of {', '.join(ladders)}")
-            known, wanted = {str(step): step for step in ladders[name]}, set(listed.split(","))
+            if name not in self.ladders:
+                raise OptionError(
+                    f"{VARIABLE} names {name!r}, must be of {', '.join(self.ladders)}"
+                )
+            known, named = {str(step): step for step in self.known[name]}, set(listed.split(","))
             last = list(known)[-1]
-            if last not in wanted or not wanted <= known.keys():
+            if last not in named or not named <= known.keys():
                 raise OptionError(
                     f"{VARIABLE} has {part!r}, must be {last} and any of {', '.join(known)}"
                 )
-            chosen[name] = [step for text, step in known.items() if text in wanted]
+            chosen[name] = [step for text, step in known.items() if text in named]
         return replace(self, **chosen)
 
     def traces(self) -> Iterator[Trace]:
@@ -111,15 +144,36 @@ class Buckets:
             yield self.encode(tokens)
         if not self.spec.decoder_layers:
             return
-        for context in self.context:
-            for encoded in self.encoded or (0,):
-                for kind in (Kind.GREEDY, Kind.SAMPLED, Kind.BEAMS):
-                    for rows in self.rows_of(kind):
-                        yield self.decode(rows, 1, context, encoded, kind)
-                for queries in self.queries:
-                    for kind in (Kind.GREEDY, Kind.SAMPLED, Kind.ALL):
-                        if queries <= context and self.rows_of(kind):
-                            yield self.decode(1, queries, context, encoded, kind)
+        for size in self.sizes(1):
+            for kind in (Kind.GREEDY, Kind.SAMPLED, Kind.BEAMS):
+                for rows in self.rows_of(kind):
+                    yield self.decode(rows, 1, *size, kind)
+        for kind in (Kind.GREEDY, Kind.ALL):
+            for queries in self.queries_of(kind):
+                for size in self.sizes(queries):
+                    yield self.decode(1, queries, *size, kind)
+
+    def sizes(self, queries: int) -> list[tuple[int, int]]:
+        """Contexts of graphs for so many `queries`, each with a length of encoded prompts (0
+        without an encoder): from one to the next neither shrinks, and the last holds everything.
+
+        The two grow together: each with each would be many graphs for a few reads of a cache that
+        is small beside the weights. Slices of a prompt but its last are of the most queries, and
+        mostly the last one is all of a prompt, so that others need the smallest context, and the
+        largest for what is left.
+        """
+        encoded = self.encoded or (0,)
+        steps = sorted({*self.context, *encoded})
+        pairs = [(fit_most(self.context, n), fit_most(encoded, n)) for n in steps]
+        holding = list(dict.fromkeys(pair for pair in pairs if queries <= pair[0]))
+        return holding if queries in (1, self.queries[-1]) else _ends(holding)
+
+    def size(self, queries: int, context: int, encoded: int) -> tuple[int, int]:
+        """The first of `sizes` that holds both. Raises ValueError if none does."""
+        for size in self.sizes(queries):
+            if context <= size[0] and encoded <= size[1]:
+                return size
+        raise ValueError(f"{context} tokens over {encoded} exceed the largest buckets")
 
     def rows_of(self, kind: Kind) -> Sequence[int]:
         """The rows of this kind's graphs for single tokens, which may be none: too large a
@@ -127,6 +181,11 @@ class Buckets:
         if kind == Kind.SAMPLED and self.spec.vocab > MOST_VOCAB:
             return ()
         return [rows for rows in self.rows if rows > 1] if kind == Kind.BEAMS else self.rows
+
+    def queries_of(self, kind: Kind) -> Sequence[int]:
+        """The queries of this kind's graphs for longer rows: texts that are scored or embedded are
+        padded more, which is rarer than to go on from a prompt."""
+        return _ends(self.queries) if kind == Kind.ALL else self.queries
 
     def encode(self, tokens: int) -> Trace:
         """One prompt of up to `tokens` tokens."""
@@ -162,6 +221,7 @@ class Buckets:
         blocks, spec = self.blocks, self.spec
         bounds = {"token_ids": spec.vocab, "slots": blocks * self.block_size}
         bounds |= dict.fromkeys(("table", "cross_table", "sources", "targets"), blocks)
+        bounds["last"] = inputs["token_ids"][0]
         if spec.segments:
             bounds["segments"] = spec.segments
         if spec.max_positions:

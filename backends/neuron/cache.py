@@ -81,18 +81,18 @@ class Header(BaseModel):
 class Cache:
     """Entries at one place. Threads may share it."""
 
-    def __init__(self, place: Place) -> None:
-        self._place = place
-        self._names = place.names()
+    def __init__(self, outer: Place, inner: str, model: str = "") -> None:
+        self._outer, self._inner, self._model = outer, inner, model
+        self._place = outer.inside(inner)
+        self._names = self._place.names()
 
     @classmethod
-    def at(cls, where: str | Path, inner: str) -> Cache:
-        """The cache in the folder `inner` of `where`, a folder or `s3://BUCKET/PREFIX`. Raises
-        OptionError for a bad address, CheckpointError when it cannot be listed."""
+    def at(cls, where: str | Path, inner: str, model: str = "") -> Cache:
+        """The cache in the folder `inner` of `where`, a folder or `s3://BUCKET/PREFIX`; those of
+        the same model for other sizes begin with `model`. Raises OptionError for a bad address,
+        CheckpointError when it cannot be listed."""
         place = parse(where)
-        if isinstance(place, Address):
-            return cls(Prefix(Address(place.bucket, place.key(inner))))
-        return cls(Folder(place / inner))
+        return cls(Prefix(place) if isinstance(place, Address) else Folder(place), inner, model)
 
     def __str__(self) -> str:
         return str(self._place)
@@ -113,6 +113,19 @@ class Cache:
             self._warn(key.name, different)
             return None
         return binary
+
+    def tell_others(self) -> None:
+        """Log which folders beside this one have the model's graphs for other sizes: none serves,
+        as somebody may have meant."""
+        try:
+            found = self._outer.inner(self._model) if self._model else []
+        except LmiError:
+            return  # it is but a hint
+        others = [name for name in found if name != self._inner]
+        if others:
+            more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+            where = f"{self._outer}/{others[0]}{more}"
+            logger.info("graphs of the same model for other sizes are not used: %s", where)
 
     def put(self, key: Key, binary: bytes) -> None:
         """Keep `binary` for `key`. Raises CheckpointError when the place cannot be written."""

@@ -5,18 +5,26 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, MutableMapping, Sequence
 
+from lmi_multi.checkpoint.files import cache_dir
+from lmi_multi.checkpoint.s3.address import Address
 from lmi_multi.errors import BackendError
 
 from . import devices
+from .places import parse
 
 # As ModelBuilder's own: overflowing casts saturate, nothing is cast behind the model's back.
 COMPILER_FLAGS = "--enable-saturate-infinity --auto-cast=none --model-type=transformer -O1"
 FLAGS = "NEURON_CC_FLAGS"
 CORES = "NEURON_RT_VISIBLE_CORES"
+COUNT = "NEURON_RT_NUM_CORES"
 INSTANCE = "LMI_MULTI_NEURON_INSTANCE"
+CACHE = "LMI_MULTI_NEURON_CACHE"
+CACHE_URL = "NEURON_COMPILE_CACHE_URL"
+SDK_CACHE = "neuronx-cc"
+# "PID CORES": the process that has set NEURON_RT_VISIBLE_CORES, and to what. Its children inherit
+# both, and see by this one that no user has named these cores.
+TAKEN = "LMI_MULTI_NEURON_TAKEN"
 TARGETS = ("inf2", "trn1", "trn2")
-# Values of NEURON_RT_VISIBLE_CORES that this process has set: none that the user asked for.
-_own: set[str] = set()
 
 
 def instance_here() -> str | None:
@@ -38,7 +46,7 @@ def compiler_flags(instance: str | None) -> str:
 
 def variables(cores: Sequence[int]) -> dict[str, str]:
     """What to set for a process on `cores`."""
-    return {CORES: spans(cores), "NEURON_RT_NUM_CORES": str(len(cores))}
+    return {CORES: spans(cores), COUNT: str(len(cores))}
 
 
 def spans(cores: Sequence[int]) -> str:
@@ -62,10 +70,22 @@ def parse_cores(value: str) -> list[int]:
     return list(dict.fromkeys(found))
 
 
+def _taker() -> int | None:
+    """The process of this package that has named the cores; None if the user has, or nobody."""
+    pid, _, cores = os.environ.get(TAKEN, "").partition(" ")
+    return int(pid) if pid.isdigit() and cores == os.environ.get(CORES) else None
+
+
+def _asked() -> str | None:
+    """NEURON_RT_VISIBLE_CORES as far as it is meant for this process: not if a parent process has
+    taken these cores for itself."""
+    return os.environ.get(CORES) if _taker() in (None, os.getpid()) else None
+
+
 def named_cores(host: devices.Host) -> list[int] | None:
-    """The cores that NEURON_RT_VISIBLE_CORES names; None if it is not set. Raises BackendError for
-    cores that `host` does not have, where its cores are known."""
-    asked = os.environ.get(CORES)
+    """The cores that NEURON_RT_VISIBLE_CORES names for this process; None if it names none. Raises
+    BackendError for cores that `host` does not have, where its cores are known."""
+    asked = _asked()
     if asked is None:
         return None
     named, known = parse_cores(asked), [core.index for core in host.cores]
@@ -77,7 +97,7 @@ def named_cores(host: devices.Host) -> list[int] | None:
 def fault(host: devices.Host) -> tuple[str, str] | None:
     """Why a process with these variables cannot use a core of `host`, and what helps; None if it
     can. Who holds named cores is not known, only who holds their devices: they need but exist."""
-    if CORES not in os.environ:
+    if _asked() is None:
         return devices.fault(host)
     if found := devices.fault(host, 0):
         return found
@@ -102,26 +122,30 @@ def apply(wanted: Mapping[str, str], environment: MutableMapping[str, str]) -> N
 def take_cores(count: int) -> None:
     """Name the cores of this process: those that NEURON_RT_VISIBLE_CORES names already, or else
     `count` free ones. Raises BackendError, with a remedy, if there are fewer."""
+    set_compiler()
     host = devices.look()
     named = named_cores(host)
     if named is None:
         if found := devices.fault(host, count):
             raise BackendError("; ".join(found))
+        if CORES in os.environ:  # a parent's
+            for name in (CORES, COUNT):
+                os.environ.pop(name, None)
         chosen = variables(devices.choose(host, count))
         apply(chosen, os.environ)
-        _own.add(chosen[CORES])
+        os.environ[TAKEN] = f"{os.getpid()} {chosen[CORES]}"
     elif len(named) < count:
         raise BackendError(_too_few(count, host))
 
 
 def _too_few(count: int, host: devices.Host) -> str:
     asked = os.environ[CORES]
-    if asked in _own:
+    if _taker() is not None:
         return (
             f"tensor_parallel is {count}, but this process has taken the NeuronCores {asked} for "
             "an earlier model, and the Neuron runtime takes cores once a process; load a model of "
-            f"another degree in a process of its own that does not inherit {CORES}, or set it to "
-            "enough cores before the first"
+            f"another degree in a process of its own, or set {CORES} to enough cores before the "
+            "first"
         )
     known = [core.index for core in host.cores]
     of = f" of {spans(known)}" if known else ""
@@ -130,6 +154,23 @@ def _too_few(count: int, host: devices.Host) -> str:
 
 def compile_for(instance: str) -> None:
     """Let the compiler's tools believe that this machine is of type `instance`."""
+    set_compiler()
     name = target(instance)
     if name is not None:
         apply({"NEURON_PLATFORM_TARGET_OVERRIDE": name}, os.environ)
+
+
+def set_compiler() -> None:
+    """Tell what the SDK compiles by itself its flags, and where to keep it, unless the user has."""
+    os.environ.setdefault(FLAGS, COMPILER_FLAGS)
+    os.environ.setdefault(CACHE_URL, cache_url())
+
+
+def cache_url() -> str:
+    """Where the SDK's own cache lies: inside what LMI_MULTI_NEURON_CACHE names, a folder or
+    `s3://BUCKET/PREFIX`, or else in this package's cache. Not in an artifact's folder, as the
+    variable is read once a process, and models come and go."""
+    place = parse(os.environ.get(CACHE) or cache_dir())
+    if isinstance(place, Address):
+        return place.url(SDK_CACHE)
+    return str(place.expanduser().absolute() / SDK_CACHE)

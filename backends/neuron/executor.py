@@ -109,7 +109,7 @@ class NeuronExecutor:
         for numbers in _shares(rows):
             first = rows[numbers[0]]
             if len(first.token_ids) > 1:
-                yield self._kind([first]), list(numbers)
+                yield Kind.GREEDY, list(numbers)
             elif first.beams is not None:
                 beams += numbers
             else:
@@ -120,7 +120,7 @@ class NeuronExecutor:
             yield self._kind([rows[i] for i in others]), others
 
     def _kind(self, rows: Sequence[Row]) -> Kind:
-        """Of the graph for rows of which each wants at most one token."""
+        """Of the graph for rows of one token of which none is a beam."""
         samples = any(_drawn(r, Kind.SAMPLED) and not _drawn(r, Kind.GREEDY) for r in rows)
         return Kind.SAMPLED if samples and self._buckets.rows_of(Kind.SAMPLED) else Kind.GREEDY
 
@@ -146,18 +146,13 @@ class NeuronExecutor:
         """Run rows that have one token each, or one row that has several."""
         queries, count = max(len(row.token_ids) for row in rows), 1
         if queries > 1 or kind == Kind.ALL:
-            queries = fit(self._buckets.queries, queries)
+            queries = fit(self._buckets.queries_of(kind), queries)
         else:
             count = fit(self._buckets.rows_of(kind), len(rows))
-        context = fit(self._buckets.context, max(max(row.length for row in rows), queries))
+        context = max(max(row.length for row in rows), queries)
         encoded = max(row.cross_length for row in rows)
-        trace = self._buckets.decode(
-            count,
-            queries,
-            context,
-            fit(self._buckets.encoded, encoded) if encoded else 0,
-            kind,
-        )
+        size = self._buckets.size(queries, context, encoded)
+        trace = self._buckets.decode(count, queries, *size, kind)
         return self._run(trace, self._inputs(trace, rows))
 
     def _inputs(self, trace: Trace, rows: Sequence[Row]) -> dict[str, Tensor]:

@@ -98,18 +98,25 @@ class Graphs(Mapping[str, Compiled[Any]]):
         found = None if self._cache is None else self._cache.find(key)
         if found is not None:
             return Compiled(graph, found), True
-        if not (self._must_keep or self._told):
-            self._told = True
-            logger.info(
-                "graph %s of %d is not cached and is compiled now; compile them ahead with "
-                "`lmi-multi compile`",
-                graph.tag,
-                len(self),
-            )
+        self._tell(graph.tag)
         binary = self._builder.compile(graph)
         if self._cache is not None and self._keeps:
             self._keep(self._cache, key, binary)
         return Compiled(graph, binary), False
+
+    def _tell(self, tag: str) -> None:
+        """Say, once a model that loads, that graphs are compiled now, and which are not used."""
+        if self._must_keep or self._told:
+            return
+        self._told = True
+        logger.info(
+            "graph %s of %d is not cached and is compiled now; compile them ahead with "
+            "`lmi-multi compile`",
+            tag,
+            len(self),
+        )
+        if self._cache is not None:
+            self._cache.tell_others()
 
     def _keep(self, cache: Cache, key: Key, binary: bytes) -> None:
         try:

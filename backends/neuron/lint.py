@@ -11,6 +11,8 @@ from torch import Tensor
 
 from lmi_multi.errors import BackendError
 
+from .ranges import Interval, reaching, sizes
+
 if TYPE_CHECKING:
     from .lower import Graph
 
@@ -97,19 +99,14 @@ def _wide_constant(i: Instruction) -> Iterator[str]:
         yield f"{i.name}: a constant beyond 32 bits"
 
 
-def _sizes(shape: str) -> list[int]:
-    inside = shape.partition("[")[2].rstrip("]")
-    return [int(size) for size in inside.split(",") if size.isdigit()]
-
-
 def _gather(i: Instruction, shapes: Mapping[str, str]) -> Iterator[str]:
     """A slice that is larger than what it is taken from lies outside whatever its index."""
-    sizes = re.search(r"slice_sizes=\{([\d,]*)\}", i.rest)
+    slices = re.search(r"slice_sizes=\{([\d,]*)\}", i.rest)
     operand = shapes.get(i.operands[0], "")
-    if sizes is None or not operand:
+    if slices is None or not operand:
         return
-    wanted = [int(size) for size in sizes[1].split(",") if size]
-    if any(a > b for a, b in zip(wanted, _sizes(operand), strict=False)):
+    wanted = [int(size) for size in slices[1].split(",") if size]
+    if any(a > b for a, b in zip(wanted, sizes(operand), strict=False)):
         yield f"{i.name}: gathers {wanted} out of range of {operand}"
 
 
@@ -138,9 +135,25 @@ def state_faults(graph: Graph) -> Iterator[str]:
             yield f"state {name} comes in as {given.get(places[0])} and goes out as {out}"
 
 
-def check(graph: Graph, ranks: int) -> None:
-    """Raise BackendError with the graph's tag and its first faults."""
-    refuse(graph.tag, [*faults(graph.text, ranks), *state_faults(graph)])
+def range_faults(graph: Graph, bounds: Mapping[str, int]) -> Iterator[str]:
+    """Gathers and scatters that could reach beyond what they read or write, for inputs that are
+    within `bounds`, as the host checks them: see `check_inputs`."""
+    known = {
+        i: Interval(int(value.min()), int(value.max()))
+        for i, value in graph.constants.items()
+        if not value.is_floating_point()
+    }
+    for i, name in enumerate(graph.parameters):
+        bound = bounds.get(name.removeprefix("input."))
+        if bound is not None and name.startswith("input."):
+            known[i] = Interval(0, bound - 1)
+    yield from reaching(instructions(graph.text), known)
+
+
+def check(graph: Graph, ranks: int, bounds: Mapping[str, int]) -> None:
+    """Raise BackendError with the graph's tag and its first faults. `bounds` are the trace's."""
+    found = [*faults(graph.text, ranks), *state_faults(graph)]
+    refuse(graph.tag, found or [*range_faults(graph, bounds)])
 
 
 def refuse(tag: str, found: Sequence[str]) -> None:

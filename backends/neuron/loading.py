@@ -15,9 +15,10 @@ from lmi_multi.checkpoint.artifact import Artifact
 from lmi_multi.fit import Network
 from lmi_multi.models.weights import rank_data
 
-from .buckets import VARIABLE as PRUNED
+from .buckets import VARIABLE as STEPS
 from .buckets import Buckets
 from .cache import Cache
+from .environment import CACHE
 from .executor import NeuronExecutor
 from .graphs import Graphs
 from .lower import TraceCollectives
@@ -28,7 +29,6 @@ from .sizing import spare_blocks
 
 logger = logging.getLogger(__name__)
 
-CACHE = "LMI_MULTI_NEURON_CACHE"
 FOLDER = "neuron"
 
 
@@ -51,8 +51,9 @@ def open_cache(
     spec, tensors = network.spec, sorted(network.tensors)
     model = json.dumps([spec.to_dict(), network.dtype, network.quantize, tensors])
     digest = hashlib.sha256(model.encode()).hexdigest()[:12]
+    name = f"{spec.family}-{digest}-"
     sizes = f"tp{degree}-{limits.max_batch}x{limits.max_tokens}"
-    return Cache.at(place, f"{spec.family}-{digest}-{sizes}")
+    return Cache.at(place, name + sizes, name)
 
 
 def open_module(network: Network, degree: int, limits: Limits) -> StaticModel:
@@ -65,9 +66,9 @@ def open_module(network: Network, degree: int, limits: Limits) -> StaticModel:
 
 
 def buckets_of(network: Network, limits: Limits) -> Buckets:
-    """The ladders of its graphs, pruned as the environment says."""
+    """The ladders of its graphs, with the steps that the environment names."""
     blocks = limits.blocks + spare_blocks(network.spec, limits)
-    return Buckets.of(network.spec, limits, blocks).pruned(os.environ.get(PRUNED, ""))
+    return Buckets.of(network.spec, limits, blocks).having(os.environ.get(STEPS, ""))
 
 
 def open_graphs(

@@ -59,7 +59,7 @@ class TraceCollectives:
     pipeline = OneStage()
 
     def __init__(self, size: int) -> None:
-        self.size = size
+        self.size, self.alone = size, size == 1
         self._groups = [list(range(size))]
 
     def all_reduce(self, x: Tensor) -> Tensor:
@@ -70,6 +70,11 @@ class TraceCollectives:
 
         total: Tensor = xm.all_reduce(xm.REDUCE_SUM, x.float(), groups=self._groups)
         return total.to(x.dtype)
+
+    def add_reduced(self, residual: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+        """See `Collectives.add_reduced`."""
+        total = self.all_reduce(x)
+        return residual + (total if bias is None else total + bias)
 
     def all_gather(self, x: Tensor) -> Tensor:
         """Concatenate along the last dimension in rank order."""
@@ -113,7 +118,7 @@ class Lowering:
         """The graph of a trace, linted, and traced again as the last rank, which must make no
         difference. Raises BackendError that names it."""
         graph = self._trace(trace, 0)
-        lint.check(graph, self._ranks)
+        lint.check(graph, self._ranks, trace.bounds)
         if self._ranks > 1:
             lint.check_same(graph, self._trace(trace, self._ranks - 1))
         return graph

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from lmi_multi.checkpoint.s3.address import Address, is_address
 from lmi_multi.errors import CheckpointError, OptionError
@@ -30,7 +30,14 @@ def parse(where: str | Path) -> Address | Path:
 
 
 class Place(Protocol):
-    """A flat set of files. Methods raise CheckpointError that names the file and the fault."""
+    """A set of files, and of places inside. Methods raise CheckpointError that names the file and
+    the fault."""
+
+    def inside(self, name: str) -> Place:
+        """The place called `name` in this one, which need not be there yet."""
+
+    def inner(self, start: str) -> list[str]:
+        """The names of the places in this one that begin with `start`, in order."""
 
     def names(self) -> set[str]:
         """All files; none where there is no such place yet."""
@@ -50,6 +57,14 @@ class Folder:
 
     def __str__(self) -> str:
         return str(self._folder)
+
+    def inside(self, name: str) -> Folder:
+        """See `Place.inside`."""
+        return Folder(self._folder / name)
+
+    def inner(self, start: str) -> list[str]:
+        """See `Place.inner`."""
+        return sorted(path.name for path in self._folder.glob(f"{start}*") if path.is_dir())
 
     def names(self) -> set[str]:
         """See `Place.names`."""
@@ -97,13 +112,29 @@ class Folder:
 class Prefix:
     """A `Place` on S3: objects appear whole there by themselves."""
 
-    def __init__(self, address: Address) -> None:
+    def __init__(self, address: Address, client: Any = None) -> None:
         from lmi_multi.checkpoint.s3.client import make_client
 
-        self._address, self._client = address, make_client()
+        self._address, self._client = address, client or make_client()
 
     def __str__(self) -> str:
         return str(self._address)
+
+    def inside(self, name: str) -> Prefix:
+        """See `Place.inside`."""
+        return Prefix(Address(self._address.bucket, self._address.key(name)), self._client)
+
+    def inner(self, start: str) -> list[str]:
+        """See `Place.inner`."""
+        pages = self._client.get_paginator("list_objects_v2")
+        below, found = self._address.start, []
+        with self._failures(start):
+            for page in pages.paginate(
+                Bucket=self._address.bucket, Prefix=below + start, Delimiter="/"
+            ):
+                for folder in page.get("CommonPrefixes", ()):
+                    found.append(folder["Prefix"].removeprefix(below).rstrip("/"))
+        return sorted(found)
 
     def names(self) -> set[str]:
         """See `Place.names`."""

@@ -8,23 +8,30 @@ Nothing of it has run on a NeuronCore: see docs/neuron.md.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from lmi_multi.backends.ahead_of_time import Compilation, Count
 from lmi_multi.backends.base import Limits
 from lmi_multi.backends.drawing import draw
 from lmi_multi.backends.limits import plan_limits
 from lmi_multi.checkpoint.artifact import Artifact
 from lmi_multi.engine.batch import Batch, Passage, Prompt, Row, StepResult
-from lmi_multi.errors import BackendError, CapacityError, OptionError
+from lmi_multi.errors import BackendError, CapacityError, LmiError, OptionError
+from lmi_multi.fit import Network
 
 from . import environment
 from .buckets import ladder
+from .cache import Cache
+from .loading import open_cache
 from .transformers_neuronx_export import exported
+from .transformers_neuronx_graphs import compile_ahead, key_of, to_cores
 from .transformers_neuronx_ports import LIBRARY, Port, find_port
 
 AMP = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
@@ -47,16 +54,69 @@ def open_executor(
     limits = plan_rows(artifact, port, degree, memory, max_batch, max_tokens)
     environment.take_cores(degree)
     folder = exported(artifact, port)
-    import transformers_neuronx as library  # after the environment: it starts the Neuron runtime
-
-    given = settings(library, port, limits) | {"tp_degree": degree, "amp": AMP[artifact.dtype]}
+    cache = _cache(artifact, degree, limits) if port.reads_prompts else None
     try:
-        model = getattr(library, port.name).from_pretrained(str(folder), **given)
-        model.to_neuron()  # compiles, too
+        make = opener(artifact, port, limits, degree, folder)
+        model = to_cores(make, cache, key_of(port, limits, degree, artifact.dtype))
+    except LmiError:
+        raise
     except Exception as error:  # the library's, the compiler's or the Neuron runtime's
         raise BackendError(f"{LIBRARY} cannot load {folder}: {error!r}") from error
     rows = ManyRows(model, limits.max_batch) if port.continuous else OneRow(model)
     return TransformersNeuronxExecutor(limits, rows, f"{degree} NeuronCores by {LIBRARY}")
+
+
+def compile_ahead_of_time(
+    artifact: Artifact,
+    degree: int,
+    *,
+    memory: int,
+    max_batch: int | None,
+    max_tokens: int | None,
+    where: str | Path | None,
+    jobs: int | None,
+) -> Compilation:
+    """See `AheadOfTime.compile`: the library loads the weights on the host, builds its graphs and
+    compiles them, `jobs` at once. Raises what `open_executor` raises, and BackendError for a family
+    whose class compiles on cores only."""
+    port = find_port(artifact)
+    if not port.reads_prompts:
+        raise BackendError(
+            f"{LIBRARY} compiles {artifact.spec.family} only when it loads it; "
+            f"{environment.CACHE_URL} says where the SDK keeps what it compiled"
+        )
+    limits = plan_rows(artifact, port, degree, memory, max_batch, max_tokens)
+    cache, folder = _cache(artifact, degree, limits, where), exported(artifact, port)
+    try:
+        make = opener(artifact, port, limits, degree, folder, jobs)
+        total, hit = compile_ahead(make, cache, key_of(port, limits, degree, artifact.dtype))
+    except LmiError:
+        raise
+    except Exception as error:  # the library's or the compiler's
+        raise BackendError(f"{LIBRARY} cannot compile {folder}: {error!r}") from error
+    return Compilation(Count(total, total, total if hit else 0), str(cache))
+
+
+def _cache(
+    artifact: Artifact, degree: int, limits: Limits, where: str | Path | None = None
+) -> Cache:
+    return open_cache(Network.of(artifact, str(artifact.folder)), degree, limits, where)
+
+
+def opener(
+    artifact: Artifact,
+    port: Port,
+    limits: Limits,
+    degree: int,
+    folder: Path,
+    jobs: int | None = None,
+) -> Callable[[], Any]:
+    """What opens the library's model, before anything of it is loaded or compiled."""
+    import transformers_neuronx as library  # after the environment: it starts the Neuron runtime
+
+    given = settings(library, port, limits, jobs)
+    given |= {"tp_degree": degree, "amp": AMP[artifact.dtype]}
+    return partial(getattr(library, port.name).from_pretrained, str(folder), **given)
 
 
 def plan_rows(
@@ -100,17 +160,19 @@ def plan_rows(
     )
 
 
-def settings(library: Any, port: Port, limits: Limits) -> dict[str, Any]:
-    """What the class is told: sizes, buckets, and continuous batching where it has that."""
+def settings(library: Any, port: Port, limits: Limits, jobs: int | None = None) -> dict[str, Any]:
+    """What the class is told: sizes, buckets, continuous batching where it has that, and how many
+    graphs to compile at once."""
     buckets = ladder(min(LEAST_BUCKET, limits.max_tokens), limits.max_tokens)
     given: dict[str, Any] = {"batch_size": limits.max_batch, "n_positions": limits.max_tokens}
+    neuron: dict[str, Any] = {} if jobs is None else {"compilation_worker_count": jobs}
     if port.reads_prompts:
         given["context_length_estimate"] = buckets
     if port.continuous:
         rows = library.ContinuousBatchingConfig(batch_size_for_shared_caches=limits.max_batch)
-        given["neuron_config"] = library.NeuronConfig(continuous_batching=rows)
+        neuron["continuous_batching"] = rows
         given["n_positions"] = buckets
-    return given
+    return given | ({"neuron_config": library.NeuronConfig(**neuron)} if neuron else {})
 
 
 class Rows(Protocol):

@@ -32,7 +32,8 @@ _ABSENT = frozenset(("q_norm", "k_norm", "project_in", "project_out"))
 class Port:
     """A family as the library runs it: the name of its class, the architecture and settings of
     config.json, the canonical modules that have a bias there, whether it has graphs for prompts
-    (others read them token by token), and whether rows may come and go (continuous batching)."""
+    (others read them token by token), and whether rows may come and go (continuous batching).
+    Those with graphs for prompts also save compiled graphs, and compile without cores."""
 
     name: str
     architecture: str

@@ -85,9 +85,11 @@ class AheadOfTime(Protocol):
         quantize: str | None = None,
         cache: str | Path | None = None,
         jobs: int | None = None,
+        network: Network | None = None,
     ) -> None:
-        """Raise what `compile` would for these of any model: OptionError for what is not valid,
-        BackendError where nothing can compile here. For who has to convert the model first."""
+        """Raise what `compile` would for these of `network`, or without one of any: OptionError for
+        what is not valid, CapacityError for what does not fit, BackendError where nothing can
+        compile here. For who has to download or convert the model first."""
 
     def compile(
         self,

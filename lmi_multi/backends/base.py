@@ -79,6 +79,12 @@ class Backend(Protocol):
     def probe(self) -> Availability:
         """Look at this machine; cheap, and never raises."""
 
+    def check_load(
+        self, *, tensor_parallel: int, pipeline_parallel: int, quantize: str | None
+    ) -> None:
+        """Raise what `load` would for these of any model: for who has to convert the model first.
+        What only a network can refuse, as its number of stages, is left to `load`."""
+
     def load(
         self,
         artifact: Artifact,

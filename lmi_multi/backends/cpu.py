@@ -37,6 +37,11 @@ class CpuBackend:
         model = platform.processor() or platform.machine()
         return Availability("cpu", True, "always available", devices=(f"{model}, {cores} cores",))
 
+    def check_load(
+        self, *, tensor_parallel: int, pipeline_parallel: int, quantize: str | None
+    ) -> None:
+        """See `Backend.check_load`. Processes are not short here."""
+
     def load(
         self,
         artifact: Artifact,

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from lmi_multi import progress
 from lmi_multi.engine.batch import Continuation, Continuations, Draw, Row
 from lmi_multi.ops.beams import Beams, best_continuations
 from lmi_multi.ops.sampling import Sampled, SampleRow, Sampling, processed, sample
@@ -18,6 +19,7 @@ def draw(logits: Tensor, rows: Sequence[Row]) -> list[Draw | Continuations]:
     return list(draw_by_row(logits, rows).values())
 
 
+@progress.waiting()  # a device's results: they come when other ranks' have come to it
 def draw_by_row(logits: Tensor, rows: Sequence[Row]) -> dict[int, Draw | Continuations]:
     """`draw` by the rows' numbers, rising: a search's beams get one answer, at their first row."""
     samples = [row.sample for row in rows if row.sample is not None]

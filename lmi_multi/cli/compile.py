@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from lmi_multi.cli import options
 from lmi_multi.cli.console import byte_progress, graph_progress, line, note
+
+if TYPE_CHECKING:
+    from lmi_multi.checkpoint.layout import DtypeName, QuantizeName
+    from lmi_multi.fit import Network
 
 
 def compile(
@@ -40,8 +45,11 @@ def compile(
     """
     from lmi_multi.backends import compiler
     from lmi_multi.checkpoint.cache import open_or_convert
+    from lmi_multi.checkpoint.convert import check_options
 
-    compiler().check(  # before anything is downloaded or converted
+    check_options(dtype, quantize, tensor_parallel)
+    check = partial(
+        compiler().check,
         instance=instance,
         tensor_parallel=tensor_parallel,
         max_batch=max_batch,
@@ -50,6 +58,9 @@ def compile(
         cache=cache,
         jobs=jobs,
     )
+    check()  # before anything of the model is looked at
+    if (network := _outline(source, revision, dtype, quantize)) is not None:
+        check(network=network)  # before it is downloaded or converted
     start = time.perf_counter()
     with byte_progress(f"converting {source}") as converting:
         artifact = open_or_convert(
@@ -77,3 +88,17 @@ def compile(
         f"{count.total} graphs: {count.total - count.hits} compiled, {count.hits} cached, "
         f"{seconds:.1f} s"
     )
+
+
+def _outline(source: str, revision: str | None, dtype: str, quantize: str | None) -> Network | None:
+    """What headers tell of the model that is to be; None where they do not, and it has to be there
+    first: converting it says what is wrong with it, if anything is."""
+    from lmi_multi.errors import CheckpointError
+    from lmi_multi.fit import read_network
+
+    try:
+        network = read_network(source, revision)
+    except CheckpointError:
+        return None
+    chosen = None if dtype == "auto" else cast("DtypeName", dtype)
+    return network.converted(chosen, cast("QuantizeName | None", quantize))

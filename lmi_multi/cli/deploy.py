@@ -98,6 +98,19 @@ def deploy(
             rich_help_panel=_MODEL,
         ),
     ] = None,
+    pipeline_parallel: Annotated[
+        int | None,
+        typer.Option(
+            help="Stages that share the layers; each takes --tensor-parallel ranks. Default: 1.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None,
+    memory_share: Annotated[
+        float | None,
+        typer.Option(
+            help="Part of a GPU's memory that the model may take; else 0.9.", rich_help_panel=_MODEL
+        ),
+    ] = None,
     max_batch: Annotated[
         int | None, typer.Option(help="Prompts computed at once.", rich_help_panel=_MODEL)
     ] = None,
@@ -135,6 +148,8 @@ def deploy(
             "dtype": dtype,
             "quantize": quantize,
             "tensor_parallel": tensor_parallel,
+            "pipeline_parallel": pipeline_parallel,
+            "memory_share": memory_share,
             "max_batch": max_batch,
             "max_tokens": max_tokens,
             "revision": revision,
@@ -195,7 +210,8 @@ def _estimate(deployment: Deployment, option: Option | None) -> str:
     room = (
         "" if option.batch is None else f", {option.batch:,} of {option.max_tokens:,} tokens each"
     )
-    return (
-        f"{deployment.model} on {where}: fits at tensor_parallel {option.tensor_parallel}{room} "
-        "(estimate)"
-    )
+    stages = option.pipeline_parallel
+    degree = f"tensor_parallel {option.tensor_parallel}"
+    if stages > 1:
+        degree += f", pipeline_parallel {stages}"
+    return f"{deployment.model} on {where}: fits at {degree}{room} (estimate)"

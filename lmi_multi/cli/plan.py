@@ -34,6 +34,10 @@ def plan(
     max_batch: Annotated[
         int | None, typer.Option(help="Prompts computed at once, for the graphs.")
     ] = None,
+    memory_share: Annotated[
+        float | None,
+        typer.Option(help="Part of a GPU's memory that the model may take; else 0.9."),
+    ] = None,
     json: options.Json = False,
     revision: options.Revision = None,
 ) -> None:
@@ -43,8 +47,8 @@ def plan(
     bytes of each core. Instructions are counted where torch-xla is installed.
 
     Figures come from shapes. They assume 1 GiB of each device and 2 GiB of the host for everything
-    else. On a GPU the model takes 90% of the memory, and the cache gets what weights and a step
-    leave; on NeuronCores it gets 80% of what the weights leave.
+    else. On a GPU the model takes 90% of the memory, or --memory-share of it, and the cache gets
+    what weights and a step leave; on NeuronCores it gets 80% of what the weights leave.
     """
     from lmi_multi.errors import OptionError
     from lmi_multi.fit import read_network, report
@@ -57,19 +61,29 @@ def plan(
             raise OptionError(
                 f"pipeline_parallel is {pipeline_parallel}; allowed for the list of graphs: 1"
             )
+        _refuse_share(memory_share, "for the list of graphs")
         network = read_network(source, revision)
         _graphs(network, instance, tensor_parallel, max_batch, max_tokens, json)
         return
     if max_batch is not None:
         raise OptionError("max_batch needs tensor_parallel: it is for the list of graphs")
     chosen = INSTANCES if instance is None else (find(instance),)
+    if all(one.backend != "cuda" for one in chosen):
+        _refuse_share(memory_share, "on NeuronCores")
     network = read_network(source, revision)
-    found = report(network, chosen, max_tokens, pipeline_parallel=pipeline_parallel)
+    found = report(network, chosen, max_tokens, memory_share, pipeline_parallel)
     if json:
         json_page(found.model_dump(mode="json"))
         return
     out().print(_overview(found) if instance is None else _detail(found, found.instances[0]))
     _closing(found)
+
+
+def _refuse_share(memory_share: float | None, where: str) -> None:
+    from lmi_multi.errors import OptionError
+
+    if memory_share is not None:
+        raise OptionError(f"memory_share is {memory_share}; allowed {where}: nothing")
 
 
 def _graphs(

@@ -84,6 +84,12 @@ def serve(
     log_format: Annotated[
         str | None, typer.Option(help="text or json.", rich_help_panel=_SERVER)
     ] = None,
+    log_level: Annotated[
+        str | None,
+        typer.Option(
+            help="debug, info (a line for each request), warning or error.", rich_help_panel=_SERVER
+        ),
+    ] = None,
     backend: Annotated[
         str | None, typer.Option(help="auto, cpu, cuda or neuron.", rich_help_panel=options.LOADING)
     ] = None,
@@ -125,7 +131,8 @@ def serve(
     try:
         from lmi_multi.serve import logs
         from lmi_multi.serve.app import Application
-        from lmi_multi.serve.server import Server, listen
+        from lmi_multi.serve.listening import listen, shown
+        from lmi_multi.serve.server import Server
         from lmi_multi.serve.settings import ServeSettings
     except ModuleNotFoundError as error:
         raise OptionError(
@@ -160,9 +167,10 @@ def serve(
         "models_root": models_root,
         "models_bytes": models_bytes,
         "log_format": log_format,
+        "log_level": log_level,
     }
     settings = ServeSettings.read(command_line=given, properties=properties, environ=os.environ)
-    logs.set_up(settings.log_format)
+    logs.set_up(settings.log_format, logs.LEVELS[settings.log_level])
     if settings.task != "auto":
         log.info("task is %s: no effect, as the model itself tells what it can do", settings.task)
 
@@ -175,8 +183,8 @@ def serve(
 
     what = settings.models_root if settings.multi_model else settings.entry_point or settings.model
     application = Application(settings, name or str(what), read)
-    with listen(settings.host, settings.port) as listener:
-        note(f"serving {what} on {settings.host} port {listener.getsockname()[1]}")
-        Server(application, settings).run([listener])
+    with listen(settings.host, settings.port) as listening:
+        note(f"serving {what} on {shown(listening, settings.host)}")
+        Server(application, settings).run(listening)
     if application.failed:
         raise LmiError(application.error or "the engine failed")

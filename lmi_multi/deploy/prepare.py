@@ -21,6 +21,8 @@ VARIABLES = {
     "dtype": "OPTION_DTYPE",
     "quantize": "OPTION_QUANTIZE",
     "tensor_parallel": "OPTION_TENSOR_PARALLEL_DEGREE",
+    "pipeline_parallel": "OPTION_PIPELINE_PARALLEL_DEGREE",
+    "memory_share": "OPTION_MEMORY_SHARE",
     "max_batch": "OPTION_MAX_ROLLING_BATCH_SIZE",
     "max_tokens": "OPTION_MAX_MODEL_LEN",
     "startup_timeout": "OPTION_MODEL_LOADING_TIMEOUT",
@@ -85,6 +87,11 @@ def place(network: Network, instance: Instance, settings: ServeSettings) -> Opti
             f"dtype is {dtype!r} and quantize {quantize!r}, but {network.source} was converted "
             f"with {network.dtype!r} and {network.quantize!r}; convert its source again"
         )
+    if settings.memory_share is not None and instance.backend != "cuda":
+        raise OptionError(
+            f"memory_share is {settings.memory_share}; allowed on ml.{instance.name}: nothing, as "
+            "it is for GPUs"
+        )
     stages = settings.pipeline_parallel
     [found] = report(
         network, (instance,), settings.max_tokens, settings.memory_share, stages
@@ -140,7 +147,8 @@ def volume(network: Network, option: Option) -> int:
     Raises OptionError if that is more than SageMaker allows.
     """
     copies = 1 if network.is_artifact else 2
-    size = copies * option.weight_bytes * option.tensor_parallel + _SPARE
+    ranks = option.tensor_parallel * option.pipeline_parallel
+    size = copies * option.weight_bytes * ranks + _SPARE
     if size > MAX_VOLUME * GIB:
         raise OptionError(
             f"volume is not given, and the model needs {gib(size)}; allowed: {MAX_VOLUME} GiB; "

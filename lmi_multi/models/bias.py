@@ -26,7 +26,8 @@ def relative_buckets(distance: Tensor, bias: RelativeBias, bidirectional: bool) 
     exact = buckets // 2
     scale = (buckets - exact) / math.log(bias.max_distance / exact)
     far = exact + (torch.log(distance.clamp(min=1).float() / exact) * scale).long()
-    return offset + torch.where(distance < exact, distance, far.clamp(max=buckets - 1))
+    # Clamped last: a compiler of graphs can then see that no index leaves the table.
+    return offset + torch.where(distance < exact, distance, far).clamp(0, buckets - 1)
 
 
 def alibi_slopes(heads: int) -> Tensor:

@@ -123,7 +123,7 @@ class Transformer:
         table = self.weights.embed
         if table is None:
             raise ValueError("only a pipeline's first stage embeds")
-        if self.collectives.size == 1:
+        if self.collectives.alone:
             return F.embedding(token_ids, table)
         local = token_ids - self._first_id
         mine = (local >= 0) & (local < table.shape[0])
@@ -169,8 +169,7 @@ class Transformer:
 
     def _add(self, x: Tensor, linear: Linear, residual: Tensor) -> Tensor:
         """residual + linear(x), where every rank holds a slice of the linear's inputs."""
-        if self.collectives.size == 1:
+        if self.collectives.alone:
             return self.ops.linear_residual(x, linear, residual)
         partial = self.ops.linear(x, Linear(linear.weight, None, linear.scale))
-        total = self.collectives.all_reduce(partial)
-        return residual + (total if linear.bias is None else total + linear.bias)
+        return self.collectives.add_reduced(residual, partial, linear.bias)

@@ -14,6 +14,8 @@ from lmi_multi.engine.batch import Row
 from lmi_multi.models.weights import Layer
 from lmi_multi.ops.heads import Heads
 
+COPIED_BYTES = 64 << 20
+
 
 @dataclass(frozen=True)
 class Located:
@@ -102,10 +104,13 @@ class PagedCache:
         self._blocks.index_fill_(0, self._everywhere(blocks), 0)
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copy the first block of each pair to the second."""
-        sources, targets = zip(*pairs, strict=True)
-        copied = self._blocks.index_select(0, self._everywhere(sources))
-        self._blocks.index_copy_(0, self._everywhere(targets), copied)
+        """Copy the first block of each pair to the second, which is no pair's first."""
+        each = self._first.numel() * self._blocks[:1].nbytes
+        some = max(COPIED_BYTES // max(each, 1), 1)  # what is copied is there twice meanwhile
+        for start in range(0, len(pairs), some):
+            sources, targets = zip(*pairs[start : start + some], strict=True)
+            copied = self._blocks.index_select(0, self._everywhere(sources))
+            self._blocks.index_copy_(0, self._everywhere(targets), copied)
 
     def _everywhere(self, blocks: Sequence[int]) -> Tensor:
         """Where these blocks are among those of all layers."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -12,6 +14,8 @@ from lmi_multi import progress
 from lmi_multi.parallel.pipeline import OneStage, Pipeline
 
 _ONE_STAGE = OneStage()
+# Into one tensor; torch 2.13 has renamed it.
+_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class Collectives(Protocol):
@@ -29,11 +33,41 @@ class Collectives(Protocol):
     def size(self) -> int:
         """How many ranks share these layers."""
 
+    @property
+    def alone(self) -> bool:
+        """Whether there is nobody to exchange anything with: nothing needs to be called then."""
+
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum of every rank's x; same shape and dtype on every rank."""
+        """The sum of every rank's x; same shape and dtype on every rank. x may be overwritten."""
+
+    def add_reduced(self, residual: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+        """residual + (the sum of every rank's x + bias): x and residual [tokens, features], which
+        may be overwritten, bias [features]."""
 
     def all_gather(self, x: Tensor) -> Tensor:
         """Every rank's x [..., n], concatenated in rank order: [..., size * n]."""
+
+
+class Peers(Collectives, Protocol):
+    """Collectives of ranks that capture their steps together, and go on by themselves."""
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a CUDA graph can hold what they exchange."""
+
+    def broadcast(self, x: Tensor) -> Tensor:
+        """Rank 0's x, which has the same shape and dtype on every rank; x is overwritten."""
+
+    def least(self, number: int) -> int:
+        """The least of every rank's numbers; the host waits for it. No graph can hold this."""
+
+    def muted(self) -> AbstractContextManager[None]:
+        """Within it tensors take the shapes and the memory that they would, and nothing is
+        exchanged; but for `least`."""
+
+    def check(self) -> None:
+        """Raises RankError if what was exchanged until now is wrong, as far as the device has
+        come. The host does not wait."""
 
 
 class SingleRank:
@@ -41,6 +75,7 @@ class SingleRank:
 
     rank = 0
     size = 1
+    alone = capturable = True
 
     def __init__(self, pipeline: Pipeline = _ONE_STAGE) -> None:
         self.pipeline = pipeline
@@ -49,13 +84,50 @@ class SingleRank:
         """x itself."""
         return x
 
+    def add_reduced(self, residual: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+        """See `Collectives.add_reduced`."""
+        return residual + (x if bias is None else x + bias)
+
     def all_gather(self, x: Tensor) -> Tensor:
         """x itself."""
         return x
 
+    def broadcast(self, x: Tensor) -> Tensor:
+        """x itself."""
+        return x
+
+    def least(self, number: int) -> int:
+        """The number itself."""
+        return number
+
+    def muted(self) -> AbstractContextManager[None]:
+        """Nothing changes."""
+        return nullcontext()
+
+    def check(self) -> None:
+        """Nothing can be wrong."""
+
+
+class Near(Protocol):
+    """A faster way between ranks that are near each other."""
+
+    def sum(self, x: Tensor, residual: Tensor | None = None, bias: Tensor | None = None) -> bool:
+        """Make x the sum of every rank's; or, if there is a residual, make that what
+        `Collectives.add_reduced` says. False, with nothing done, if it does not cover them; as all
+        ranks' have the same shapes and types, they all say the same."""
+
+    def check(self) -> None:
+        """See `Peers.check`."""
+
 
 class TorchCollectives:
-    """Collectives of a torch.distributed process group (gloo or NCCL); None: the default one."""
+    """Collectives of a torch.distributed process group (gloo or NCCL); None: the default one.
+
+    With NCCL the device is torch's current one. What `near` covers goes that way.
+    """
+
+    alone = False
+    near: Near | None = None
 
     def __init__(
         self, group: dist.ProcessGroup | None = None, pipeline: Pipeline = _ONE_STAGE
@@ -64,22 +136,70 @@ class TorchCollectives:
         self.size = dist.get_world_size(group)
         self.pipeline = pipeline
         self._group = group
-        # gloo adds half types in their own precision: sum in float32 there.
-        self._wide = dist.get_backend(group) == "gloo"
+        gloo = dist.get_backend(group) == "gloo"
+        self.capturable = not gloo  # its messages are the host's affair
+        self._wide = gloo  # it adds half types in their own precision: sum in float32 there
+        self._device = torch.device("cpu" if gloo else "cuda")
+        self._muted = False
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum over ranks, in float32 where the library would round between additions."""
-        total = x.float() if self._wide else x.clone()
-        if total is x:
-            total = x.clone()
-        with progress.waiting():
-            dist.all_reduce(total, group=self._group)
+        if self.near is not None and not self._muted and self.near.sum(x):
+            return x
+        total = x.float() if self._wide else x
+        if not self._muted:
+            with progress.waiting():
+                dist.all_reduce(total, group=self._group)
         return total.to(x.dtype)
+
+    def add_reduced(self, residual: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+        """See `Collectives.add_reduced`."""
+        if self.near is not None and not self._muted and self.near.sum(x, residual, bias):
+            return residual
+        total = self.all_reduce(x)
+        return residual + (total if bias is None else total + bias)
 
     def all_gather(self, x: Tensor) -> Tensor:
         """Concatenate along the last dimension in rank order."""
-        x = x.contiguous()
-        parts = [torch.empty_like(x) for _ in range(self.size)]
+        parts = x.new_empty((self.size, *x.shape))
+        if self._muted:
+            parts.copy_(x)
+        else:
+            with progress.waiting():
+                _gather(parts.flatten(0, 1), x.contiguous(), self._group)
+        return parts.movedim(0, -2).flatten(-2)
+
+    def broadcast(self, x: Tensor) -> Tensor:
+        """See `Peers.broadcast`."""
+        if not self._muted:
+            with progress.waiting():
+                dist.broadcast(x, group=self._group, group_src=0)
+        return x
+
+    def least(self, number: int) -> int:
+        """See `Peers.least`."""
+        own = torch.tensor([number], dtype=torch.int64, device=self._device)
         with progress.waiting():
-            dist.all_gather(parts, x, self._group)
-        return torch.cat(parts, dim=-1)
+            dist.all_reduce(own, dist.ReduceOp.MIN, self._group)
+            return int(own.item())
+
+    def exchange(self, value: Any) -> list[Any]:
+        """Every rank's value, which can be pickled, in rank order."""
+        every: list[Any] = [None] * self.size
+        with progress.waiting():
+            dist.all_gather_object(every, value, self._group)
+        return every
+
+    def check(self) -> None:
+        """See `Peers.check`."""
+        if self.near is not None:
+            self.near.check()
+
+    @contextmanager
+    def muted(self) -> Iterator[None]:
+        """See `Peers.muted`."""
+        self._muted = True
+        try:
+            yield
+        finally:
+            self._muted = False

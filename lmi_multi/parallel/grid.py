@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from lmi_multi.models.stages import Stage
-from lmi_multi.parallel.collectives import Collectives, SingleRank, TorchCollectives
+from lmi_multi.parallel.collectives import Peers, SingleRank, TorchCollectives
 from lmi_multi.parallel.pipeline import OneStage, Pipeline, TorchPipeline
 
 
@@ -45,7 +45,7 @@ class Grid:
         return [list(range(i, self.size, self.tensor)) for i in range(self.tensor)]
 
 
-def connect(grid: Grid, rank: int, stage: Stage) -> Collectives:
+def connect(grid: Grid, rank: int, stage: Stage) -> Peers:
     """What `rank`, which holds `stage`, says to the others, over torch.distributed's default group.
 
     Every rank calls this at the same time: groups of ranks are made together.

@@ -12,13 +12,16 @@ from fastapi import APIRouter, FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lmi_multi.errors import LmiError
 from lmi_multi.serve import models, openai, sagemaker
-from lmi_multi.serve.client import EngineClient, OverloadedError
+from lmi_multi.serve.client import EngineClient
 from lmi_multi.serve.errors import HttpError
+from lmi_multi.serve.failures import OverloadedError
 from lmi_multi.serve.metrics import Metrics
+from lmi_multi.serve.request_log import HEADER, Logged, current
 from lmi_multi.serve.served import Served
 from lmi_multi.serve.settings import ServeSettings
 from lmi_multi.serve.tracing import Tracing
@@ -53,6 +56,7 @@ class Application:
         if settings.api_key is not None:
             key = settings.api_key.get_secret_value()
             self.app.add_middleware(_Authorized, key=key)
+        self.app.add_middleware(Logged)
 
     def _routers(self, settings: ServeSettings, name: str) -> Iterator[APIRouter]:
         if settings.multi_model:
@@ -113,16 +117,29 @@ class Application:
     async def _refused(self, request: Request, error: Exception) -> Response:
         found = error if isinstance(error, HTTPException) else HTTPException(500)
         headers = dict(found.headers or {})
+        if found.status_code == 405:
+            headers["Allow"] = ", ".join(sorted(self._methods(request.scope)))
         return _answer(request.scope, HttpError(found.status_code, found.detail, headers=headers))
 
+    def _methods(self, scope: Scope) -> set[str]:
+        """Those of all routes of a path; Starlette knows only the first one's."""
+        own = [route for route in self.app.routes if isinstance(route, Route)]
+        found = (route for route in own if route.matches(scope)[0] is not Match.NONE)
+        return {method for route in found for method in route.methods or ()}
+
     async def _broken(self, request: Request, error: Exception) -> Response:
-        log.error("%s failed", request.url.path, exc_info=error)
-        return _answer(
-            request.scope, HttpError(500, "something went wrong here; the log says what")
-        )
+        """This one answers beside `Logged`, not through it."""
+        record = current()
+        log.error("request %s failed", record and record.id, exc_info=error)
+        failure = HttpError(500, "something went wrong here; the log says what")
+        if record is not None:
+            failure.headers[HEADER.decode()] = record.id
+        return _answer(request.scope, failure)
 
 
 def _answer(scope: Scope, failure: HttpError) -> Response:
+    if (record := current()) is not None:
+        record.error = failure.kind
     shape = failure.openai() if scope["path"].startswith("/v1/") else failure.plain()
     return JSONResponse(shape, status_code=failure.status, headers=failure.headers)
 
@@ -186,4 +203,4 @@ class _Draining:
 
 def _shutting_down() -> HttpError:
     headers = {"Retry-After": "5", "Connection": "close"}
-    return HttpError(503, "the server is shutting down", headers=headers)
+    return HttpError(503, "the server is shutting down", headers=headers, kind="draining")

@@ -19,6 +19,14 @@ from lmi_multi.models.traits import Traits
 from lmi_multi.options import GenerateOptions
 from lmi_multi.prompts import PromptReader
 from lmi_multi.serve import wire
+from lmi_multi.serve.failures import (
+    EngineGoneError,
+    NotReadyError,
+    OverloadedError,
+    RefusedError,
+    UnreadError,
+)
+from lmi_multi.serve.inbox import MAX_SCRIPT_UNREAD, MAX_UNREAD, Inbox, size_of
 from lmi_multi.serve.process import End, EngineProcess
 from lmi_multi.streaming import Chunk
 from lmi_multi.tokenizer import load_tokenizer
@@ -28,26 +36,6 @@ log = logging.getLogger(__name__)
 MAX_STARTS = 3  # engines in a row that end before they have answered anything
 BYTES_A_TOKEN = 4  # to know before tokenizing whether there is room
 PATIENCE = 2.0  # seconds to wait before an engine is started once more, doubled each time
-
-
-class EngineGoneError(LmiError):
-    """The engine process ended, or hung, while it was answering."""
-
-
-class RefusedError(LmiError):
-    """The engine found something wrong with a request that the server had let through."""
-
-
-class OverloadedError(LmiError):
-    """There is no room for another request now; try again in a second."""
-
-
-class NotReadyError(LmiError):
-    """There is no engine yet, or not yet again; try again in some seconds."""
-
-
-class LateError(LmiError):
-    """There was no whole answer in time."""
 
 
 class Watch(Protocol):
@@ -70,16 +58,12 @@ class Ask:
     watch: Watch
 
 
-_Answer = Any  # Chunks, a list of vectors, a message of a script, or an exception to raise
-_Inbox = asyncio.Queue[_Answer]
-
-
 @dataclass(frozen=True)
 class _Asked:
     """What the engine owes an answer: where that goes, which prompt of its request it is, and
     about how many tokens it has."""
 
-    inbox: _Inbox
+    inbox: Inbox
     tokens: int
     index: int = 0
     watch: Watch | None = None
@@ -196,33 +180,38 @@ class EngineClient:
         answer has its last one; a prompt's place is in `Chunk.index`. Without `stream` an answer
         is one chunk. A chunk has text only where stop strings had to be looked for.
 
-        Raises EngineGoneError, RefusedError, or LateError after `timeout` seconds. Closing the
-        iterator frees the prompts' places at the next step.
+        Raises EngineGoneError, RefusedError, LateError after `timeout` seconds, or UnreadError
+        where a stream is taken so slowly that its `Inbox` is full: the prompts' places are free
+        by then. Closing the iterator frees them at the next step.
         """
-        inbox: _Inbox = asyncio.Queue()
+        inbox = Inbox(MAX_UNREAD if stream else None)
         numbers: list[int] = []
         left = sum(own.answers for own in prompts)
-        with self._timer(inbox, timeout):
+        with inbox.within(timeout):
             try:
                 for index, own in enumerate(prompts):
                     message = {"type": "submit", "ids": own.ids, "stream": stream}
                     asked = _Asked(inbox, len(own.ids), index, own.watch)
                     numbers.append(self._ask(message | {"options": own.options.given()}, asked))
                 while left:
-                    chunks: list[Chunk] = await _next(inbox)
+                    chunks: list[Chunk] = await inbox.next()
                     left -= sum(chunk.finish_reason is not None for chunk in chunks)
                     yield chunks
             finally:
                 for number in numbers:
                     self._forget(number)
 
-    async def embed(self, ids: list[list[int]], pooling: str, normalize: bool) -> list[list[float]]:
-        """One vector a text. Raises EngineGoneError, or RefusedError."""
+    async def embed(
+        self, ids: list[list[int]], pooling: str, normalize: bool, timeout: float
+    ) -> list[list[float]]:
+        """One vector a text. Raises EngineGoneError, RefusedError, or LateError after `timeout`
+        seconds; cancelled, it ends at the next step's worth of texts."""
         message = {"type": "embed", "ids": ids, "pooling": pooling, "normalize": normalize}
-        inbox: _Inbox = asyncio.Queue()
+        inbox = Inbox()
         number = self._ask(message, _Asked(inbox, sum(map(len, ids))))
         try:
-            vectors: list[list[float]] = await _next(inbox)
+            with inbox.within(timeout):
+                vectors: list[list[float]] = await inbox.next()
             return vectors
         finally:
             self._forget(number)
@@ -232,17 +221,18 @@ class EngineClient:
     ) -> AsyncGenerator[wire.Message]:
         """What a script answers: its messages up to the one that is the `last`.
 
-        Raises EngineGoneError, or LateError after `timeout` seconds. Closing the iterator ends a
-        stream at its next part, and keeps a call that has not begun from doing so.
+        Raises EngineGoneError, LateError after `timeout` seconds, or UnreadError as `generate`
+        does. Closing the iterator ends a stream at its next part, and keeps a call that has not
+        begun from doing so.
         """
         message = {"type": "invoke", "content": wire.text(content), "properties": dict(properties)}
-        inbox: _Inbox = asyncio.Queue()
+        inbox = Inbox(MAX_SCRIPT_UNREAD)
         number = self._ask(message, _Asked(inbox, len(content) // BYTES_A_TOKEN))
-        with self._timer(inbox, timeout):
+        with inbox.within(timeout):
             try:
                 last = False
                 while not last:
-                    part: wire.Message = await _next(inbox)
+                    part: wire.Message = await inbox.next()
                     last = part["last"]
                     yield part
             finally:
@@ -253,17 +243,6 @@ class EngineClient:
         for number in self._asked:
             self._send({"type": "cancel", "id": number})
         self._fail_all(EngineGoneError(reason))
-
-    @contextlib.contextmanager
-    def _timer(self, inbox: _Inbox, timeout: float) -> Iterator[None]:
-        """Not asyncio.wait_for: before Python 3.12 it loses a cancellation that comes with an
-        answer."""
-        late = LateError(f"no whole answer within {timeout:g} s")
-        timer = asyncio.get_running_loop().call_later(timeout, inbox.put_nowait, late)
-        try:
-            yield
-        finally:
-            timer.cancel()
 
     def _ask(self, message: wire.Message, asked: _Asked) -> int:
         self.check_room(1, asked.tokens)
@@ -284,7 +263,7 @@ class EngineClient:
 
     def _fail_all(self, error: LmiError) -> None:
         for asked in self._asked.values():
-            asked.inbox.put_nowait(error)
+            asked.inbox.put(error)
 
     # --- the process
 
@@ -339,7 +318,7 @@ class EngineClient:
         elif kind == "output":
             self._answered = True
             pass_on = self._finish if message["last"] else self._pass_on
-            pass_on(message["id"], message)
+            pass_on(message["id"], message, len(message.get("content", "")))
         elif kind == "refused":
             self._finish(message["id"], RefusedError(message["error"]))
 
@@ -355,27 +334,45 @@ class EngineClient:
         for number in message["first"]:
             if (watch := self._watch(number)) is not None:
                 watch.first()
-        chunks: dict[_Inbox, list[Chunk]] = {}
+        chunks: dict[Inbox, list[Chunk]] = {}
         for number, chunk in message["chunks"]:
             if (asked := self._asked.get(number)) is not None:  # else its caller has gone
                 chunks.setdefault(asked.inbox, []).append(wire.unpack(chunk, asked.index))
         for inbox, own in chunks.items():
-            inbox.put_nowait(own)
+            inbox.put(own, size_of(own))
         for number in message["ended"]:
             self._asked.pop(number, None)
+        for inbox in chunks:
+            self._cut_if_unread(inbox)
+
+    def _cut_if_unread(self, inbox: Inbox) -> None:
+        """End a request whose client does not take what comes. Its error waits to be read."""
+        numbers = [number for number, asked in self._asked.items() if asked.inbox is inbox]
+        if not numbers or not inbox.is_full:
+            return
+        for number in numbers:
+            self._forget(number)
+        log.warning(
+            "a request is cut at step %d: its client leaves more than %d bytes unread",
+            self.state["steps"],
+            inbox.limit,
+        )
+        inbox.fail(UnreadError("the client reads more slowly than the server may wait for"))
 
     def _watch(self, number: int) -> Watch | None:
         asked = self._asked.get(number)
         return None if asked is None else asked.watch
 
-    def _pass_on(self, number: int, answer: _Answer) -> None:
+    def _pass_on(self, number: int, answer: Any, size: int = 0) -> None:
         if number in self._asked:  # else its caller has gone
-            self._asked[number].inbox.put_nowait(answer)
+            inbox = self._asked[number].inbox
+            inbox.put(answer, size)
+            self._cut_if_unread(inbox)
 
-    def _finish(self, number: int, answer: _Answer) -> None:
+    def _finish(self, number: int, answer: Any, size: int = 0) -> None:
         """Pass on the last that comes for it."""
-        self._pass_on(number, answer)
-        self._asked.pop(number, None)
+        if (asked := self._asked.pop(number, None)) is not None:
+            asked.inbox.put(answer, size)
 
     def _prepare(self, message: wire.Message) -> None:
         if "folder" in message:  # a script keeps to itself what it reads
@@ -388,10 +385,3 @@ class EngineClient:
             )
         self.info = message
         self.ready.set()
-
-
-async def _next(inbox: _Inbox) -> Any:
-    answer = await inbox.get()
-    if isinstance(answer, BaseException):
-        raise answer
-    return answer

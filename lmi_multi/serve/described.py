@@ -14,12 +14,15 @@ _REASONS = {
     400: "what is wrong with the request, by field",
     404: "there is no such model",
     408: "the body did not come",
+    409: "the name is taken",
     413: "the body is too large",
     499: "the client went away",
     500: "this request failed, as with a numerical error",
     503: "no room, or no engine, now: try again after Retry-After seconds",
     504: "no whole answer in time",
+    507: "memory is short",
 }
+_OF_MODELS = (409, 507)  # where models come and go
 _STRING, _INTEGER = {"type": "string"}, {"type": "integer"}
 _NULL_OR_STRING = {"type": ["string", "null"]}
 
@@ -63,18 +66,30 @@ EMBEDDINGS = _listing(
 )
 MODEL = _object(id=_STRING, object=_STRING, created=_INTEGER, owned_by=_STRING)
 MODELS = _listing("list", MODEL)
+LOADED = _object(modelName=_STRING, modelUrl=_STRING)
+LOADED_PAGE = {
+    "type": "object",
+    "properties": {"models": _list(LOADED), "nextPageToken": _STRING},
+    "required": ["models"],
+}
+UNLOADED = _object(modelName=_STRING)
 INVOKED = {
     "anyOf": [_GENERATED, _list(_GENERATED), _VECTOR, _list(_VECTOR), COMPLETION, CHAT],
     "description": "One answer or a list of them; vectors of an encoder.",
 }
 
 
-def answers(whole: Json, error: Json, streams: tuple[str, ...] = ()) -> dict[int | str, Json]:
-    """FastAPI's `responses` of a route: a whole answer, streams of lines, and errors."""
+def answers(
+    whole: Json, error: Json, streams: tuple[str, ...] = (), of_models: bool = False
+) -> dict[int | str, Json]:
+    """FastAPI's `responses` of a route: a whole answer, streams of lines, and errors; `of_models`
+    where models come and go."""
     kinds = {"application/json": {"schema": whole}} | {kind: {} for kind in streams}
     failed = {"application/json": {"schema": error}}
     found: dict[int | str, Json] = {200: {"description": "the answer", "content": kinds}}
     for status, reason in _REASONS.items():
+        if status in _OF_MODELS and not of_models:
+            continue
         found[status] = {"description": reason, "content": failed}
     return found
 

@@ -8,7 +8,10 @@ from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from lmi_multi.errors import LmiError
 from lmi_multi.serve.client import EngineClient
+from lmi_multi.serve.errors import HttpError
+from lmi_multi.serve.request_log import current
 from lmi_multi.serve.tracing import Phases, Tracing
 from lmi_multi.streaming import Chunk
 
@@ -73,6 +76,8 @@ class Metrics:
     def request(self, prompt_tokens: int, answers: int = 1) -> Watch:
         """Begin to watch a prompt that is to have so many answers."""
         self._prompt_tokens.inc(prompt_tokens)
+        if (record := current()) is not None:
+            record.prompt_tokens += prompt_tokens
         return Watch(self, self._tracing.prompt(prompt_tokens), answers)
 
 
@@ -83,10 +88,11 @@ def _total(
 
 
 class Watch:
-    """One prompt's times and how it ended, which counts once."""
+    """One prompt's times and how it ended, which counts once, and for the log of its request."""
 
     def __init__(self, metrics: Metrics, phases: Phases, answers: int) -> None:
         self._metrics, self._phases, self._left = metrics, phases, answers
+        self._record = current()
         self._ended = self._broken = False
         self._came = time.time_ns()
         self._start = time.perf_counter()
@@ -104,6 +110,8 @@ class Watch:
         self._phases.enter("decode")
         self._first = time.perf_counter()
         self._metrics._first.observe(self._first - self._start)
+        if self._record is not None and self._record.first is None:
+            self._record.first = self._first
 
     def chunk(self, chunk: Chunk) -> None:
         """A chunk came; the mean time between its tokens counts once."""
@@ -115,6 +123,10 @@ class Watch:
         self._last[chunk.answer] = now
         self._tokens += tokens
         metrics._tokens.inc(tokens)
+        if self._record is not None:
+            self._record.output_tokens += tokens
+            if chunk.finish_reason is not None:
+                self._record.finish_reasons.add(chunk.finish_reason)
         if chunk.finish_reason == "numerical_error":
             metrics._numerical.inc()
             self._broken = True
@@ -124,20 +136,29 @@ class Watch:
 
     def done(self) -> None:
         """Every answer has ended; one that is broken fails the prompt."""
-        self._end("failed" if self._broken else "done")
+        if self._broken:
+            self._end("failed", "numerical_error")
+        else:
+            self._end("done")
 
-    def failed(self) -> None:
-        """The engine failed it, or its time was up."""
-        self._end("failed")
+    def failed(self, error: LmiError | HttpError | None = None) -> None:
+        """The engine or a script failed it, or its time was up."""
+        failure = HttpError.of(error) if isinstance(error, LmiError) else error
+        self._end("failed", "failed" if failure is None else failure.kind)
 
     def aborted(self) -> None:
         """Its client went away, or heard that one of its answers is broken."""
-        self._end("failed" if self._broken else "aborted")
+        if self._broken:
+            self._end("failed", "numerical_error")
+        else:
+            self._end("aborted", "client_gone")
 
-    def _end(self, outcome: str) -> None:
+    def _end(self, outcome: str, error: str | None = None) -> None:
         if self._ended:
             return
         self._ended = True
+        if error is not None and self._record is not None:
+            self._record.error = error
         self._phases.done(outcome, self._tokens)
         self._metrics._requests.labels(outcome).inc()
         if outcome == "done":

@@ -26,7 +26,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from lmi_multi.checkpoint.files import gib
-from lmi_multi.serve import body
+from lmi_multi.serve import body, described, sagemaker
 from lmi_multi.serve.client import EngineClient
 from lmi_multi.serve.errors import HttpError
 from lmi_multi.serve.metrics import Metrics
@@ -259,20 +259,23 @@ def router(models: Models, settings: ServeSettings, draining: Callable[[], bool]
     """The routes. `draining` says whether the server is about to end."""
     routes = APIRouter(tags=["SageMaker"])
 
-    @routes.get("/ping")
+    def answers(whole: described.Json) -> dict[int | str, described.Json]:
+        return described.answers(whole, described.PLAIN_ERROR, of_models=True)
+
+    @routes.get("/ping", response_class=Response, responses={503: {"description": "about to end"}})
     async def ping() -> Response:
         """200 unless the server is about to end: models may be loaded."""
         return Response(status_code=503 if draining() else 200)
 
-    @routes.get("/models")
+    @routes.get("/models", responses=answers(described.LOADED_PAGE))
     async def listed(next_page_token: str = "") -> dict[str, Any]:
         """The models that are loaded."""
         return models.page(next_page_token)
 
-    schema = {"schema": LoadRequest.model_json_schema()}
-
     @routes.post(
-        "/models", openapi_extra={"requestBody": {"content": {"application/json": schema}}}
+        "/models",
+        openapi_extra=described.request(LoadRequest),
+        responses=answers(described.LOADED),
     )
     async def load(request: Request) -> Response:
         """Load a model: 409 if it is there already, 507 if memory is short."""
@@ -281,18 +284,18 @@ def router(models: Models, settings: ServeSettings, draining: Callable[[], bool]
         await models.load(asked.model_name, asked.url)
         return JSONResponse(models.entry(asked.model_name))
 
-    @routes.get("/models/{name}")
+    @routes.get("/models/{name}", responses=answers(described.LOADED))
     async def shown(name: str) -> dict[str, str]:
         """One model that is loaded."""
         return models.entry(name)
 
-    @routes.delete("/models/{name}")
+    @routes.delete("/models/{name}", responses=answers(described.UNLOADED))
     async def unload(name: str) -> Response:
         """Unload a model, once it has answered what it was asked."""
         await models.unload(name)
         return JSONResponse({"modelName": name})
 
-    @routes.post("/models/{name}/invoke")
+    @routes.post("/models/{name}/invoke", **sagemaker.description(settings, of_models=True))
     async def invoke(name: str, request: Request) -> Response:
         """Ask a model: bodies and answers are those of `/invocations`."""
         async with models.use(name) as served:

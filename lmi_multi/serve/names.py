@@ -130,6 +130,7 @@ OPTIONS = (
     Option("step_timeout", ("option.step_timeout",)),
     Option("drain_timeout", ("option.drain_timeout",)),
     Option("log_format", ("option.log_format",), ("LMI_MULTI_LOG_FORMAT",)),
+    Option("log_level", ("option.log_level",), ("LMI_MULTI_LOG_LEVEL",)),
     Option("output_formatter", ("option.output_formatter",)),
     Option("enable_streaming", ("option.enable_streaming",)),
     Option("default_accept", ("option.default_accept",), ("SAGEMAKER_DEFAULT_INVOCATIONS_ACCEPT",)),

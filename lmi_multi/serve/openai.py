@@ -9,11 +9,10 @@ import re
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from fastapi import APIRouter
-from pydantic import BaseModel, ConfigDict, Field, StrictBool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
@@ -23,6 +22,12 @@ from lmi_multi.prompts import as_list
 from lmi_multi.serve import body, described
 from lmi_multi.serve.answer import Answer
 from lmi_multi.serve.errors import HttpError
+from lmi_multi.serve.openai_bodies import (
+    ChatRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+    Generation,
+)
 from lmi_multi.serve.service import Service, Wanted, first
 from lmi_multi.streaming import Chunk
 from lmi_multi.tokenizer import text_of
@@ -37,76 +42,6 @@ _SAME = (  # options that go by the same name on both sides
 
 # Those that do not: what a client calls ours.
 _CALLED = {"max_new_tokens": "max_tokens", "num_return_sequences": "n", "return_full_text": "echo"}
-
-
-class _Generation(BaseModel):
-    """What both kinds of completion take; beyond OpenAI's, options of this package."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    model: str = ""
-    n: int | None = None
-    stream: StrictBool = False
-    stream_options: _StreamOptions | None = None
-    user: str | None = None  # whose request it is: changes nothing
-    temperature: float | None = None
-    top_p: float | None = None
-    seed: int | None = None
-    stop: Any = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: Any = None
-    top_k: int | None = None
-    min_p: float | None = None
-    typical_p: float | None = None
-    repetition_penalty: float | None = None
-    min_new_tokens: int | None = None
-    no_repeat_ngram_size: int | None = None
-    bad_words: Any = None
-    stop_token_ids: Any = None
-    ignore_eos: StrictBool | None = None
-    num_beams: int | None = None
-    length_penalty: float | None = None
-    early_stopping: Any = None
-    do_sample: StrictBool | None = None
-
-
-class _StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    include_usage: StrictBool = False
-
-
-class CompletionRequest(_Generation):
-    """The body of `/v1/completions`."""
-
-    prompt: str | list[str] | list[int] | list[list[int]]
-    max_tokens: int | None = 16
-    logprobs: int | None = None
-    echo: StrictBool = False
-
-
-class ChatRequest(_Generation):
-    """The body of `/v1/chat/completions`."""
-
-    messages: list[dict[str, Any]] = Field(min_length=1)
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
-    logprobs: StrictBool = False
-    top_logprobs: int | None = None
-
-
-class EmbeddingRequest(BaseModel):
-    """The body of `/v1/embeddings`; `pooling` and `normalize` are this package's."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    model: str = ""
-    input: str | list[str] | list[int] | list[list[int]]
-    encoding_format: Literal["float", "base64"] = "float"
-    user: str | None = None
-    pooling: Literal["mean", "cls", "last"] = "mean"
-    normalize: StrictBool = True
 
 
 def router(service: Service, max_body: int, name: str) -> APIRouter:
@@ -210,11 +145,14 @@ async def chat_completion(
     return await _respond(service, asked, wanted, shape, request)
 
 
-def _options(asked: _Generation, length: int | None) -> dict[str, Any]:
+def _options(asked: Generation, length: int | None) -> dict[str, Any]:
     """Our options. OpenAI samples at temperature 1 unless told otherwise."""
     given = {n: getattr(asked, n) for n in _SAME if getattr(asked, n) is not None}
     if length is not None:
         given["max_new_tokens"] = length
+    if asked.stream_options is not None and not asked.stream:
+        message = "stream_options is set, yet stream is false; allowed: with stream=true"
+        raise HttpError(400, message, "stream_options")
     if asked.n is not None and asked.n != 1:
         given["num_return_sequences"] = asked.n
     if "do_sample" not in given:
@@ -317,7 +255,7 @@ class _Chat(_Text):
 
 async def _respond(
     service: Service,
-    asked: _Generation,
+    asked: Generation,
     wanted: Sequence[Wanted],
     shape: _Text,
     request: Request,
@@ -394,6 +332,3 @@ def _usage(wanted: Sequence[Wanted], generated: int) -> dict[str, int]:
         "completion_tokens": generated,
         "total_tokens": prompt + generated,
     }
-
-
-_Generation.model_rebuild()

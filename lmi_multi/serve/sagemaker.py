@@ -17,6 +17,7 @@ from lmi_multi.serve.answer import Answer
 from lmi_multi.serve.client import EngineClient
 from lmi_multi.serve.errors import HttpError
 from lmi_multi.serve.lmi import Invocation
+from lmi_multi.serve.openai_bodies import ChatRequest, CompletionRequest
 from lmi_multi.serve.service import Service, Wanted, first
 from lmi_multi.serve.settings import ServeSettings
 from lmi_multi.streaming import Chunk
@@ -56,7 +57,7 @@ def router(
             "MaxPayloadInMB": max(1, settings.max_body_bytes >> 20),
         }
 
-    @routes.post("/invocations", tags=["SageMaker"], **_description(settings))
+    @routes.post("/invocations", tags=["SageMaker"], **description(settings))
     async def invocations(request: Request) -> Response:
         """Continue prompts, or embed them with an encoder. A body with `messages` or `prompt` is
         taken for a request in OpenAI's form. A script decides by itself what it takes."""
@@ -65,19 +66,20 @@ def router(
     return routes
 
 
-def _description(settings: ServeSettings) -> dict[str, Any]:
-    """What the OpenAPI page says of invocations; a script decides by itself what it takes."""
+def description(settings: ServeSettings, of_models: bool = False) -> dict[str, Any]:
+    """What the OpenAPI page says of invocations; a script decides by itself what it takes.
+    `of_models`: of one of several models."""
     if settings.entry_point is not None:
         return {"openapi_extra": {"requestBody": {"content": {"*/*": {"schema": {}}}}}}
     return {
         "openapi_extra": described.request(
             Invocation,
-            openai.CompletionRequest,
-            openai.ChatRequest,
+            CompletionRequest,
+            ChatRequest,
             texts=("text/plain", _JSON_LINES),
         ),
         "responses": described.answers(
-            described.INVOKED, described.PLAIN_ERROR, (_JSON_LINES, _SSE)
+            described.INVOKED, described.PLAIN_ERROR, (_JSON_LINES, _SSE), of_models
         ),
     }
 

@@ -62,8 +62,8 @@ class ScriptService:
                     failed = "error" in message
                     yield message
             (watch.failed if failed else watch.done)()
-        except LmiError:
-            watch.failed()
+        except LmiError as error:
+            watch.failed(error)
             raise
         except BaseException:
             watch.aborted()

@@ -4,40 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import socket
+import threading
 
 import uvicorn
 
-from lmi_multi.errors import LmiError
 from lmi_multi.serve.app import Application
 from lmi_multi.serve.connections import bounded
 from lmi_multi.serve.settings import ServeSettings
 
-BACKLOG = 2048  # connections that wait to be accepted
 LAST_WORDS = 6.0  # seconds of the drain that are left from the cut to the end, in parts:
-# to tell clients that they are cut, for what uvicorn then waits for, and twice that to end the
-# engine and this process, which with a long backlog takes its time
+# to tell clients that they are cut, for what uvicorn then waits for, to end the engine and this
+# process, which with a long backlog takes its time, and what is left if that takes too long
 
 log = logging.getLogger(__name__)
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens there; port 0: on one that is free. Raises LmiError."""
-    try:
-        [family, _, _, _, address], *_ = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
-        return socket.create_server(address[:2], family=family, backlog=BACKLOG)
-    except OSError as error:
-        reason = error.strerror or error
-        raise LmiError(f"host {host} port {port} cannot be listened on: {reason}") from None
 
 
 class Server(uvicorn.Server):
     """uvicorn, ended by SIGTERM or SIGINT: no new connection, then the requests that run; what is
     left `LAST_WORDS` before the end of the drain gets an error, and connections on which that does
-    not get through are reset. A second signal ends it at once."""
+    not get through are reset. Where the process still lives a fourth of that before the end,
+    nothing is owed to anybody any more, and it leaves as it is. A second signal ends it at once."""
 
     def __init__(self, application: Application, settings: ServeSettings) -> None:
         drain = settings.drain_timeout
@@ -91,6 +80,10 @@ class Server(uvicorn.Server):
         cut = self._application.cut
         loop.call_later(self._drain - 4 * self._part, cut, "the server is shutting down")
         loop.call_later(self._drain - 3 * self._part, self._reset)
+        # A thread, as it is for a loop or an interpreter that no longer gets on.
+        late = threading.Timer(self._drain - self._part, _leave)
+        late.daemon = True
+        late.start()
 
     def _reset(self) -> None:
         """Give up clients that do not read what they are told."""
@@ -99,3 +92,8 @@ class Server(uvicorn.Server):
             log.warning("%d connections are reset, as their clients do not read", len(left))
         for connection in left:
             connection.transport.abort()
+
+
+def _leave() -> None:
+    log.warning("the server ends without putting its things in order: its time is up")
+    os._exit(0)  # the engine ends by itself once nobody holds the other end of its pipe

@@ -16,8 +16,9 @@ from lmi_multi.errors import LmiError, OptionError
 from lmi_multi.options import GenerateOptions
 from lmi_multi.prompts import Prompt, PromptReader
 from lmi_multi.serve.answer import Answer, GrowingTexts
-from lmi_multi.serve.client import BYTES_A_TOKEN, Ask, EngineClient, EngineGoneError
+from lmi_multi.serve.client import BYTES_A_TOKEN, Ask, EngineClient
 from lmi_multi.serve.errors import HttpError
+from lmi_multi.serve.failures import EngineGoneError
 from lmi_multi.serve.metrics import Metrics
 from lmi_multi.streaming import Chunk
 from lmi_multi.tokenizer import Tokenizer, text_of
@@ -53,8 +54,9 @@ class Service:
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        """The model's tokenizer, if it has one."""
-        return self.reader.tokenizer
+        """The model's tokenizer, if it has one; also once its engine is gone, as what that has
+        answered by then is still to be put into words."""
+        return None if self.engine.reader is None else self.engine.reader.tokenizer
 
     @property
     def is_encoder(self) -> bool:
@@ -136,9 +138,9 @@ class Service:
                     for chunk in chunks:
                         watches[chunk.index].chunk(chunk)
                     yield [texts.with_text(chunk) for chunk in chunks]
-        except LmiError:
+        except LmiError as error:
             for watch in watches:
-                watch.failed()
+                watch.failed(error)
             raise
         except BaseException:
             for watch in watches:
@@ -173,7 +175,20 @@ class Service:
             ids = await asyncio.to_thread(
                 lambda: [reader.ids(prompt, index) for index, prompt in enumerate(prompts)]
             )
-        vectors = await while_connected(request, self.engine.embed(ids, pooling, normalize))
+        watches = [self.metrics.request(len(own)) for own in ids]
+        try:
+            work = self.engine.embed(ids, pooling, normalize, self._timeout)
+            vectors = await while_connected(request, work)
+        except LmiError as error:
+            for watch in watches:
+                watch.failed(error)
+            raise
+        except BaseException:
+            for watch in watches:
+                watch.aborted()
+            raise
+        for watch in watches:
+            watch.done()
         return vectors, sum(map(len, ids))
 
 

@@ -223,6 +223,9 @@ class ServeSettings(BaseModel):
     log_format: Annotated[Literal["text", "json"], _words("text", "json")] = Field(
         default="text", description="text or json"
     )
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"], _words("debug", "info", "warning", "error")
+    ] = Field(default="info", description="debug, info, warning or error")
     output_formatter: Annotated[
         Literal["json", "jsonlines", "sse"], _words("json", "jsonlines", "sse")
     ] = Field(default="json", description="json, jsonlines or sse")

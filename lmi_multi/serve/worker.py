@@ -13,16 +13,19 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from multiprocessing import active_children
 from multiprocessing.connection import Connection, wait
 
 import torch
 
 import lmi_multi
+from lmi_multi.embedding import Pooling
 from lmi_multi.engine.request import Job
 from lmi_multi.errors import LmiError, OptionError, RankError
-from lmi_multi.model import Model
+from lmi_multi.model import Model, batches
 from lmi_multi.models.traits import Traits
 from lmi_multi.options import GenerateOptions
 from lmi_multi.serve import logs, wire
@@ -67,26 +70,59 @@ class _Answering:
         return all(view.ended for view in self.views)
 
 
+@dataclass
+class _Embedding:
+    """Texts of a request, what they are to become, and the vectors of those that are done."""
+
+    number: int
+    ids: list[list[int]]
+    pooling: Pooling
+    normalize: bool
+    pieces: Iterator[list[int]]
+    vectors: list[list[float]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, message: wire.Message, most: int) -> _Embedding:
+        """What a message asks for, in pieces of at most so many tokens."""
+        ids = message["ids"]
+        pieces = batches([len(own) for own in ids], most)
+        return cls(message["id"], ids, message["pooling"], message["normalize"], pieces)
+
+    @property
+    def ended(self) -> bool:
+        """Whether every text has its vector."""
+        return len(self.vectors) == len(self.ids)
+
+    def advance(self, model: Model) -> None:
+        """Embed the next piece."""
+        piece = [self.ids[index] for index in next(self.pieces)]
+        self.vectors += model.embed(piece, self.pooling, self.normalize).tolist()
+
+
 class Worker:
-    """Steps the engine for as long as anybody wants something of it."""
+    """Steps the engine for as long as anybody wants something of it; between two steps, a step's
+    worth of texts is embedded, so that neither keeps the other waiting."""
 
     def __init__(self, model: Model, pipe: Connection) -> None:
         self._model = model
         self._engine = model._engine
         self._pipe = pipe
         self._answering: dict[int, _Answering] = {}
+        self._embedding: deque[_Embedding] = deque()
         self._steps = 0
 
     def run(self) -> None:
         """Serve until the server closes the pipe. Raises what a step raises."""
         while True:
             try:
-                if not self._answering:
+                if not self._answering and not self._embedding:
                     self._wait()
                 while self._pipe.poll():
                     self._handle(wire.receive(self._pipe))
                 if self._answering:
                     self._step()
+                if self._embedding:
+                    self._embed()
             except (EOFError, BrokenPipeError, ConnectionResetError):
                 return
 
@@ -104,7 +140,7 @@ class Worker:
                 self._drop(number)
                 wire.send(self._pipe, {"type": "state", **self._state()})
             elif message["type"] == "embed":
-                self._embed(message)
+                self._embedding.append(_Embedding.of(message, self._model.limits.max_step_tokens))
             else:
                 self._submit(message)
         except OptionError as error:
@@ -122,12 +158,22 @@ class Worker:
         answering = self._answering.pop(number, None)
         if answering is not None:
             self._engine.drop(answering.job.requests)
+        self._embedding = deque(own for own in self._embedding if own.number != number)
 
-    def _embed(self, message: wire.Message) -> None:
-        vectors = self._model.embed(message["ids"], message["pooling"], message["normalize"])
-        wire.send(
-            self._pipe, {"type": "embedded", "id": message["id"], "vectors": vectors.tolist()}
-        )
+    def _embed(self) -> None:
+        own = self._embedding[0]
+        try:
+            own.advance(self._model)
+        except OptionError as error:
+            self._drop(own.number)
+            wire.send(self._pipe, {"type": "refused", "id": own.number, "error": str(error)})
+            return
+        if own.ended:
+            self._embedding.popleft()
+            message = {"type": "embedded", "id": own.number, "vectors": own.vectors}
+            wire.send(self._pipe, message)
+        else:
+            wire.send(self._pipe, {"type": "state", **self._state()})
 
     def _step(self) -> None:
         began = time.time_ns()

@@ -253,6 +253,25 @@ def test_loading_tells_once_that_it_compiles(
     assert not caplog.records
 
 
+def test_graphs_for_other_sizes_are_named_once(
+    where: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    for sizes in ("tp2-1x32", "tp2-4x32", "tp4-1x32"):
+        Cache.at(where, f"gpt2-ab-{sizes}", "gpt2-ab-").put(KEY, b"neff")
+    Cache.at(where, "gpt2-cd-tp2-2x64", "gpt2-cd-").put(KEY, b"of another model")
+    graphs(Builder(), Cache.at(where, "gpt2-ab-tp2-2x64", "gpt2-ab-")).make_all(1)
+    told = [r.getMessage() for r in caplog.records if "other sizes" in r.getMessage()]
+    assert told == [
+        "graphs of the same model for other sizes are not used: "
+        f"{where}/gpt2-ab-tp2-1x32 and 2 more"
+    ]
+    caplog.clear()
+    graphs(Builder(), Cache.at(where, "gpt2-ab-tp2-2x64", "gpt2-ab-")).make_all(1)
+    graphs(Builder(), Cache.at(where, "gpt2-ef-tp2-2x64", "gpt2-ef-")).make_all(1)
+    assert not [r for r in caplog.records if "other sizes" in r.getMessage()]
+
+
 @pytest.mark.parametrize("where", ["gs://bucket/x", "file:///tmp/x", "S3://bucket/x"])
 def test_other_schemes_are_refused(where: str) -> None:
     with pytest.raises(OptionError, match=f"cache is '{where}', must be a folder or s3://BUCKET"):

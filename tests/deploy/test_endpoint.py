@@ -144,6 +144,16 @@ def test_a_dry_run_prints_the_calls(
     assert {call["service"] for call in calls} == {SAGEMAKER, SCALING}
 
 
+def test_options_of_the_server(capsys: pytest.CaptureFixture[str]) -> None:
+    own = ["--instance", "ml.g5.12xlarge", "--pipeline-parallel", "2", "--memory-share", "0.5"]
+    assert run(["deploy", "demo", *own, *ARGS[4:], "--dry-run"]) == 0
+    shown = capsys.readouterr()
+    environment = json.loads(shown.out)[0]["request"]["PrimaryContainer"]["Environment"]
+    assert environment["OPTION_PIPELINE_PARALLEL_DEGREE"] == "2"
+    assert environment["OPTION_MEMORY_SHARE"] == "0.5"
+    assert "fits at tensor_parallel 1, pipeline_parallel 2" in shown.err
+
+
 def test_what_has_never_run_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     for instance, said in (("inf2.xlarge", True), ("g5.xlarge", False)):
         args = ["deploy", "demo", "--instance", instance, *ARGS[4:], "--dry-run"]

@@ -138,6 +138,15 @@ def test_the_demo_is_ready_to_go() -> None:
     assert prepared("demo", "inf2.xlarge", volume=30)[0].volume == 30
 
 
+def test_stages_and_a_share_of_the_memory_reach_the_server() -> None:
+    own, option = prepared("demo", pipeline_parallel=2, memory_share=0.5)
+    assert option is not None and (option.tensor_parallel, option.pipeline_parallel) == (1, 2)
+    read = ServeSettings.read(command_line={}, environ=own.environment)
+    assert (read.tensor_parallel, read.pipeline_parallel, read.memory_share) == (1, 2, 0.5)
+    full = prepared("demo", pipeline_parallel=2)[1]
+    assert full is not None and option.cache_bytes < full.cache_bytes
+
+
 def test_a_model_on_s3_needs_only_its_headers(aws: Moto, tmp_path: Path) -> None:
     aws.client("s3").create_bucket(Bucket="models")
     folder = write(tmp_path / "llama", llama_state())
@@ -175,6 +184,16 @@ def test_unchecked_nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         ({"model": "demo", "environment": {"LMI_MULTI_API_KEY": "secret"}}, "allowed: no key, as"),
         ({"model": "demo", "startup_timeout": 10}, "startup_timeout is 10; allowed"),
+        ({"model": "demo", "pipeline_parallel": 9}, "pipeline_parallel is 9, but the "),
+        (
+            {"model": "demo", "pipeline_parallel": 0},
+            "OPTION_PIPELINE_PARALLEL_DEGREE is '0'; allowed",
+        ),
+        ({"model": "demo", "memory_share": 2.0}, "OPTION_MEMORY_SHARE is '2.0'; allowed: a number"),
+        (
+            {"model": "demo", "memory_share": 0.5, "instance": "inf2.xlarge"},
+            "memory_share is 0.5; allowed on ml.inf2.xlarge: nothing",
+        ),
         ({"model": "demo", "revision": "main"}, "is a local folder without any"),
     ],
 )

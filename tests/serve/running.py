@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,9 @@ LONG: dict[str, Any] = {
     "inputs": "ten",
     "parameters": {"max_new_tokens": 1900, "ignore_eos": True, "min_new_tokens": 1900},
 }
+
+
+MODULE = (sys.executable, "-m", "lmi_multi")
 
 
 @dataclass
@@ -87,10 +90,13 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, model: str, *options: str, **environ: str) -> Iterator[Running]:
-    """`lmi-multi serve MODEL`; not ready yet. Whatever is left of it is ended in the end."""
+def serving(
+    folder: Path, model: str | None, *options: str, run: Sequence[str] = MODULE, **environ: str
+) -> Iterator[Running]:
+    """`lmi-multi serve MODEL`, by the command `run`; not ready yet. Whatever is left of it is ended
+    in the end."""
     port = environ.get("SAGEMAKER_BIND_TO_PORT")
-    command = [sys.executable, "-m", "lmi_multi", "serve", model, *options]
+    command = [*run, "serve", *([] if model is None else [model]), *options]
     if port is None:
         port = str(free_port())
         command += ["--port", port]

@@ -245,6 +245,25 @@ def test_a_client_that_does_not_read_does_not_hold_the_server(tmp_path: Path) ->
     assert "Traceback" not in log and "1 connections are reset" in log
 
 
+def test_what_does_not_end_in_time_is_left(tmp_path: Path) -> None:
+    """A collector of traces that takes them and never answers: waiting for it is nobody's due."""
+    pytest.importorskip("opentelemetry.sdk")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = {
+            "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}",
+            "OTEL_EXPORTER_OTLP_TIMEOUT": "60",
+        }
+        with serving(tmp_path, "demo", "--drain-timeout", "4", **endpoint) as server:
+            server.wait_ready()
+            assert server.post("/invocations", {"inputs": "ten"}).status_code == 200
+            engine = server.engine()
+            start = time.monotonic()
+            assert server.stop() == 0
+            assert 3 < time.monotonic() - start < 4
+            engine.wait(10)  # it has noticed
+    assert "its time is up" in server.log.read_text()
+
+
 @pytest.mark.parametrize("path", ["/v1/completions", "/invocations"])
 def test_draining_is_told_in_the_route_s_form(path: str) -> None:
     settings = ServeSettings(model="demo")

@@ -19,7 +19,9 @@ import lmi_multi
 from lmi_multi import demo
 from lmi_multi.serve import models
 from lmi_multi.serve.errors import HttpError
+from lmi_multi.serve.failures import EngineGoneError
 from lmi_multi.serve.metrics import Metrics
+from lmi_multi.serve.served import Served
 from lmi_multi.serve.settings import ServeSettings
 from lmi_multi.serve.tracing import Tracing
 from tests.serve.running import Running, serving
@@ -113,7 +115,9 @@ def test_models_come_answer_and_go(server: Running, root: Path) -> None:
         pending = pool.submit(server.post, "/models/numbers/invoke", late)
         server.until(lambda: server.gauge("lmi_in_flight") == 1)
         assert server.client.delete("/models/numbers").status_code == 200
-        assert pending.result(30).json()["details"]["generated_tokens"] == 100
+        answer = pending.result(30)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["details"]["generated_tokens"] == 100
     assert names(server) == ["tiny"] and len(engines(server)) == 1
     assert server.post("/models/numbers/invoke", body).status_code == 404
     # What an engine's death takes along comes back by itself.
@@ -121,6 +125,19 @@ def test_models_come_answer_and_go(server: Running, root: Path) -> None:
     server.until(lambda: server.gauge("lmi_engine_restarts") == 1)
     server.until(lambda: server.gauge("lmi_engine_ready") == 1)
     assert server.post("/models/tiny/invoke", body).json() == {"generated_text": other}
+
+
+def test_an_answer_that_is_there_needs_no_engine() -> None:
+    """A model that is unloaded, or dies, between its last token and the answer's last word."""
+    settings = ServeSettings(model="demo")
+    service = Served(settings, Metrics(list, Tracing(FastAPI()))).service
+    assert service is not None and service.tokenizer is None
+    with lmi_multi.load("demo", backend="cpu") as model:
+        service.engine.reader = model._reader
+    service.engine.error = "the server is shutting down"
+    with pytest.raises(EngineGoneError):
+        assert service.is_encoder
+    assert service.tokenizer is model.tokenizer
 
 
 def test_what_is_not_loaded_is_not_there(server: Running) -> None:

@@ -293,6 +293,11 @@ def test_embeddings_of_an_encoder(tmp_path: Path, checkpoints: Path) -> None:
         ("/v1/completions", {"prompt": "a", "n": 17}, "n is 17; allowed: an integer"),
         (
             "/v1/completions",
+            {"prompt": "a", "stream_options": {"include_usage": True}},
+            "stream_options is set, yet stream is false; allowed: with stream=true",
+        ),
+        (
+            "/v1/completions",
             {"prompt": "a", "temperature": "1"},
             "temperature is '1': Input should",
         ),

@@ -54,6 +54,7 @@ VALUES: dict[str, tuple[str, object]] = {
     "models_root": ("/models", Path("/models")),
     "models_bytes": ("3000000", 3_000_000),
     "log_format": ("json", "json"),
+    "log_level": ("Warning", "warning"),
 }
 PROPERTIES = [(o.field, name) for o in names.OPTIONS for name in o.properties]
 VARIABLES = [(o.field, name) for o in names.OPTIONS for name in names.variables(o)]
