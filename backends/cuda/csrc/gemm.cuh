@@ -30,6 +30,8 @@ struct Gemm {
   static constexpr int SUMS = ROWS / 2;       // that a thread has of a tile
   static constexpr int STRIDE = 2 * HALF + 4;  // of a tile's sums in shared memory: no two lanes'
                                                // are in one bank
+  // Blocks whose sums are read at a time: one waits for some as long as for one.
+  static constexpr unsigned MERGED = std::max(2, 32 / SUMS);
   static constexpr int TILE_BYTES = ROWS * STRIDE * 4;
   static constexpr int ALIGNED = 1024;
   static constexpr int DEPTH = std::min(12, (220 * 1024 - TILE_BYTES) / STEP_BYTES);
@@ -154,10 +156,20 @@ __device__ bool merge(const GemmParams& p, const Share& share, int tile, float (
 #pragma unroll
   for (int j = 0; j < G::SUMS; ++j) sums[j] = 0;
 #pragma unroll 1
-  for (unsigned block = first; block <= last; ++block) {
-    const float* from = place(block);
+  for (unsigned block = first; block <= last; block += G::MERGED) {
+    float found[G::MERGED][G::SUMS];
 #pragma unroll
-    for (int j = 0; j < G::SUMS; ++j) sums[j] += __ldcg(from + j * THREADS);
+    for (unsigned i = 0; i < G::MERGED; ++i) {
+      const float* from = place(min(block + i, last));
+#pragma unroll
+      for (int j = 0; j < G::SUMS; ++j) found[i][j] = __ldcg(from + j * THREADS);
+    }
+#pragma unroll
+    for (unsigned i = 0; i < G::MERGED; ++i) {
+      const bool counts = block + i <= last;  // no branch, behind which reads would be put off
+#pragma unroll
+      for (int j = 0; j < G::SUMS; ++j) sums[j] += counts ? found[i][j] : 0;
+    }
   }
   return true;
 }
@@ -183,6 +195,8 @@ __device__ void multiply_step(const typename G::Ring& ring, int slot, int half,
         held[k][i] = expand(*two, 0x4140, W(), T());
       }
     }
+#pragma unroll
+    for (int k = 0; k < G::FEATURES / 16; ++k) hold(held[k]);
     begin_products();
 #pragma unroll
     for (int k = 0; k < G::FEATURES / 16; ++k) {  // 32 bytes further, in units of 16

@@ -39,8 +39,8 @@ struct Barrier {
         ".reg .pred done;\n"
         "again:\n"
         "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@done bra.uni ready;\n"
-        "bra.uni again;\n"
+        "@done bra ready;\n"
+        "bra again;\n"
         "ready:\n"
         "}\n" ::"r"(shared_address(this)),
         "r"(phase)
@@ -135,7 +135,8 @@ __device__ void multiply_add(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t
 #endif
 }
 
-// Before the first product on registers that other instructions have written.
+// Before the first product on registers that other instructions have written, and behind `hold` of
+// these: what reads no memory the compiler may else move here and further.
 __device__ inline void begin_products() {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
@@ -157,11 +158,18 @@ __device__ inline void await_products() {
 #endif
 }
 
-// Results may be read from here on: the compiler does not know when products are done.
+// These registers are written before here and read behind: the compiler does not know when products
+// read and write them.
 template <int N>
 __device__ inline void hold(float (&d)[N]) {
 #pragma unroll
   for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+template <int N>
+__device__ inline void hold(uint32_t (&a)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) asm volatile("" : "+r"(a[i])::"memory");
 }
 
 }  // namespace lmi

@@ -39,10 +39,11 @@ bool run_gemm(Tensor x, Tensor weight, Maybe scale, Maybe bias, Maybe residual, 
               bool gated, Tensor work, Tensor counters, Tensor out) {
   const auto p = linear_params(x, weight, scale, bias, {}, {}, 0, residual, activation, gated, work,
                                counters, out);
-  if (!p || p->rows > GEMM_MOST_ROWS || !device_of(x).hopper) return false;
+  if (!p || p->rows > GEMM_MOST_ROWS) return false;
   const Type type = computed_in(x, weight, {});
   if (type == Type::float32 || !is_of(x, type)) return false;
   const DeviceGuard guard(x.get_device_index());
+  if (!device_of(x).hopper) return false;
   const Resources use{device_of(x), stream_of(x), 1, work.numel()};
   return type == Type::float16 ? gemm_float16(*p, use) : gemm_bfloat16(*p, use);
 }

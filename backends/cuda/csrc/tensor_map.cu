@@ -35,7 +35,9 @@ CUtensorMap tensor_map(const void* data, Type type, int rows, int features, int 
       &map, element, 2, const_cast<void*>(data), sizes, strides, box, every,
       CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (done != CUDA_SUCCESS) throw std::runtime_error("tensor map: refused");
+  if (done != CUDA_SUCCESS) {
+    throw std::runtime_error("tensor map: the driver's error " + std::to_string(done));
+  }
   return map;
 }
 
