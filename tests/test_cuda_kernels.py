@@ -69,7 +69,7 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32, std: float = 1.0) -> 
 
 
 def wide(of: Linear | Norm) -> Linear:
-    """In float64; int8 weights with their scale taken in."""
+    """In float64; quantized weights with their scale taken in."""
     weight, scale = of.weight.double(), getattr(of, "scale", None)
     if scale is not None:
         weight = weight * scale.double()[:, None]
@@ -132,9 +132,9 @@ def test_linear(dtype: torch.dtype, int8: bool) -> None:
             assert error(found, expected) < TOLERANCE[dtype], f"residual, {case}"
 
 
-@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("codes", [None, torch.int8, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_gemm(dtype: torch.dtype, int8: bool) -> None:
+def test_gemm(dtype: torch.dtype, codes: torch.dtype | None) -> None:
     """Products for Hopper's tensor cores: steps and tiles that end within a box, tiles that many
     blocks share, blocks that have many tiles; the same sums, bit by bit, call after call."""
     if torch.cuda.get_device_capability() != (9, 0):
@@ -150,8 +150,11 @@ def test_gemm(dtype: torch.dtype, int8: bool) -> None:
             kind = "gelu_tanh"
         case = f"{rows} x {inputs} -> {outputs}, {kind}, gated {gated}, bias {bias}"
         if inputs % 16:
-            inputs += 8 * int8  # quantized weights are read so many at a time
-        linear = make_linear(outputs, inputs, dtype, int8, bias)
+            inputs += 8 * (codes is not None)  # quantized weights are read so many at a time
+        linear = make_linear(outputs, inputs, dtype, codes is not None, bias)
+        if codes == torch.float8_e4m3fn:  # down to 2^-8, which is subnormal
+            weight = (linear.weight.float() / 256).to(codes)
+            linear = replace(linear, weight=weight, scale=linear.scale * 256)
         x = randn(rows, inputs, dtype=dtype)
         expected = Reference().linear(x.double(), wide(linear), kind, gated)
         found = [fused._gemm(x, linear, dtype, None, kind, gated) for _ in range(3)]
@@ -378,13 +381,14 @@ def test_attention(position: str, dtype: torch.dtype) -> None:
             assert error(ours.cross_attend(layer, q), expected) < 2 * TOLERANCE[dtype], case
 
 
-def test_kernels_in_a_graph() -> None:
+@pytest.mark.parametrize("rows", [3, 20])
+def test_kernels_in_a_graph(rows: int) -> None:
     """Captured and replayed on new inputs, with dependent launches between the kernels."""
     torch.manual_seed(4)
     fused = ops()
     linears = [make_linear(1024, 1024, torch.bfloat16, False, True) for _ in range(6)]
     norm = make_norm(1024, torch.bfloat16, True)
-    x = randn(3, 1024, dtype=torch.bfloat16)
+    x = randn(rows, 1024, dtype=torch.bfloat16)
 
     def chain(x: Tensor) -> Tensor:
         for linear in linears:
@@ -397,7 +401,7 @@ def test_kernels_in_a_graph() -> None:
     with torch.cuda.graph(graph):
         out = chain(x)
     for _ in range(5):
-        x.copy_(randn(3, 1024, dtype=torch.bfloat16))
+        x.copy_(randn(rows, 1024, dtype=torch.bfloat16))
         out.fill_(torch.nan)
         graph.replay()
         assert torch.equal(out, chain(x))
