@@ -27,6 +27,7 @@ LIBRARY = ROOT / "backends" / "cuda" / "_kernels.so"
 ARCHS = ("80", "86", "89", "90")
 OF_HOPPER = "gemm_"  # how the names of sources begin whose kernels are for sm_90a alone
 TORCH_TARGET = "0x020a000000000000ULL"  # 2.10
+SERIALIZED = "wgmma.mma_async instructions are serialized"  # ptxas says so and warns of nothing
 
 
 class BuildError(Exception):
@@ -116,7 +117,10 @@ def build(target: Path, archs: Sequence[str], jobs: int, say: Callable[[str], No
 
         def compile_one(source: Path, made: Path) -> str:
             say(f"compiling {source.name} for {', '.join(archs)}")
-            return _run(compile_command(nvcc, headers, source, made, archs))
+            report = _run(compile_command(nvcc, headers, source, made, archs))
+            if SERIALIZED in report:
+                say(f"slow: ptxas lets products wait for each other in {source.name} (--report)")
+            return report
 
         reports = list(pool.map(compile_one, sources, objects))
         make_stubs(nvcc, folder)

@@ -84,6 +84,30 @@ def test_a_failing_compiler_is_shown(
     assert not target.exists()
 
 
+def test_says_what_ptxas_made_slow(
+    setup: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    compiler = tmp_path / "bin" / "nvcc"
+    compiler.parent.mkdir()
+    compiler.write_text(
+        """#!/bin/sh
+        case "$*" in *csrc/gemm_float16.cu*) echo "info: (C7518) Potential Performance Loss: \
+            wgmma.mma_async instructions are serialized due to what" >&2 ;; esac
+        while [ $# -gt 0 ]; do if [ "$1" = -o ]; then : > "$2"; fi; shift; done
+        """
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert setup.main(["--output", str(tmp_path / "_kernels.so")]) == 0
+    slow = [line for line in capsys.readouterr().out.splitlines() if line.startswith("slow: ")]
+    assert slow == [
+        "slow: ptxas lets products wait for each other in gemm_float16.cu (--report)",
+    ]
+
+
 def test_missing_kernels_have_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from lmi_multi.backends.cuda import kernels
 
