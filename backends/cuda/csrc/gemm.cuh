@@ -124,14 +124,25 @@ __device__ void put(const GemmParams& p, int tile, const float (&sums)[G::SUMS],
   const int second = p.gated ? n + p.upper : n;
   const float scale[2] = {p.scale ? p.scale[n] : 1, p.scale ? p.scale[second] : 1};
   const float bias[2] = {p.bias.data ? load(p.bias, n) : 0, p.bias.data ? load(p.bias, second) : 0};
-#pragma unroll 4
-  for (int m = thread / width; m < p.rows; m += GEMM_WARPS * 32 / width) {
-    const int64_t at = static_cast<int64_t>(m) * p.outputs + n;
-    const float more = p.residual.data ? load(p.residual, at) : 0;
-    const float* sum = all + m * G::STRIDE + column;
-    float y = activate(sum[0] * scale[0] + bias[0], p.activation);
-    if (p.gated) y *= sum[HALF] * scale[1] + bias[1];
-    store(p.out, p.out_type, at, y + more);
+  constexpr int AT_ONCE = 8;  // residuals on their way: types and activations are branches
+  const int step = GEMM_WARPS * 32 / width;
+  const auto place = [&](int m) { return static_cast<int64_t>(min(m, p.rows - 1)) * p.outputs + n; };
+#pragma unroll 1
+  for (int first = thread / width; first < p.rows; first += AT_ONCE * step) {
+    uint32_t more[AT_ONCE] = {};
+    if (p.residual.data) {
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; ++i) more[i] = read(p.residual, place(first + i * step));
+    }
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i) {
+      const int m = first + i * step;
+      if (m >= p.rows) break;
+      const float* sum = all + m * G::STRIDE + column;
+      float y = activate(sum[0] * scale[0] + bias[0], p.activation);
+      if (p.gated) y *= sum[HALF] * scale[1] + bias[1];
+      store(p.out, p.out_type, place(m), y + widen(more[i], p.residual.type));
+    }
   }
 }
 
