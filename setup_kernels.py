@@ -25,7 +25,9 @@ ROOT = Path(__file__).resolve().parent
 SOURCES = ROOT / "backends" / "cuda" / "csrc"
 LIBRARY = ROOT / "backends" / "cuda" / "_kernels.so"
 ARCHS = ("80", "86", "89", "90")
+OF_HOPPER = "gemm_"  # how the names of sources begin whose kernels are for sm_90a alone
 TORCH_TARGET = "0x020a000000000000ULL"  # 2.10
+SERIALIZED = "wgmma.mma_async instructions are serialized"  # ptxas says so and warns of nothing
 
 
 class BuildError(Exception):
@@ -50,14 +52,17 @@ def torch_headers() -> Path:
     return Path(spec.origin).parent / "include"
 
 
-def targets(archs: Sequence[str]) -> list[str]:
-    """nvcc's options for machine code of every architecture, and the last one's PTX for later
-    ones. Raises BuildError on a name that is none."""
+def targets(source: Path, archs: Sequence[str]) -> list[str]:
+    """nvcc's options for a source: machine code of every architecture, and the last one's PTX for
+    later ones; for Hopper's own instructions code for nothing else, if Hopper is among them. Raises
+    BuildError on a name that is none."""
     for arch in archs:
         if not arch.rstrip("a").isdigit() or int(arch.rstrip("a")) < 80:
             raise BuildError(f"architecture is {arch!r}, must be 80 or above, such as 90")
     if not archs:
         raise BuildError("no architecture was named")
+    if source.stem.startswith(OF_HOPPER) and "90" in archs:
+        return ["-gencode=arch=compute_90a,code=sm_90a"]
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     codes[-1] = f"-gencode=arch=compute_{archs[-1]},code=[sm_{archs[-1]},compute_{archs[-1]}]"
     return codes
@@ -68,7 +73,16 @@ def compile_command(
 ) -> list[str]:
     """How one source becomes an object file; ptxas reports on stderr."""
     return [
-        *(str(nvcc), "-c", str(source), "-o", str(target), "-std=c++20", "-O3", *targets(archs)),
+        *(
+            str(nvcc),
+            "-c",
+            str(source),
+            "-o",
+            str(target),
+            "-std=c++20",
+            "-O3",
+            *targets(source, archs),
+        ),
         *("-isystem", str(headers), "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"),
         *("-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra"),
         *("-Xptxas", "-v,-warn-spills", "-Werror", "all-warnings"),
@@ -103,7 +117,10 @@ def build(target: Path, archs: Sequence[str], jobs: int, say: Callable[[str], No
 
         def compile_one(source: Path, made: Path) -> str:
             say(f"compiling {source.name} for {', '.join(archs)}")
-            return _run(compile_command(nvcc, headers, source, made, archs))
+            report = _run(compile_command(nvcc, headers, source, made, archs))
+            if SERIALIZED in report:
+                say(f"slow: ptxas lets products wait for each other in {source.name} (--report)")
+            return report
 
         reports = list(pool.map(compile_one, sources, objects))
         make_stubs(nvcc, folder)

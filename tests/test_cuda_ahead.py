@@ -166,7 +166,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Programs:
     made = Programs()
     kernels = SimpleNamespace(
         attention=attend, greedy=greedy, linear=lambda *_: False, norm=lambda *_: False,
-        activate=lambda *_: False, widen=lambda *_: False, record_norm=made.recording(norm),
+        activate=lambda *_: False, widen=lambda *_: False, gemm=lambda *_: False,
+        record_norm=made.recording(norm),
         record_linear=made.recording(linear), record_attention=made.recording(attend),
         finish_program=lambda *_: True, run_program=made.run,
         prefill=prefill_kernel.prefill, write_kv=prefill_kernel.write_kv,

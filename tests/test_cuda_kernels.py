@@ -69,7 +69,7 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32, std: float = 1.0) -> 
 
 
 def wide(of: Linear | Norm) -> Linear:
-    """In float64; int8 weights with their scale taken in."""
+    """In float64; quantized weights with their scale taken in."""
     weight, scale = of.weight.double(), getattr(of, "scale", None)
     if scale is not None:
         weight = weight * scale.double()[:, None]
@@ -130,6 +130,44 @@ def test_linear(dtype: torch.dtype, int8: bool) -> None:
             expected = residual.double() + Reference().linear(x.double(), wide(linear))
             found = fused.linear_residual(x, linear, residual)
             assert error(found, expected) < TOLERANCE[dtype], f"residual, {case}"
+
+
+@pytest.mark.parametrize("codes", [None, torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_gemm(dtype: torch.dtype, codes: torch.dtype | None) -> None:
+    """Products for Hopper's tensor cores: steps and tiles that end within a box, tiles that many
+    blocks share, blocks that have many tiles; the same sums, bit by bit, call after call."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("cuda: these kernels are for sm_90a")
+    torch.manual_seed(7)
+    chance = random.Random(7)
+    fused = ops()
+    shapes = [(8, 2), (64, 128), (72, 130), (768, 768), (4096, 4096), (10240, 4096), (4096, 40000)]
+    for rows, (inputs, outputs) in itertools.product((1, 9, 16, 17, 33, 64), shapes):
+        bias, gated, wide_stream = (chance.random() < 0.5 for _ in range(3))
+        kind: Activation | None = chance.choice((None, "gelu", "gelu_tanh", "relu", "silu"))
+        if gated and kind is None:
+            kind = "gelu_tanh"
+        case = f"{rows} x {inputs} -> {outputs}, {kind}, gated {gated}, bias {bias}"
+        if inputs % 16:
+            inputs += 8 * (codes is not None)  # quantized weights are read so many at a time
+        linear = make_linear(outputs, inputs, dtype, codes is not None, bias)
+        if codes == torch.float8_e4m3fn:  # down to 2^-8, which is subnormal
+            weight = (linear.weight.float() / 256).to(codes)
+            linear = replace(linear, weight=weight, scale=linear.scale * 256)
+        x = randn(rows, inputs, dtype=dtype)
+        expected = Reference().linear(x.double(), wide(linear), kind, gated)
+        found = [fused._gemm(x, linear, dtype, None, kind, gated) for _ in range(3)]
+        assert error(found[0], expected) < TOLERANCE[dtype], case
+        assert all(torch.equal(found[0], other) for other in found), case
+        residual = randn(rows, outputs, dtype=torch.float32 if wide_stream else dtype)
+        expected = residual.double() + Reference().linear(x.double(), wide(linear))
+        found[0] = fused._gemm(x, linear, residual.dtype, residual)
+        assert error(found[0], expected) < TOLERANCE[dtype], f"residual, {case}"
+    assert not fused._scratch.counters.any()
+    x, linear = randn(65, 64, dtype=dtype), make_linear(64, 64, dtype, False, False)
+    assert fused._gemm(x, linear, dtype) is None
+    assert fused._gemm(x[:9].float(), linear, dtype) is None
 
 
 @pytest.mark.parametrize("splits", [1, 2, 3, 5])
@@ -357,13 +395,15 @@ def test_attention(position: str, dtype: torch.dtype) -> None:
             assert error(ours.cross_attend(layer, q), expected) < 2 * TOLERANCE[dtype], case
 
 
-def test_kernels_in_a_graph() -> None:
+@pytest.mark.parametrize("rows", [3, 20])
+def test_kernels_in_a_graph(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Captured and replayed on new inputs, with dependent launches between the kernels."""
+    monkeypatch.setenv("LMI_MULTI_CUDA_GEMM", "1")
     torch.manual_seed(4)
     fused = ops()
     linears = [make_linear(1024, 1024, torch.bfloat16, False, True) for _ in range(6)]
     norm = make_norm(1024, torch.bfloat16, True)
-    x = randn(3, 1024, dtype=torch.bfloat16)
+    x = randn(rows, 1024, dtype=torch.bfloat16)
 
     def chain(x: Tensor) -> Tensor:
         for linear in linears:
@@ -376,7 +416,7 @@ def test_kernels_in_a_graph() -> None:
     with torch.cuda.graph(graph):
         out = chain(x)
     for _ in range(5):
-        x.copy_(randn(3, 1024, dtype=torch.bfloat16))
+        x.copy_(randn(rows, 1024, dtype=torch.bfloat16))
         out.fill_(torch.nan)
         graph.replay()
         assert torch.equal(out, chain(x))

@@ -36,6 +36,12 @@ def test_compiles_for_every_target_without_warnings(setup: ModuleType) -> None:
     assert command[command.index("-c") + 1] == "a.cu"
 
 
+def test_hoppers_own_instructions_are_compiled_for_hopper_alone(setup: ModuleType) -> None:
+    source = Path("gemm_bfloat16.cu")
+    assert setup.targets(source, setup.ARCHS) == ["-gencode=arch=compute_90a,code=sm_90a"]
+    assert "arch=compute_80" in setup.targets(source, ["80"])[0]  # nothing that anybody starts
+
+
 def test_links_with_torch_and_not_with_python(setup: ModuleType) -> None:
     command = setup.link_command(Path("nvcc"), [Path("a.o")], Path("stubs"), Path("b.so"))
     assert {"-shared", "-ltorch_cpu", "-ltorch_cuda", "a.o"} <= set(command)
@@ -45,7 +51,7 @@ def test_links_with_torch_and_not_with_python(setup: ModuleType) -> None:
 @pytest.mark.parametrize("archs", [["75"], ["sm_90"], [""], []])
 def test_refuses_unknown_architectures(setup: ModuleType, archs: list[str]) -> None:
     with pytest.raises(setup.BuildError, match="architecture"):
-        setup.targets(archs)
+        setup.targets(Path("norm.cu"), archs)
 
 
 def test_one_line_without_nvcc(
@@ -106,6 +112,30 @@ def test_what_ptxas_reports_is_read() -> None:
         [*registers.read(REPORT.replace("Used 255 registers", ""))]
     shown = registers.table([*registers.read(REPORT), Compiled("greedy_kernel", "80", 40, 8, 0)])
     assert "| `greedy_kernel` | 80 | 2 | 40 | 80 | 0 |" in shown
+
+
+def test_says_what_ptxas_made_slow(
+    setup: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    compiler = tmp_path / "bin" / "nvcc"
+    compiler.parent.mkdir()
+    compiler.write_text(
+        """#!/bin/sh
+        case "$*" in *csrc/gemm_float16.cu*) echo "info: (C7518) Potential Performance Loss: \
+            wgmma.mma_async instructions are serialized due to what" >&2 ;; esac
+        while [ $# -gt 0 ]; do if [ "$1" = -o ]; then : > "$2"; fi; shift; done
+        """
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert setup.main(["--output", str(tmp_path / "_kernels.so")]) == 0
+    slow = [line for line in capsys.readouterr().out.splitlines() if line.startswith("slow: ")]
+    assert slow == [
+        "slow: ptxas lets products wait for each other in gemm_float16.cu (--report)",
+    ]
 
 
 def test_missing_kernels_have_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +29,10 @@ ACTIVATIONS: dict[Activation | None, int] = {
     "relu": 3,
     "silu": 4,
 }
+# Rows from which on products of half types are for Hopper's tensor cores, and up to which; only
+# where the variable is 1, until they have been run and timed on one.
+GEMM_ROWS, MOST_GEMM_ROWS = 9, 64
+SWITCH = "LMI_MULTI_CUDA_GEMM"
 # Activations that cuBLASLt has as epilogues behind a bias; its gelu is the tanh form.
 EPILOGUES = ("gelu_tanh", "relu")
 
@@ -56,6 +61,7 @@ class CudaOps(Reference):
     ) -> None:
         self._scratch, self._most_rows = scratch, most_rows
         self._kernels = torch.ops.lmi_multi if kernels is None else kernels
+        self._hopper = os.environ.get(SWITCH) == "1" and _is_hopper(scratch.work.device)
 
     def norm(self, x: Tensor, norm: Norm, eps: float) -> Tensor:
         """See `Ops.norm`."""
@@ -68,11 +74,10 @@ class CudaOps(Reference):
         self, x: Tensor, linear: Linear, activation: Activation | None = None, gated: bool = False
     ) -> Tensor:
         """See `Ops.linear`."""
-        if x.shape[0] <= self._most_rows[linear.weight.dtype]:
-            dtype = linear.weight.dtype if linear.scale is None else x.dtype
-            out = self._fused(x, linear, dtype, activation=activation, gated=gated)
-            if out is not None:
-                return out
+        dtype = linear.weight.dtype if linear.scale is None else x.dtype
+        out = self._in_one(x, linear, dtype, activation=activation, gated=gated)
+        if out is not None:
+            return out
         weight, bias = linear.weight, linear.bias
         if (
             bias is not None
@@ -102,7 +107,8 @@ class CudaOps(Reference):
         gated: bool = False,
     ) -> Tensor:
         """See `Ops.norm_linear`."""
-        if x.shape[0] <= self._most_rows[linear.weight.dtype]:
+        tensor_cores = self._hopper and x.shape[0] >= GEMM_ROWS  # they want x normalized before
+        if x.shape[0] <= self._most_rows[linear.weight.dtype] and not tensor_cores:
             dtype = (linear if linear.scale is None else norm).weight.dtype
             out = self._fused(x, linear, dtype, norm, eps, activation=activation, gated=gated)
             if out is not None:
@@ -111,10 +117,9 @@ class CudaOps(Reference):
 
     def linear_residual(self, x: Tensor, linear: Linear, residual: Tensor) -> Tensor:
         """See `Ops.linear_residual`."""
-        if x.shape[0] <= self._most_rows[linear.weight.dtype]:
-            out = self._fused(x, linear, residual.dtype, residual=residual)
-            if out is not None:
-                return out
+        out = self._in_one(x, linear, residual.dtype, residual=residual)
+        if out is not None:
+            return out
         weight = linear.weight
         if linear.bias is None and x.dtype == weight.dtype == residual.dtype:
             return residual.addmm_(x, weight.t())  # the sum in the product's own kernel
@@ -125,6 +130,39 @@ class CudaOps(Reference):
         if self._kernels.widen(codes, 1 / unit, out):
             return out, (scale * unit).to(dtype)
         return super()._widened(codes, scale, dtype)
+
+    def _in_one(
+        self,
+        x: Tensor,
+        linear: Linear,
+        dtype: torch.dtype,
+        residual: Tensor | None = None,
+        activation: Activation | None = None,
+        gated: bool = False,
+    ) -> Tensor | None:
+        """A product, and what follows it, in one kernel; None where none covers it."""
+        rows, out = x.shape[0], None
+        if self._hopper and GEMM_ROWS <= rows <= MOST_GEMM_ROWS:
+            out = self._gemm(x, linear, dtype, residual, activation, gated)
+        if out is None and rows <= self._most_rows[linear.weight.dtype]:
+            out = self._fused(x, linear, dtype, None, 0.0, residual, activation, gated)
+        return out
+
+    def _gemm(
+        self,
+        x: Tensor,
+        linear: Linear,
+        dtype: torch.dtype,
+        residual: Tensor | None = None,
+        activation: Activation | None = None,
+        gated: bool = False,
+    ) -> Tensor | None:
+        """`_in_one` by Hopper's tensor cores."""
+        outputs = linear.weight.shape[0] // 2 if gated else linear.weight.shape[0]
+        out = x.new_empty((x.shape[0], outputs), dtype=dtype)
+        given = (x, linear.weight, linear.scale, linear.bias, residual, ACTIVATIONS[activation])
+        done = self._kernels.gemm(*given, gated, self._scratch.work, self._scratch.counters, out)
+        return out if done else None
 
     def _fused(
         self,
@@ -162,3 +200,7 @@ class CudaOps(Reference):
             out,
         )
         return out if done else None
+
+
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)

@@ -190,6 +190,7 @@ __device__ inline bool is_last_part(const Team& team, int* counter, int parts) {
 
 struct Device {
   int major, processors, shared_per_processor, shared_per_block;
+  bool hopper;  // and there is code for just that
 };
 
 // What the GPU can do with the code that this library has for it.

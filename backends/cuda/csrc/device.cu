@@ -23,10 +23,12 @@ Device device(int index) {
   // kernel: it must be started as on a GPU of that architecture.
   cudaFuncAttributes code{};
   check(cudaFuncGetAttributes(&code, any_kernel), "code");
-  return {std::min(attribute(cudaDevAttrComputeCapabilityMajor, index), code.ptxVersion / 10),
+  const int major = attribute(cudaDevAttrComputeCapabilityMajor, index);
+  return {std::min(major, code.ptxVersion / 10),
           attribute(cudaDevAttrMultiProcessorCount, index),
           attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index),
-          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index)};
+          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index),
+          major == 9 && code.ptxVersion == 90};
 }
 
 void allow_shared(const void* kernel, int bytes) {

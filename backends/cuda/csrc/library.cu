@@ -2,6 +2,7 @@
 // cover these types, shapes or layouts, and nothing was written.
 #include "activate.h"
 #include "arguments.h"
+#include "gemm.h"
 #include "greedy.h"
 #include "widen.h"
 
@@ -33,6 +34,19 @@ bool run_linear(Tensor x, Tensor weight, Maybe scale, Maybe bias, Maybe norm_wei
     case Type::bfloat16: return linear_bfloat16(*p, use);
     default: return linear_float32(*p, use);
   }
+}
+
+bool run_gemm(Tensor x, Tensor weight, Maybe scale, Maybe bias, Maybe residual, int64_t activation,
+              bool gated, Tensor work, Tensor counters, Tensor out) {
+  const auto p = linear_params(x, weight, scale, bias, {}, {}, 0, residual, activation, gated, work,
+                               counters, out);
+  if (!p || p->rows > GEMM_MOST_ROWS) return false;
+  const Type type = computed_in(x, weight, {});
+  if (type == Type::float32 || !is_of(x, type)) return false;
+  const DeviceGuard guard(x.get_device_index());
+  if (!device_of(x).hopper) return false;
+  const Resources use{device_of(x), stream_of(x), 1, work.numel()};
+  return type == Type::float16 ? gemm_float16(*p, use) : gemm_bfloat16(*p, use);
 }
 
 bool run_attention(Tensor q, Tensor k, Tensor v, Tensor table, Tensor lengths, bool write,
@@ -123,6 +137,9 @@ STABLE_TORCH_LIBRARY(lmi_multi, m) {
       "Tensor? norm_bias, float eps, Tensor? residual, int activation, bool gated, int splits, "
       "Tensor(a!) work, Tensor(b!) counters, Tensor(c!) out) -> bool");
   m.def(
+      "gemm(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor? residual, int activation, "
+      "bool gated, Tensor(a!) work, Tensor(b!) counters, Tensor(c!) out) -> bool");
+  m.def(
       "attention(Tensor q, Tensor(a!) k, Tensor(b!) v, Tensor table, Tensor lengths, bool write, "
       "int heads, Tensor? q_norm, Tensor? k_norm, float eps, Tensor? cos, Tensor? sin, "
       "Tensor? bias, Tensor? slopes, int window, float scale, int splits, Tensor(c!) work, "
@@ -135,5 +152,6 @@ STABLE_TORCH_LIBRARY_IMPL(lmi_multi, CUDA, m) {
   m.impl("widen", TORCH_BOX(&lmi::run_widen));
   m.impl("norm", TORCH_BOX(&lmi::run_norm));
   m.impl("linear", TORCH_BOX(&lmi::run_linear));
+  m.impl("gemm", TORCH_BOX(&lmi::run_gemm));
   m.impl("attention", TORCH_BOX(&lmi::run_attention));
 }

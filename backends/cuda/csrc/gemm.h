@@ -1,0 +1,39 @@
+// Products of 9 to 64 rows on Hopper's tensor cores (sm_90a): arguments and entry points.
+#pragma once
+
+#include <cuda.h>
+
+#include "linear.h"
+
+namespace lmi {
+
+constexpr int GEMM_MOST_ROWS = 64;
+
+// A tile is two halves of 64 weight rows: neighbours, or gates and what they gate. A box of the copy
+// engine is so many rows of 128 bytes, swizzled.
+constexpr int HALF = 64, BOX_BYTES = 128;
+
+struct GemmParams {
+  CUtensorMap weights, x;  // boxes of HALF rows, and of all rows
+  Operand bias, residual;
+  const float* scale;  // of each output channel, for quantized weights
+  void* out;
+  float* work;    // two tiles of partial sums for every block
+  int* counters;  // [tiles], zero
+  Type out_type;
+  Activation activation;
+  int rows, outputs;      // outputs of `out`: gated, half of the weights' rows
+  unsigned tiles, steps;  // steps of a box of weights through the features, for each tile
+  int upper;              // weight rows from a tile's first half to its second
+  bool gated;
+};
+
+// False, and nothing done, if `work` is too small.
+bool gemm_float16(const LinearParams& p, const Resources& use);
+bool gemm_bfloat16(const LinearParams& p, const Resources& use);
+
+// How the copy engine finds boxes of `box_rows` rows of a matrix [rows, features]; beyond its ends it
+// reads zeros.
+CUtensorMap tensor_map(const void* data, Type type, int rows, int features, int box_rows);
+
+}  // namespace lmi

@@ -1,0 +1,9 @@
+#include "gemm.cuh"
+
+namespace lmi {
+
+bool gemm_float16(const LinearParams& p, const Resources& use) {
+  return gemm_of<__half>(p, use, Type::float16);
+}
+
+}  // namespace lmi
