@@ -35,13 +35,15 @@ PROMPTS = [[5, 6, 7], [8], list(range(9, 60))]
 OPTIONS: list[dict[str, Any]] = [{}, {"do_sample": True, "seed": 3}, {"num_beams": 2}]
 
 
-def need(gpus: int, kernels: bool = False) -> None:
-    """Skip where there are fewer, or no compiled kernels."""
+def need(gpus: int, kernels: bool = False, near: bool = False) -> None:
+    """Skip where there are fewer, or no compiled kernels, or none that access each other."""
     state = backends.probe("cuda")
     if not state.ok or (kernels and state.reason != "compiled kernels"):
         pytest.skip(f"cuda: {state.reason}")
     if gpus > len(state.devices):
         pytest.skip(f"cuda: {gpus} GPUs wanted, {len(state.devices)} here")
+    if near and not all(torch.cuda.can_device_access_peer(0, peer) for peer in range(1, gpus)):
+        pytest.skip("cuda: these GPUs do not access each other's memory")
 
 
 @pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (1, 2), (2, 2)])
@@ -129,7 +131,7 @@ def test_captured_steps_over_nccl(checkpoints: Path, family: str, count: int, ne
     """Greedy and sampled, rows that come and go; sums by NCCL or, `near`, over peer memory. One GPU
     suffices to see whether NCCL's calls can be captured at all: a world of one, with nothing left
     out that several would say."""
-    need(count, kernels=True)
+    need(count, kernels=True, near=near)
     ranks = LocalRanks(count, partial(Shelf, near), "nccl")
     try:
         artifact = tiny_models.artifact(checkpoints, family)
@@ -152,7 +154,7 @@ def test_captured_prefills_over_nccl(
     checkpoints: Path, tmp_path: Path, family: str, count: int, near: bool
 ) -> None:
     """In bf16: the prefill kernel covers no fp32."""
-    need(count, kernels=True)
+    need(count, kernels=True, near=near)
     source = tiny_models.checkpoint(checkpoints, family)
     artifact = convert(source, tmp_path / "bf16", dtype="bf16")
     ranks = LocalRanks(count, partial(Shelf, near), "nccl")
