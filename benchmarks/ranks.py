@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -144,6 +145,7 @@ class Member:
 
         if missing := kernels.missing():
             raise SystemExit(f"cuda: compiled kernels are {missing}")
+        logging.basicConfig(level=logging.INFO)  # whether sums go over peer memory, or why not
         self.device = torch.device("cuda", rank)
         torch.cuda.set_device(self.device)
         self.peers = TorchCollectives()

@@ -3,6 +3,7 @@ two."""
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from collections.abc import Iterator
@@ -43,6 +44,7 @@ class Shelf:
     def __init__(self, gpus: int, rank: int, size: int) -> None:
         from lmi_multi.backends.cuda.kernels import missing
 
+        logging.basicConfig(level=logging.INFO)  # whether sums go over peer memory, or why not
         assert not missing()
         self.rank, self.size = rank, size
         self.device = torch.device("cuda", rank % gpus)

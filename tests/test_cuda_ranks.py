@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import signal
@@ -71,6 +72,7 @@ class Shelf:
     """A rank's executor on a GPU of its own; its collectives are NCCL's even if it is alone."""
 
     def __init__(self, near: bool, rank: int, size: int) -> None:
+        logging.basicConfig(level=logging.INFO)  # whether sums go over peer memory, or why not
         self.rank, self.size = rank, size
         self.device = torch.device("cuda", rank)
         torch.cuda.set_device(self.device)
