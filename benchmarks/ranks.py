@@ -38,6 +38,7 @@ from lmi_multi.timing import Timing, time_generation
 
 SIZES = tuple(2**n for n in range(11, 19))  # bytes
 SUMS, REPLAYS = 100, 15
+LOADING = 4000  # tokens that might take as long as a model may to be made and captured
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -70,7 +71,7 @@ def main(
         for name in shape:
             work = Work(name, dtype, quantize, max(batch), prompt_tokens, new_tokens)
             alone = work.timings(*work.open(torch.device("cuda", 0), SingleRank()), batch, rounds)
-            spec, limits = ranks.call("open", work)
+            spec, limits = ranks.call("open", work, tokens=LOADING)
             shared = work.timings(spec, Shared(ranks, limits, f"{degree} GPUs"), batch, rounds)
             for one, several in zip(alone, shared, strict=True):
                 steps.append({"shape": name, "alone": asdict(one), "shared": asdict(several)})
