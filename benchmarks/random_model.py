@@ -16,9 +16,14 @@ from lmi_multi.models.weights import LARGEST
 
 
 def random_model(
-    shape: Shape, dtype: DtypeName, quantize: QuantizeName | None, device: torch.device
+    shape: Shape,
+    dtype: DtypeName,
+    quantize: QuantizeName | None,
+    device: torch.device,
+    ranks: int = 1,
 ) -> tuple[ModelSpec, dict[str, Tensor]]:
-    """The spec of a shape, and the tensors that an artifact of it would hold."""
+    """The spec of a shape, and the tensors that an artifact of it would hold for each of `ranks`:
+    all have the same ones, as time does not depend on what is in them."""
     model = shape.build(DTYPES["bf16"], "meta")
     fields = model.config.to_dict() | {"architectures": [type(model).__name__]}
     family = family_of(fields["architectures"][0])
@@ -32,7 +37,7 @@ def random_model(
     ]
     torch.manual_seed(0)
     return spec, {
-        stored.name: _random(stored.shape, stored.dtype, device)
+        stored.name: _random(stored.local_shape(ranks), stored.dtype, device)
         for stored in stored_tensors(spec, names, dtype, quantize)
     }
 

@@ -1,7 +1,9 @@
-"""The sum over peer memory: two processes on one GPU, which take turns on it, and on two."""
+"""The sum over peer memory: two and four processes on one GPU, which take turns on it, and two on
+two."""
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from collections.abc import Iterator
@@ -42,6 +44,7 @@ class Shelf:
     def __init__(self, gpus: int, rank: int, size: int) -> None:
         from lmi_multi.backends.cuda.kernels import missing
 
+        logging.basicConfig(level=logging.INFO)  # whether sums go over peer memory, or why not
         assert not missing()
         self.rank, self.size = rank, size
         self.device = torch.device("cuda", rank % gpus)
@@ -170,37 +173,38 @@ class Shelf:
         return said, time.monotonic() - began
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=lambda gpus: f"{gpus}-gpu")
-def two(request: pytest.FixtureRequest) -> Iterator[LocalRanks]:
-    need(request.param, kernels=True)
-    opened = LocalRanks(2, partial(Shelf, request.param))
+@pytest.fixture(scope="module", params=[(2, 1), (4, 1), (2, 2)], ids="{0[0]}-on-{0[1]}".format)
+def group(request: pytest.FixtureRequest) -> Iterator[LocalRanks]:
+    count, gpus = request.param
+    need(gpus, kernels=True, near=True)
+    opened = LocalRanks(count, partial(Shelf, gpus))
     assert opened.call("connect"), "see the log of the ranks: why not"
     yield opened
     opened.close()
 
 
-def test_sums(two: LocalRanks) -> None:
-    assert two.call("sums")
+def test_sums(group: LocalRanks) -> None:
+    assert group.call("sums")
 
 
-def test_residuals(two: LocalRanks) -> None:
-    assert two.call("residuals")
+def test_residuals(group: LocalRanks) -> None:
+    assert group.call("residuals")
 
 
-def test_what_is_not_covered(two: LocalRanks) -> None:
-    assert two.call("refused") == [False] * 10
+def test_what_is_not_covered(group: LocalRanks) -> None:
+    assert group.call("refused") == [False] * 10
 
 
-def test_many_sums(two: LocalRanks) -> None:
-    assert two.call("many", 500)
+def test_many_sums(group: LocalRanks) -> None:
+    assert group.call("many", 300)
 
 
-def test_in_a_graph(two: LocalRanks) -> None:
-    assert two.call("graph", 50)
+def test_in_a_graph(group: LocalRanks) -> None:
+    assert group.call("graph", 50)
 
 
-def test_a_peer_that_does_not_come(two: LocalRanks) -> None:
+def test_a_peer_that_does_not_come(group: LocalRanks) -> None:
     """The last one: what failed once stays so."""
-    said, seconds = two.call("late")
+    said, seconds = group.call("late")
     assert said == "rank 0 waited for another GPU's part of a sum for 1 s"
     assert 1 <= seconds < 3

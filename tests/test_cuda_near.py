@@ -169,6 +169,16 @@ def wrong_sum(shelf: Shelf) -> None:
     shelf.kernels.all_reduce = wrong
 
 
+def no_launch(shelf: Shelf) -> None:
+    right = shelf.all_reduce
+
+    def refuse(x: Tensor, *others: Any) -> bool:
+        right(x.clone(), *others)  # the other rank gets its part all the same: over Gloo it waits
+        raise RuntimeError("launch: not here\nmore")
+
+    shelf.kernels.all_reduce = refuse
+
+
 def late_peer(shelf: Shelf) -> None:
     right = shelf.all_reduce
 
@@ -211,6 +221,7 @@ OTHER = "another rank has found a reason"
             OTHER,
             "these came out differently: " + ", ".join(["5124 elements of torch.float16"] * 3),
         ),
+        (no_launch, "WARNING", OTHER, "launch: not here"),
         (late_peer, "WARNING", OTHER, "rank 1 waited for another GPU's part of a sum for 10 s"),
     ],
 )

@@ -22,6 +22,7 @@ from lmi_multi.backends.cuda.program import NotCoveredError
 from torch import Tensor
 
 from lmi_multi import progress
+from lmi_multi.backends import torch_executor
 from lmi_multi.checkpoint.artifact import Artifact
 from lmi_multi.engine.batch import Draw, Row
 from lmi_multi.errors import RankError
@@ -314,3 +315,10 @@ def test_the_host_waits_for_other_ranks_while_it_waits_for_a_step() -> None:
     readings.append(progress.read())
     assert [reading.waiting for reading in readings] == [False, True, False]
     assert readings[1].counted > readings[0].counted
+
+
+def test_the_host_waits_for_other_ranks_while_it_fetches_what_a_call_returns() -> None:
+    readings: list[progress.Reading] = []
+    there: Any = SimpleNamespace(cpu=lambda: readings.append(progress.read()))
+    torch_executor._fetched(there)
+    assert readings[0].waiting and not progress.read().waiting

@@ -167,6 +167,69 @@ def test_a_connection_that_ends(short: None) -> None:
             first.recv()  # the call, and then the end: nobody waits for it any more
 
 
+class Busy:
+    """A process that takes no notice, and some time to be gone once it is killed, as one does that
+    has much of a GPU."""
+
+    exitcode = -signal.SIGKILL
+
+    def __init__(self, others: list[Busy], seconds: float) -> None:
+        self._others, self._seconds, self._gone = others, seconds, float("inf")
+        self.all_killed = False
+        others.append(self)
+
+    def is_alive(self) -> bool:
+        return time.monotonic() < self._gone
+
+    def kill(self) -> None:
+        self._gone = time.monotonic() + self._seconds
+
+    def join(self, seconds: float) -> None:
+        killed = [other._gone < float("inf") for other in self._others]
+        self.all_killed = all(killed)
+        assert self.all_killed or not any(killed), "waits for one before it has killed all"
+        time.sleep(max(0.0, min(seconds, self._gone - time.monotonic())))
+
+
+def test_ranks_that_take_long_to_be_gone() -> None:
+    """Whoever closes them, or is told of a fault, finds none left."""
+    processes: list[Busy] = []
+    ranks = Ranks([Rank(i, Pipe()[0], Busy(processes, 1.6)) for i in range(2)], 0)
+    began = time.monotonic()
+    ranks.close()
+    assert not any(process.is_alive() for process in processes)
+    assert all(process.all_killed for process in processes)
+    assert 2.6 <= time.monotonic() - began < 4  # a second to end by themselves; then both at once
+
+
+def test_a_thread_that_ends_in_order_has_time_to() -> None:
+    """It drops graphs and communicators; the process must not end in the middle of that."""
+    ended: list[bool] = []
+
+    def close() -> None:
+        time.sleep(1.5)
+        ended.append(True)
+
+    thread = threading.Thread(target=close, daemon=True)
+    thread.start()
+    Ranks([Rank(0, Pipe()[0], thread=thread)], 0).close()
+    assert ended
+
+
+def test_a_thread_beside_a_failed_rank_is_not_waited_for() -> None:
+    forever = threading.Event()
+    thread = threading.Thread(target=forever.wait, args=(20,), daemon=True)
+    thread.start()
+    (first, _own), (second, other) = Pipe(), Pipe()
+    ranks = Ranks([Rank(0, first, thread=thread), Rank(1, second)], 0)
+    other.close()
+    began = time.monotonic()
+    with pytest.raises(RankError, match="rank 1 died"):
+        ranks.call("anything")
+    assert time.monotonic() - began < 2
+    forever.set()
+
+
 def test_an_end_of_file_in_a_rank_is_not_a_lost_caller() -> None:
     """What a rank raises is told, whatever it is."""
     ours, theirs = Pipe()

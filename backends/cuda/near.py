@@ -151,19 +151,31 @@ def _checked(memory: PeerMemory, peers: TorchCollectives, device: torch.device) 
     They are of small integers, which every type holds exactly: in any order the same bits.
     """
     chance, wrong = torch.Generator().manual_seed(peers.rank), []
+    refused = ""
+
+    def done(x: Tensor, residual: Tensor | None = None, bias: Tensor | None = None) -> bool:
+        nonlocal refused
+        try:
+            return memory.sum(x, residual, bias)
+        except RuntimeError as error:
+            refused = _line(error)
+            return False
+
     for elements in CHECKED:
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             own = torch.randint(-8, 9, (elements,), generator=chance).to(device, dtype)
             total, found = peers.all_reduce(own.clone()), own.clone()
-            if not memory.sum(found) or not torch.equal(found, total):
+            if not done(found) or not torch.equal(found, total):
                 wrong.append(f"{elements} elements of {dtype}")
             bias = total[: elements // 2]
             for wide in (dtype, torch.float32):
                 residual = total.to(wide, copy=True).view(2, -1)
                 expected = residual + (total.view(2, -1) + bias)
-                done = memory.sum(own.clone().view(2, -1), residual, bias)
-                if not done or not torch.equal(residual, expected):
+                covered = done(own.clone().view(2, -1), residual, bias)
+                if not covered or not torch.equal(residual, expected):
                     wrong.append(f"{elements} elements of {dtype} on {wide}")
+    if refused:
+        return refused
     try:
         memory.check()
     except RankError as error:

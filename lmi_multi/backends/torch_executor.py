@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from lmi_multi import progress
 from lmi_multi.backends import microbatches
 from lmi_multi.backends.base import Limits
 from lmi_multi.backends.drawing import draw
@@ -81,7 +82,7 @@ class TorchExecutor:
             raise ValueError("the batch has no rows")
         self._prepare(batch)
         hidden = self._decode(batch.rows)
-        return self._network.logits(hidden).cpu() if self._draws else hidden
+        return _fetched(self._network.logits(hidden)) if self._draws else hidden
 
     @torch.inference_mode()
     def encode(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor | None]:
@@ -92,7 +93,8 @@ class TorchExecutor:
         counts = torch.tensor([len(prompt.token_ids) for prompt in prompts])
         first = counts.cumsum(0) - counts
         pooled = self._network.pool(hidden[first.to(self._device)])
-        return hidden.float().cpu(), None if pooled is None else pooled.float().cpu()
+        whole = _fetched(hidden.float())
+        return whole, None if pooled is None else _fetched(pooled.float())
 
     @torch.inference_mode()
     def score(self, passages: Sequence[Passage]) -> Tensor:
@@ -111,7 +113,7 @@ class TorchExecutor:
         ends = torch.tensor([len(own) for own in known]).cumsum(0) - 1
         keep = torch.ones(len(hidden), dtype=torch.bool)
         keep[ends] = False
-        return torch.cat(parts).cpu()[keep]
+        return _fetched(torch.cat(parts))[keep]
 
     def close(self) -> None:
         """Drop weights and cache."""
@@ -217,3 +219,8 @@ class TorchExecutor:
             if row.sample is not None:
                 last.append(end - 1)
         return torch.tensor(last, device=self._device)
+
+
+@progress.waiting()  # a device's results: they come when other ranks' have come to it
+def _fetched(x: Tensor) -> Tensor:
+    return x.cpu()

@@ -20,6 +20,8 @@ from lmi_multi.parallel.serving import CLOSE
 from lmi_multi.parallel.watch import BEAT, Patience, Watch, configured, fault
 
 GRACE = 1.0  # seconds to hear from the other ranks once one has failed, or has been told to end
+# Seconds that an ended one may take to be gone: the driver first takes back what it had of a GPU.
+LAST = 10.0
 
 
 @dataclass
@@ -51,18 +53,11 @@ class Rank:
         self.process.join(GRACE)
         return None if self.process.is_alive() else _reason(self.process.exitcode)
 
-    def end(self, deadline: float) -> None:
-        """See that it has ended: by itself until `deadline`, then by force. A thread has none, and
-        may wait in a collective until the end of this process."""
-        left = max(0.0, deadline - time.monotonic())
-        if self.thread is not None:
-            self.thread.join(left)
-        if self.process is None:
-            return
-        self.process.join(left)
-        if self.process.is_alive():
-            self.process.kill()
-            self.process.join(GRACE)
+    def wait(self, deadline: float) -> None:
+        """Until it has ended by itself, or until `deadline`."""
+        for running in (self.process, self.thread):
+            if running is not None:
+                running.join(max(0.0, deadline - time.monotonic()))
 
 
 class Ranks:
@@ -193,7 +188,11 @@ class Ranks:
 
 
 def _end(ranks: list[Rank], in_order: bool) -> None:
-    """End every rank: `in_order` unless it may be busy, or be waiting for one that has failed."""
+    """End every rank: `in_order` unless it may be busy, or be waiting for one that has failed.
+
+    A process that has not ended by itself soon is ended by force. A thread cannot be: in order it
+    ends, but beside one that has failed it may wait in a collective as long as this process lives.
+    """
     for rank in ranks:
         if in_order:
             with suppress(OSError):
@@ -201,7 +200,14 @@ def _end(ranks: list[Rank], in_order: bool) -> None:
         rank.pipe.close()
     deadline = time.monotonic() + GRACE
     for rank in ranks:
-        rank.end(deadline)
+        rank.wait(deadline)
+    for rank in ranks:
+        if rank.process is not None and rank.process.is_alive():
+            rank.process.kill()
+    deadline = time.monotonic() + LAST
+    for rank in ranks:
+        if rank.process is not None or in_order:
+            rank.wait(deadline)
 
 
 def bound(pipe: Connection, seconds: float) -> None:

@@ -85,9 +85,10 @@ __device__ inline void store_word(const AllReduceParams& p, int word, float2 val
 
 __device__ inline float2 plus(float2 a, float2 b) { return {a.x + b.x, a.y + b.y}; }
 
-// One word of every peer, in the order of ranks; this rank's is left out. False if one does not come.
+// One word of every peer, in the order of ranks; this rank's is left out. False if one does not come
+// within `patience` nanoseconds.
 __device__ inline bool receive(const AllReduceParams& p, unsigned mark, int at,
-                               unsigned (&bits)[MOST_PEERS]) {
+                               unsigned long long patience, unsigned (&bits)[MOST_PEERS]) {
   unsigned long long words[MOST_PEERS] = {};
   unsigned long long begun = 0;
   for (bool complete = false; !complete;) {
@@ -105,7 +106,7 @@ __device__ inline bool receive(const AllReduceParams& p, unsigned mark, int at,
     if (complete) break;
     if (begun == 0) {
       begun = now();
-    } else if (now() - begun > p.patience) {
+    } else if (now() - begun > patience) {
       return false;
     }
   }
@@ -122,7 +123,9 @@ __global__ void __launch_bounds__(SUM_THREADS, 1) all_reduce_kernel(const AllRed
   let_next_start();
   wait_for_last();
   const unsigned mark = after(p.own->marks[blockIdx.x]);
-  if (p.own->broken) return;  // do not wait for ever in all that follows
+  // After one that did not come, not to wait as long in all that follows. No branch: what is sent
+  // does not wait for it.
+  const unsigned long long patience = p.own->broken ? 0 : p.patience;
   const int at = blockIdx.x * SUM_THREADS + threadIdx.x;
   if (at < p.words) {
     unsigned bits[MOST_PEERS];
@@ -135,7 +138,7 @@ __global__ void __launch_bounds__(SUM_THREADS, 1) all_reduce_kernel(const AllRed
     const int first = at * OF_WORD<T>;
     const float2 residual = load_word<T>({p.residual, p.residual_type}, first);
     const float2 bias = load_word<T>(p.bias, first % p.features);
-    if (receive(p, mark, at, bits)) {
+    if (receive(p, mark, at, patience, bits)) {
       float2 sum = {0, 0};
 #pragma unroll
       for (int r = 0; r < MOST_PEERS; ++r) {
