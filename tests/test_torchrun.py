@@ -104,12 +104,12 @@ class Run:
                 )
                 self.agents.append(agent)
 
-    def wait(self, seconds: float = 200) -> list[int]:
+    def wait(self, seconds: float = 400) -> list[int]:
         """The exit codes of torchrun itself."""
         deadline = time.monotonic() + seconds
         return [agent.wait(max(0.1, deadline - time.monotonic())) for agent in self.agents]
 
-    def until(self, text: str, seconds: float = 150) -> None:
+    def until(self, text: str, seconds: float = 300) -> None:
         deadline = time.monotonic() + seconds
         while text not in self.log.read_text():
             assert time.monotonic() < deadline, self.log.read_text()
@@ -225,10 +225,32 @@ def test_strangers_are_turned_away() -> None:
     wrong.close()
     known = Client((address, port), authkey=bytes.fromhex(secret))
     known.send(other)
-    caller.join(20)
+    caller.join(60)
     [peers] = found
     assert list(peers.values()) == [other]
     for connection in (*peers, known):
+        connection.close()
+
+
+def test_a_stranger_does_not_keep_rank_0_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that says nothing is heard until after the time for the others to come has passed."""
+    monkeypatch.setattr(torchrun, "BUILD", 2.0)
+    monkeypatch.setattr(torchrun, "_HANDSHAKE", 3.0)
+    store = HashStore()
+    own = torchrun._Hello(0, "here", "weights", Limits(2, 100, 64, 32, 8))
+    silent: list[socket.socket] = []
+
+    def stay() -> None:
+        address, port, _ = json.loads(store.get("caller"))
+        with suppress(ConnectionError):  # it came too late
+            silent.append(socket.create_connection((address, port)))
+
+    stranger = threading.Thread(target=stay)
+    stranger.start()
+    with pytest.raises(RankError, match="rank 1 did not connect within 2 s"):
+        torchrun._gather(torchrun.Job(0, 2, 0, "127.0.0.1"), own, store)
+    stranger.join(60)
+    for connection in silent:
         connection.close()
 
 
@@ -242,7 +264,7 @@ def test_ranks_that_load_something_else(monkeypatch: pytest.MonkeyPatch) -> None
         OptionError, match="rank 0 on here loads weights b, but rank 0 loads weights a"
     ):
         torchrun._gather(torchrun.Job(0, 2, 0, "127.0.0.1"), own, store)
-    store_said.join(20)
+    store_said.join(60)
     with pytest.raises(RankError, match=r"cannot listen at MASTER_ADDR 192\.0\.2\.1"):
         torchrun._gather(torchrun.Job(0, 2, 0, "192.0.2.1"), own, store)
 
