@@ -121,7 +121,7 @@ resolve(sys.argv[1])
 
 def test_a_killed_download_goes_on(s3: Door, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     command = [sys.executable, "-c", KILLED, url, str(PART)]
-    killed = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    killed = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     (journal,) = cache_dir().glob("s3/*/partial/.model.safetensors.parts")
     kept = len(journal.read_text().splitlines()) - 1
@@ -374,6 +374,6 @@ print((resolve(sys.argv[1]).folder / "model.safetensors").stat().st_size)
 def test_two_processes_download_once(s3: Door, url: str) -> None:
     command = [sys.executable, "-c", AT_ONCE, url, str(PART)]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    assert [process.communicate(timeout=120)[0] for process in both] == [f"{SIZE}\n"] * 2
+    assert [process.communicate(timeout=240)[0] for process in both] == [f"{SIZE}\n"] * 2
     assert len(parts(s3)) == len(set(parts(s3))) == 11
     assert shutil.disk_usage(cache_dir()).total > 0 and transports.choice() in ("boto3", "crt")
