@@ -75,8 +75,8 @@ class Rank:
 
 @dataclass(frozen=True)
 class Failure:
-    """What a rank raised `at` a time, in seconds since the epoch; 0 if it died, which comes before
-    whatever others say of it."""
+    """What a rank raised `at` a time, in seconds since the epoch by its host's clock; 0 if it died,
+    which comes before whatever others say of it."""
 
     error: LmiError
     at: float = 0.0
