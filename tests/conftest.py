@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from lmi_multi import backends
 from tests import moto_server
@@ -21,6 +22,10 @@ from tests.serve.running import Running, serving
 # Tiny models gain nothing from threads, and threads that wait for each other on a busy machine
 # make tests slow.
 torch.set_num_threads(1)
+
+# An example that takes long is the machine's doing: tests of speed count work.
+settings.register_profile("lmi_multi", settings(), deadline=None)
+settings.load_profile("lmi_multi")
 
 # Shells start background jobs with SIGINT ignored, and children inherit that: the tests of Ctrl-C
 # need it as a terminal has it.

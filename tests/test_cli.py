@@ -47,7 +47,7 @@ COMMANDS = (
 def call(args: Sequence[str], stdin: str | bytes | None = None) -> subprocess.CompletedProcess[str]:
     """Run the command in a process of its own, piped."""
     data = stdin.encode() if isinstance(stdin, str) else stdin
-    done = subprocess.run([*COMMAND, *args], input=data or b"", capture_output=True, timeout=120)
+    done = subprocess.run([*COMMAND, *args], input=data or b"", capture_output=True, timeout=240)
     return subprocess.CompletedProcess(
         done.args, done.returncode, done.stdout.decode(), done.stderr.decode()
     )
@@ -92,13 +92,12 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_help_imports_neither_torch_nor_transformers() -> None:
     code = (
-        "import sys; from lmi_multi.cli.main import run; code = run(['generate', '--help']); "
-        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules); sys.exit(code)"
+        "import sys, time; from lmi_multi.cli.main import run; code = run(['generate', '--help']); "
+        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules); "
+        # Of this process's own time: other processes may be using the machine.
+        "assert time.process_time() < 5; sys.exit(code)"
     )
-    start = time.perf_counter()
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
-    # Under a second on an idle machine; other processes may be using this one.
-    assert time.perf_counter() - start < 10
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=120)
 
 
 # Happy paths
@@ -398,23 +397,42 @@ def test_interrupt_is_one_line_and_130() -> None:
     try:
         wait_for_module(process, "torch")
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=120)
     finally:
         process.kill()
     assert process.returncode == 130
     assert (out, err) == (b"", b"interrupted\n")
 
 
+INTERRUPTED = """
+from lmi_multi.cli import app, main
+
+def invoke(args):
+    exec("raise KeyboardInterrupt")
+
+app.invoke = invoke
+main.main()
+"""
+
+
+def test_an_interrupt_in_executed_text_is_130_too(tmp_path: Path) -> None:
+    """As in a dataclass that is being imported: Python would end by the signal itself."""
+    (tmp_path / "own.py").write_text(INTERRUPTED)
+    command = [sys.executable, "-m", "own"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"interrupted\n")
+
+
 def wait_for_module(process: subprocess.Popen[bytes], name: str) -> None:
     """Wait until a library of that name is mapped by the process, then a little longer."""
     maps = Path(f"/proc/{process.pid}/maps")
-    for _ in range(600):
+    for _ in range(1200):
         assert process.poll() is None
         if f"/{name}/" in maps.read_text():
             time.sleep(3)
             return
         time.sleep(0.1)
-    pytest.fail(f"{name} was not loaded within a minute")
+    pytest.fail(f"{name} was not loaded within two minutes")
 
 
 def test_interrupt_while_waiting_for_input() -> None:
@@ -427,7 +445,7 @@ def test_interrupt_while_waiting_for_input() -> None:
     try:
         wait_for_read(process)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=120)
     finally:
         process.kill()
     assert (process.returncode, out, err) == (130, b"", b"interrupted\n")
@@ -436,12 +454,12 @@ def test_interrupt_while_waiting_for_input() -> None:
 def wait_for_read(process: subprocess.Popen[bytes]) -> None:
     """Wait until the process sits in a read of its standard input, as the kernel tells it."""
     read = {"x86_64": "0", "aarch64": "63"}[platform.machine()]
-    for _ in range(600):
+    for _ in range(1200):
         assert process.poll() is None
         if Path(f"/proc/{process.pid}/syscall").read_text().startswith(f"{read} 0x0 "):
             return
         time.sleep(0.1)
-    pytest.fail("it did not read its input within a minute")
+    pytest.fail("it did not read its input within two minutes")
 
 
 @pytest.mark.parametrize("args", [["doctor", "--json"], ["inspect", "demo"], ["--help"]])

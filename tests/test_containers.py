@@ -218,7 +218,7 @@ def test_the_entry_point(started: tuple[Running, dict[str, str]]) -> None:
     parent = psutil.Process(server.process.pid)
     own = next((c for c in parent.children() if parent.name() == "unshare"), parent)
     own.send_signal(signal.SIGTERM)
-    assert server.process.wait(40) == 0
+    assert server.process.wait(120) == 0
     assert not own.is_running()
 
 
@@ -230,7 +230,7 @@ def test_a_container_that_is_stopped_while_it_starts(tmp_path: Path) -> None:
             own = wait_for(lambda: next(iter(psutil.Process(process.pid).children()), None))
             wait_for(lambda: catches(own.pid, signal.SIGTERM))
             own.send_signal(signal.SIGTERM)
-            assert process.wait(30) == 143
+            assert process.wait(120) == 143
         finally:
             process.kill()
 
@@ -243,7 +243,7 @@ def catches(pid: int, number: signal.Signals) -> bool:
 
 
 def wait_for(condition: Callable[[], Any]) -> Any:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not (found := condition()):
         assert time.monotonic() < deadline
         time.sleep(0.005)

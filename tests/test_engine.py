@@ -361,7 +361,7 @@ def test_threads_share_the_steps(family: str, threads: int, checkpoints: Path) -
         for worker in workers:
             worker.start()
         for worker in workers:
-            worker.join(60)
+            worker.join(120)
         assert is_clean(opened)
         expected = {t: generate(plain, share) for t, share in enumerate(shares)}
     assert results == expected
@@ -376,7 +376,7 @@ class Gate:
 
     def __call__(self, number: int) -> None:
         self.entered.release()
-        assert self.steps.acquire(timeout=30)
+        assert self.steps.acquire(timeout=60)
 
 
 @pytest.fixture
@@ -406,17 +406,17 @@ def start(work: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
 def test_a_finished_caller_leaves_while_another_drives(gated: tuple[Model, Gate]) -> None:
     opened, gate = gated
     long = start(lambda: opened.generate([[5]], max_new_tokens=8, ignore_eos=True))
-    assert gate.entered.acquire(timeout=10)  # the first caller drives, and is in its first step
+    assert gate.entered.acquire(timeout=60)  # the first caller drives, and is in its first step
     short = start(lambda: opened.generate([[6]], max_new_tokens=2, ignore_eos=True))
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not opened._engine.scheduler.waiting and time.monotonic() < deadline:
         time.sleep(0.001)
     gate.steps.release(3)  # the short one takes part in the second and third step
-    short[0].join(10)
+    short[0].join(60)
     assert [len(c.token_ids) for c in short[1][0]] == [2]
     assert not long[1]
     gate.steps.release(5)
-    long[0].join(10)
+    long[0].join(60)
     assert len(long[1][0][0].token_ids) == 8
     assert is_clean(opened)
 
@@ -427,14 +427,14 @@ def test_a_caller_gives_up_while_another_drives(gated: tuple[Model, Gate]) -> No
     steps = opened._engine.steps([leaving])
     gate.steps.release(1)
     next(steps)
-    assert gate.entered.acquire(timeout=10)
+    assert gate.entered.acquire(timeout=60)
     long = start(lambda: opened.generate([[5]], max_new_tokens=8, ignore_eos=True))
-    assert gate.entered.acquire(timeout=10)  # in a step that carries both
+    assert gate.entered.acquire(timeout=60)  # in a step that carries both
     held = free_blocks(opened)
     steps.close()  # does not wait for the step
     assert free_blocks(opened) > held
     gate.steps.release(8)
-    long[0].join(10)
+    long[0].join(60)
     assert len(long[1][0][0].token_ids) == 8
     assert leaving.finish_reason == "cancelled" and len(leaving.generated) == 1
     assert is_clean(opened)
@@ -443,14 +443,14 @@ def test_a_caller_gives_up_while_another_drives(gated: tuple[Model, Gate]) -> No
 def test_close_waits_for_the_step_and_ends_the_waiting(gated: tuple[Model, Gate]) -> None:
     opened, gate = gated
     first = start(lambda: opened.generate([[5]], max_new_tokens=8, ignore_eos=True))
-    assert gate.entered.acquire(timeout=10)
+    assert gate.entered.acquire(timeout=60)
     second = start(lambda: opened.encode([[5]]))
     closing = start(opened.close)
     time.sleep(0.05)
     assert closing[0].is_alive()
     gate.steps.release(8)
     for thread, _ in (first, second, closing):
-        thread.join(10)
+        thread.join(60)
         assert not thread.is_alive()
     assert closing[1] == [None]
     errors = [r for r in (first[1][0], second[1][0]) if isinstance(r, Exception)]

@@ -91,7 +91,7 @@ def test_the_notebook_is_the_script() -> None:
 
 def test_the_notebook(aws: Moto, runtime: Runtime) -> None:
     made = nbformat.read(EXAMPLE / "walkthrough.ipynb", as_version=4)
-    NotebookClient(made, timeout=120, kernel_name="python3").execute()
+    NotebookClient(made, timeout=240, startup_timeout=240, kernel_name="python3").execute()
     texts = [printed(cell) for cell in made.cells if cell.cell_type == "code"]
     local, asked, streamed = (texts[index] for index in (3, 7, 8))
     assert local == asked == streamed == "$22\n"
@@ -103,7 +103,7 @@ def test_the_notebook(aws: Moto, runtime: Runtime) -> None:
 def test_the_script_cleans_up_when_a_step_fails(aws: Moto, runtime: Runtime) -> None:
     runtime.endpoints.clear()
     command = [sys.executable, EXAMPLE / "walkthrough.py"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=240)
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert re.search(r"endpoint (spoken-\w{8}): ValidationError: Endpoint \1 of account", last)
@@ -121,7 +121,7 @@ def test_what_was_there_stays(aws: Moto, runtime: Runtime) -> None:
     sagemaker.create_endpoint_config(EndpointConfigName="spoken", ProductionVariants=[variant])
     sagemaker.create_endpoint(EndpointName="spoken", EndpointConfigName="spoken")
     command = [sys.executable, EXAMPLE / "walkthrough.py"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=240)
     assert done.returncode == 0, done.stderr
     [found] = aws.client("s3").list_objects_v2(Bucket=BUCKET)["Contents"]
     assert found["Key"] == "spoken/data.csv"

@@ -41,7 +41,7 @@ def build(checkout: Path, kind: str, folder: Path) -> Path:
     """Call the build backend as an installer does; needs neither network nor other tools."""
     code = f"import setuptools.build_meta as b; b.build_{kind}({str(folder)!r})"
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=checkout, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code], cwd=checkout, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr
     (made,) = folder.iterdir()

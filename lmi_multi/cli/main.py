@@ -19,7 +19,11 @@ def main() -> None:
     if os.getpid() == 1:
         # The kernel keeps SIGTERM from a container's first process until there is a handler.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    # Where Ctrl-C struck in text that was executed, as dataclasses do when they are imported,
+    # `python -m` ends by the signal, whatever the code. Executing more text makes it forget.
+    exec("")  # noqa: S102
+    sys.exit(code)
 
 
 def run(argv: Sequence[str]) -> int:

@@ -46,18 +46,35 @@ class Rank:
         """What becomes ready when the rank speaks or ends."""
         return [self.pipe] if self.process is None else [self.pipe, self.process.sentinel]
 
-    def fate(self) -> str | None:
-        """How it ended, now that its pipe has; None if it has not."""
-        if self.process is None:
-            return f"its connection{self.where} has ended"
-        self.process.join(GRACE)
-        return None if self.process.is_alive() else _reason(self.process.exitcode)
+    @property
+    def ended(self) -> bool:
+        """Whether the process is known to have ended."""
+        return self.process is not None and not self.process.is_alive()
+
+    def fate(self) -> str:
+        """How it ended, now that its pipe has: a large process may take long to be taken apart."""
+        if self.process is not None:
+            self.process.join(GRACE)
+        return (
+            _reason(self.process.exitcode)
+            if self.ended
+            else f"its connection{self.where} has ended"
+        )
 
     def wait(self, deadline: float) -> None:
         """Until it has ended by itself, or until `deadline`."""
         for running in (self.process, self.thread):
             if running is not None:
                 running.join(max(0.0, deadline - time.monotonic()))
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What a rank raised `at` a time, in seconds since the epoch by its host's clock; 0 if it died,
+    which comes before whatever others say of it."""
+
+    error: LmiError
+    at: float = 0.0
 
 
 class Ranks:
@@ -131,7 +148,7 @@ class Ranks:
                 answer = self._receive(rank, watch)
                 if answer is None:
                     continue
-                if isinstance(answer, LmiError):
+                if isinstance(answer, Failure):
                     self._fail(self._blame(answer, [r for r, _ in pending.values() if r != rank]))
                 elif number == self._answering:
                     result = answer[0]
@@ -143,8 +160,9 @@ class Ranks:
                 self._fail(RankError(text))
         return result
 
-    def _receive(self, rank: Rank, watch: Watch | None = None) -> tuple[Any] | LmiError | None:
+    def _receive(self, rank: Rank, watch: Watch | None = None) -> tuple[Any] | Failure | None:
         """A rank's answer as a one-tuple, its failure, or None if there is none yet."""
+        ended = rank.ended  # before its pipe is looked into: then what it said last is there
         try:
             while rank.pipe.poll():
                 with interrupts.delayed():
@@ -155,31 +173,33 @@ class Ranks:
                     if watch is not None:
                         watch.heard(value)
                 elif number == self._number or kind != "ok":
-                    return (value,) if kind == "ok" else _rebuild(rank.number, kind, value)
+                    return (value,) if kind == "ok" else _rebuild(rank.number, kind, *value)
                 # Else it answers a call that its caller gave up on (Ctrl-C).
-            if rank.process is None or rank.process.is_alive():
+            if not ended:
                 return None
         except BlockingIOError:
             self._mid_message = False
-            return RankError(f"rank {rank.number} hangs in the middle of a message")
+            hangs = RankError(f"rank {rank.number} hangs in the middle of a message")
+            return Failure(hangs, time.time())
         except (EOFError, OSError):
             self._mid_message = False
-        fate = rank.fate()
-        return None if fate is None else RankError(f"rank {rank.number} died: {fate}")
+        return Failure(RankError(f"rank {rank.number} died: {rank.fate()}"))
 
-    def _blame(self, failure: LmiError, others: list[Rank]) -> LmiError:
-        """The failure to report. A rank that lost its peer reports it first: look for the peer."""
+    def _blame(self, failure: Failure, others: list[Rank]) -> LmiError:
+        """The failure to report: the first one, though a rank that lost its peer may have been
+        heard before that peer."""
         deadline = time.monotonic() + GRACE
         silent = list(others)
-        while silent and time.monotonic() < deadline and not _is_death(failure):
+        while True:
             for other in list(silent):
                 answer = self._receive(other)
                 if answer is not None:  # it has spoken: that it ends now is no news
                     silent.remove(other)
-                if isinstance(answer, LmiError) and _is_death(answer):
-                    return answer
+                if isinstance(answer, Failure) and answer.at < failure.at:
+                    failure = answer
+            if not silent or not failure.at or time.monotonic() > deadline:
+                return failure.error
             time.sleep(0.02)
-        return failure
 
     def _fail(self, failure: LmiError) -> NoReturn:
         self._failure = failure
@@ -219,16 +239,12 @@ def bound(pipe: Connection, seconds: float) -> None:
             own.setsockopt(socket.SOL_SOCKET, option, limit)
 
 
-def _is_death(failure: LmiError) -> bool:
-    return " died: " in str(failure)
-
-
-def _rebuild(rank: int, kind: str, text: str) -> LmiError:
+def _rebuild(rank: int, kind: str, at: float, text: str) -> Failure:
     """A rank's error as it was raised there, or its traceback as a RankError."""
     known = getattr(errors, kind, None)
     if isinstance(known, type) and issubclass(known, LmiError):
-        return known(text)
-    return RankError(f"rank {rank} failed:\n{text}")
+        return Failure(known(text), at)
+    return Failure(RankError(f"rank {rank} failed:\n{text}"), at)
 
 
 def _reason(code: int | None) -> str:

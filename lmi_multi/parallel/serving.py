@@ -57,10 +57,11 @@ def serve(
         lost()
         return error
     except BaseException as error:
+        at = time.time()  # what others raise because this rank ends comes later
         known = isinstance(error, LmiError)
         text = str(error) if known else traceback.format_exc()
         with suppress(CallerGoneError):
-            pulse.send(number, type(error).__name__ if known else "traceback", text)
+            pulse.send(number, type(error).__name__ if known else "traceback", (at, text))
         return error
     finally:
         pulse.end()

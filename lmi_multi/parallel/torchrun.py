@@ -165,7 +165,8 @@ def _gather(job: Job, own: _Hello, store: Store) -> dict[Connection, _Hello]:
         store.set("caller", json.dumps([job.address, port, secret.hex()]))
         deadline = time.monotonic() + BUILD
         while len(peers) < job.size - 1:
-            server.settimeout(max(0.0, deadline - time.monotonic()))
+            # 0 would mean not to wait at all, which raises something else.
+            server.settimeout(max(0.01, deadline - time.monotonic()))
             try:
                 connection, hello = _admit(server.accept()[0], secret)
             except TimeoutError:

@@ -30,12 +30,14 @@ from lmi_multi.checkpoint.convert import convert
 torch.set_num_threads(1)
 source, target = Path(sys.argv[1]), Path(sys.argv[2])
 random.seed(int(sys.argv[3]))
-convert(source, f"{target}-warm")
-start = time.monotonic()
-convert(source, f"{target}-warm")
-took = time.monotonic() - start
-seen = set()
-for attempt in range(40):
+took = 10.0
+for _ in range(4):  # the first one warms up, and any of them may be held up
+    start = time.monotonic()
+    convert(source, f"{target}-warm")
+    took = min(took, time.monotonic() - start)
+seen, attempt = set(), 0
+while attempt < 40 or (len(seen) < 2 and attempt < 400):
+    attempt += 1
     child = os.fork()
     if child == 0:
         if attempt % 3 == 0:  # a free target, too
@@ -67,7 +69,7 @@ def test_killed_at_any_moment(checkpoint: Path, tmp_path: Path) -> None:
         [sys.executable, "-c", KILLS, str(checkpoint), str(target), "0"],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
     )
     assert result.returncode == 0, result.stderr
     seen = set(result.stdout.split())

@@ -123,7 +123,7 @@ def test_many_processes_at_once(checkpoint: Path, tmp_path: Path, cache: Path) -
         [sys.executable, "-c", AT_ONCE, str(checkpoint), str(log)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
     )
     assert result.returncode == 0, result.stderr
     assert log.read_bytes() == b"x"

@@ -227,7 +227,7 @@ Cache.at(sys.argv[1], "m").put(Key("decode_1x1_of_32", "ab", Toolchain("nxd", {}
 
 
 def test_a_kill_in_the_midst_of_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], timeout=120)
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], timeout=240)
     assert done.returncode == -signal.SIGKILL
     (left,) = (tmp_path / "m").iterdir()
     assert left.stat().st_size == 2**20 + left.read_bytes().index(b"\n") + 1

@@ -109,7 +109,7 @@ def test_headers_on_the_hub(hub: Hub, checkpoint: Path, tmp_path: Path) -> None:
             env=kept | settings,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=240,
         )
         assert done.returncode == 0, done.stderr
         return [json.loads(line) for line in done.stdout.splitlines()]

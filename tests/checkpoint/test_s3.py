@@ -303,7 +303,7 @@ def test_boto3_is_imported_only_when_needed() -> None:
         "import sys, lmi_multi.checkpoint.publish, lmi_multi.model; "
         "sys.exit(bool({'boto3', 'botocore', 'awscrt', 's3transfer'} & set(sys.modules)))"
     )
-    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], timeout=240).returncode == 0
 
 
 def test_folder_that_is_in_the_way(s3: Door, checkpoint: Path, cache: Path) -> None:

@@ -75,7 +75,7 @@ def test_a_failed_download_goes_on(s3: Door, url: str, transport: str) -> None:
     def fault(request: Request) -> Fault | None:
         if not is_weights(request) or request.range != last:
             return None
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while not finished() and time.monotonic() < deadline:  # some parts come before this fails
             time.sleep(0.02)
         return denied
@@ -110,7 +110,7 @@ plain = PartFile.note
 
 def note(self, start):
     last = plain(self, start)
-    if self.item.size > 100 and len(self._done) == 6:
+    if self.item.size > 100 and len(self._done) >= 6:
         os.kill(os.getpid(), signal.SIGKILL)
     return last
 
@@ -121,7 +121,7 @@ resolve(sys.argv[1])
 
 def test_a_killed_download_goes_on(s3: Door, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     command = [sys.executable, "-c", KILLED, url, str(PART)]
-    killed = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    killed = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     (journal,) = cache_dir().glob("s3/*/partial/.model.safetensors.parts")
     kept = len(journal.read_text().splitlines()) - 1
@@ -139,7 +139,7 @@ def test_ctrl_c_stops_every_thread(s3: Door, url: str) -> None:
 
     def fault(request: Request) -> Fault | None:
         if is_weights(request) and request.range != f"bytes=0-{PART - 1}":
-            pauses.wait(20)
+            pauses.wait(60)
         return None
 
     def progress(done: int, total: int, name: str) -> None:
@@ -219,11 +219,12 @@ def test_empty_objects(s3: Door, url: str, transport: str) -> None:
 
 def test_changed_while_it_was_read(s3: Door, url: str, transport: str) -> None:
     lock, new = threading.Lock(), os.urandom(SIZE + 1)
+    left = [new]
 
     def fault(request: Request) -> Fault | None:
-        with lock:
-            if is_weights(request) and len([r for r in s3.data if is_weights(r)]) == 4:
-                s3.client.put_object(Bucket=BUCKET, Key="m/model.safetensors", Body=new)
+        with lock:  # all parts may have been asked for before the first one comes to here
+            if left and is_weights(request) and len([r for r in s3.data if is_weights(r)]) >= 4:
+                s3.client.put_object(Bucket=BUCKET, Key="m/model.safetensors", Body=left.pop())
         return None
 
     s3.fault = fault
@@ -373,6 +374,6 @@ print((resolve(sys.argv[1]).folder / "model.safetensors").stat().st_size)
 def test_two_processes_download_once(s3: Door, url: str) -> None:
     command = [sys.executable, "-c", AT_ONCE, url, str(PART)]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    assert [process.communicate(timeout=120)[0] for process in both] == [f"{SIZE}\n"] * 2
+    assert [process.communicate(timeout=240)[0] for process in both] == [f"{SIZE}\n"] * 2
     assert len(parts(s3)) == len(set(parts(s3))) == 11
     assert shutil.disk_usage(cache_dir()).total > 0 and transports.choice() in ("boto3", "crt")

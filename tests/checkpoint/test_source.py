@@ -151,7 +151,7 @@ def ask(
         env=kept | settings | environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
     )
     assert result.returncode == 0, result.stderr
     answers: list[Any] = json.loads(result.stdout.splitlines()[-1])
