@@ -250,15 +250,27 @@ class StepGraphs:
 
 def capture(body: Callable[[], Tensor], stream: torch.cuda.Stream, pool: Any) -> Captured:
     """Run `body` once on `stream`, so that all it sets up is there, and record it; its memory is
-    of `pool`, a handle of torch's."""
+    of `pool`, a handle of torch's.
+
+    Raises torch.OutOfMemoryError also where it is the driver that has none left for a graph.
+    """
     with _CAPTURING, interrupts.delayed():
         run(body, stream)
         with progress.waiting():  # capturing begins with it anyway: other ranks' part of `body`
             stream.synchronize()
         graph = torch.cuda.CUDAGraph()
         # Other threads may load models and compute meanwhile.
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            out = body()
+        recording = torch.cuda.graph(
+            graph, pool=pool, stream=stream, capture_error_mode="thread_local"
+        )
+        try:
+            # torch leaves its stream the current one where a capture does not end well.
+            with torch.cuda.stream(torch.cuda.current_stream()), recording:
+                out = body()
+        except RuntimeError as error:
+            if "out of memory" not in f"{error} {error.__context__}":
+                raise
+            raise torch.OutOfMemoryError(str(error)) from error
         return Captured(graph, out)
 
 
