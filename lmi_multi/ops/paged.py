@@ -107,8 +107,10 @@ class PagedCache:
         """Copy the first block of each pair to the second, which is no pair's first."""
         each = self._first.numel() * self._blocks[:1].nbytes
         some = max(COPIED_BYTES // max(each, 1), 1)  # what is copied is there twice meanwhile
-        for part in self._uploaded(pairs).split(some):
-            sources, targets = (self._everywhere(own) for own in part.unbind(1))
+        both = self._uploaded(pairs)
+        for start in range(0, len(pairs), some):
+            part = both[start : start + some].unbind(1)
+            sources, targets = (self._everywhere(own) for own in part)
             self._blocks.index_copy_(0, targets, self._blocks.index_select(0, sources))
 
     def _everywhere(self, blocks: Tensor) -> Tensor:
