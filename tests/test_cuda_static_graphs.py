@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from lmi_multi.backends.cuda import graphs
+from lmi_multi.backends.cuda import ahead, executor, graphs
 from lmi_multi.backends.cuda.beams import BeamKind
 from torch import Tensor
 
@@ -164,3 +165,43 @@ def test_a_closed_model_gives_its_memory_back(
     opened._device = torch.device("cuda", 0)
     model.close()
     assert left == [0]
+
+
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "seed": 3}, {"num_beams": 3}], ids=str)
+def test_a_step_without_memory_costs_one_request(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, options: dict[str, Any]
+) -> None:
+    """Wherever memory ends, whatever was under way then, the others get what they would have."""
+    own, failed = prompts(3, 5), 0
+    with cpu_model(folder, "t5") as cpu, open_model(folder, "t5") as model:
+        expected = [c.token_ids for c in cpu.generate(own, max_new_tokens=9, **options)]
+        places = (
+            (executor.CudaExecutor, "_prepare"),
+            (executor.CudaExecutor, "_encode_to_cache"),
+            (executor.CudaExecutor, "_draw"),
+            (executor.CudaExecutor, "_feed"),
+            (ahead.Ahead, "begin"),
+            (ahead.Ahead, "_feed"),
+            (Graph, "replay"),
+        )
+        for (owner, name), number in itertools.product(places, range(1, 4)):
+            calls = itertools.count(1)
+            method = getattr(owner, name)
+
+            def short(
+                *given: Any, method: Any = method, calls: Any = calls, number: int = number
+            ) -> Any:
+                if next(calls) == number:
+                    raise torch.OutOfMemoryError("no room")
+                return method(*given)
+
+            with monkeypatch.context() as patched:
+                patched.setattr(owner, name, short)
+                found = model.generate(own, max_new_tokens=9, **options)
+            ended = [c.finish_reason == "out_of_memory" for c in found]
+            assert sum(ended) == (next(calls) > number), (name, number)
+            failed += sum(ended)
+            for answer, tokens, over in zip(found, expected, ended, strict=True):
+                assert over or answer.token_ids == tokens, (name, number)
+            assert tiny_models.is_clean(model)
+        assert failed > 8
