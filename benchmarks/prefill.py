@@ -18,7 +18,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ from benchmarks.shapes import DTYPES, SHAPES
 from lmi_multi import backends
 from lmi_multi.backends.base import Limits
 from lmi_multi.backends.torch_executor import TorchExecutor
+from lmi_multi.checkpoint.layout import DtypeName
 from lmi_multi.engine.batch import Prompt, Row
 from lmi_multi.models.spec import ModelSpec, Position, RelativeBias, Rope
 from lmi_multi.models.weights import Layer, Linear, Norm
@@ -65,13 +66,15 @@ def blocks_of(i: int, tokens: int) -> range:
     return range(i * each, (i + 1) * each)
 
 
-def models(name: str, dtype: str, counts: Sequence[int], tokens: int, rounds: int) -> None:
+def models(
+    name: str, dtype: str, counts: Sequence[int], tokens: int, rounds: int, device: torch.device
+) -> None:
     """One shape at every number of rows."""
     from lmi_multi.backends.cuda.executor import CudaExecutor
     from lmi_multi.backends.cuda.ops import Scratch
 
-    device, most = torch.device("cuda", 0), max(counts)
-    spec, tensors = random_model(name, dtype, None, device)  # type: ignore[arg-type]
+    most = max(counts)
+    spec, tensors = random_model(SHAPES[name], cast(DtypeName, dtype), None, device)
     blocks = most * (-(-tokens // BLOCK) + 1)
     limits = Limits(most, tokens + 1, most * tokens, blocks, BLOCK)
     executor = CudaExecutor(spec, tensors, limits, Scratch(device), SingleRank())
@@ -108,7 +111,7 @@ def _runs(executor: Any, spec: ModelSpec, ids: Sequence[list[int]]) -> dict[str,
             "captured": lambda: executor._prefill_logits(rows),
             "kernels": lambda: logits(*executor._prefill.decode(rows)),
             "torch": lambda: logits(
-                TorchExecutor._decode(executor, rows), executor._last_tokens(rows)
+                TorchExecutor._decode_part(executor, rows), executor._last_tokens(rows)
             ),
         }
     prompts = [Prompt(own, cross_blocks=blocks_of(i, len(own))) for i, own in enumerate(ids)]
@@ -225,7 +228,8 @@ def main() -> None:
     print(f"{state.devices[0]}, torch {torch.__version__}")
     with torch.inference_mode():
         for name in options.shape:
-            models(name, options.dtype, options.rows, options.tokens, options.rounds)
+            device = torch.device("cuda", 0)
+            models(name, options.dtype, options.rows, options.tokens, options.rounds, device)
         if options.parts:
             attentions(options.rounds)
             products(options.rounds)

@@ -1,8 +1,9 @@
 """Decode steps of large models on a GPU, over random weights: `python -m benchmarks.steps`.
 
-Prompts of 128 tokens, 128 forced ones, greedy. A step is (time of the whole answer - time of its
-first token) / 127, medians of rounds, so it holds all that the host does. `roofline` is the bytes
-of decoder weights and cached keys and values that a step must read, over the card's copy rate.
+Prompts of 128 tokens, 128 forced ones, greedy; or `--beams` rows a prompt. A step is (time of the
+whole answer - time of its first token) / 127, medians of rounds, so it holds all that the host
+does. `roofline` is the bytes of decoder weights and cached keys and values that a step must read,
+over the card's copy rate.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 import typer
@@ -24,6 +25,7 @@ from benchmarks.shapes import DTYPES, SHAPES
 from lmi_multi import backends
 from lmi_multi.backends.base import Limits
 from lmi_multi.backends.limits import row_blocks
+from lmi_multi.checkpoint.layout import DtypeName, QuantizeName
 from lmi_multi.engine.engine import Engine
 from lmi_multi.models.spec import ModelSpec
 from lmi_multi.parallel.collectives import SingleRank
@@ -41,6 +43,9 @@ def main(
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 128,
     new_tokens: Annotated[int, typer.Option(min=2)] = 128,
     rounds: Annotated[int, typer.Option(min=1)] = 3,
+    beams: Annotated[
+        int, typer.Option(help="rows that are one prompt's; ours alone has more than 1", min=1)
+    ] = 1,
     peer: Annotated[bool, typer.Option(help="transformers with a static, compiled cache")] = False,
     eager: Annotated[bool, typer.Option(help="ours without captured steps as well")] = False,
     program_rows: Annotated[
@@ -49,9 +54,15 @@ def main(
     results: Annotated[Path | None, typer.Option(help="folder to add a JSON file to")] = None,
 ) -> None:
     """Print a line for every shape, number of rows and contender."""
+    if any(rows % beams for rows in batch):
+        shown = ", ".join(map(str, batch))
+        raise SystemExit(f"--batch is {shown}; with --beams {beams} it must be multiples of that")
+    if peer and beams > 1:
+        raise SystemExit(f"--beams is {beams}; with --peer it must be 1, which the peer has")
     state = backends.probe("cuda")
     if not state.ok or state.reason != "compiled kernels":
         raise SystemExit(f"cuda: {state.reason}")
+    device = torch.device("cuda", 0)
     bandwidth = copy_bandwidth("cuda")
     entries = []
     for name in shape:
@@ -63,9 +74,11 @@ def main(
             prompt_tokens,
             new_tokens,
             rounds,
+            beams,
             peer,
             eager,
             program_rows,
+            device,
         ):
             floor = _floor(spec, dtype, quantize, timing.rows, prompt_tokens, new_tokens, bandwidth)
             entry = {"shape": name, "dtype": quantize or dtype, "who": who, "roofline": floor}
@@ -76,20 +89,22 @@ def main(
                 f"{floor:.2f}  first {timing.first:7.2f} ms  whole {timing.whole:8.1f} ms"
             )
     if results:
-        path = results / f"steps-{'-'.join(shape)}-{quantize or dtype}.json"
+        searched = f"-beams{beams}" if beams > 1 else ""
+        path = results / f"steps-{'-'.join(shape)}-{quantize or dtype}{searched}.json"
         page = {"machine": machine("cuda"), "versions": versions(), "bandwidth": bandwidth}
         path.write_text(json.dumps(page | {"entries": entries}, indent=1, default=vars))
 
 
 def _timings(
     name: str, dtype: str, quantize: str, batches: list[int], prompt: int, tokens: int,
-    rounds: int, peer: bool, eager: bool, program_rows: int | None,
+    rounds: int, beams: int, peer: bool, eager: bool, program_rows: int | None,
+    device: torch.device,
 ) -> Iterator[tuple[str, ModelSpec, Timing]]:  # fmt: skip
     from lmi_multi.backends.cuda.executor import CudaExecutor
     from lmi_multi.backends.cuda.ops import Scratch
 
-    device = torch.device("cuda", 0)
-    spec, tensors = random_model(SHAPES[name], dtype, quantize or None, device)  # type: ignore[arg-type]
+    form = cast(DtypeName, dtype), cast("QuantizeName | None", quantize or None)
+    spec, tensors = random_model(SHAPES[name], *form, device)
     most = prompt + tokens + 16
     limits = Limits(
         max_batch=max(batches),
@@ -104,8 +119,9 @@ def _timings(
         )
         engine = Engine(executor)
         for rows in batches:
-            timing = time_generation(engine, spec, rows, prompt, tokens, rounds)
-            yield "lmi_multi" if captured else "lmi_multi, uncaptured", spec, timing
+            timing = time_generation(engine, spec, rows, prompt, tokens, rounds, beams)
+            who = "lmi_multi" if captured else "lmi_multi, uncaptured"
+            yield f"{who}, {beams} beams" if beams > 1 else who, spec, timing
         engine.close()
     del executor, engine, tensors
     gc.collect()

@@ -43,7 +43,7 @@ from lmi_multi.ops.sampling import SampleRow
 from lmi_multi.parallel.collectives import SingleRank
 from tests import prefill_kernel, tiny_models
 from tests.families import VOCAB
-from tests.test_cuda_graphs import LIMITS, assert_same_as_cpu, cpu_model, prompts
+from tests.test_cuda_graphs import LIMITS, SEARCHES, assert_same_as_cpu, cpu_model, prompts
 
 FAMILIES = ("t5", "gpt2", "llama-gqa", "bloom", "mistral-window")
 
@@ -237,15 +237,6 @@ def test_every_step_but_the_first_is_begun_ahead(folder: Path, found: list[int |
         found.clear()
         model.generate(prompts(5, 2), max_new_tokens=12, ignore_eos=True, repetition_penalty=1.5)
         assert found == []
-
-
-SEARCHES: list[dict[str, Any]] = [
-    {"num_beams": 3},
-    {"num_beams": 4, "num_return_sequences": 3, "length_penalty": 0.3},
-    {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 1.0},
-    {"num_beams": 2, "min_new_tokens": 5},
-    {"num_beams": 3, "early_stopping": True, "stop_token_ids": list(range(3, 30))},
-]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

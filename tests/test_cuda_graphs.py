@@ -12,7 +12,11 @@ import torch
 
 from lmi_multi import backends
 from lmi_multi.backends.base import Limits
+from lmi_multi.backends.drawing import draw
+from lmi_multi.engine.batch import Batch, Row
 from lmi_multi.model import Model
+from lmi_multi.ops.beams import Beams
+from lmi_multi.ops.sampling import SampleRow
 from tests import tiny_models
 from tests.families import GENERATORS, VOCAB
 
@@ -35,6 +39,14 @@ OPTIONS: list[dict[str, Any]] = [
     {"logprobs": 2},
     {"num_beams": 3, "num_return_sequences": 2},
     {"logit_bias": {9: 2.0}},
+]
+
+SEARCHES: list[dict[str, Any]] = [
+    {"num_beams": 3},
+    {"num_beams": 4, "num_return_sequences": 3, "length_penalty": 0.3},
+    {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 1.0},
+    {"num_beams": 2, "min_new_tokens": 5},
+    {"num_beams": 3, "early_stopping": True, "stop_token_ids": list(range(3, 30))},
 ]
 
 
@@ -119,6 +131,108 @@ def test_steps_are_begun_ahead(monkeypatch: pytest.MonkeyPatch, folder: Path, fa
         found.clear()
         model.generate(prompts(5, 2), max_new_tokens=12, ignore_eos=True, repetition_penalty=1.5)
         assert found == []
+
+
+@pytest.mark.parametrize("family", ["t5", "llama", "bloom"])
+def test_searches_go_on_inside_graphs(folder: Path, family: str) -> None:
+    """Several at once, which end at different times; twice, as the second time nothing is made."""
+    from lmi_multi.backends.cuda.beams import BeamKind
+
+    own = prompts(6, 11)
+    with cpu_model(folder, family) as cpu, cuda_model(folder, family) as model:
+        for options in SEARCHES:
+            lengths = [{"max_new_tokens": n, **options} for n in (5, 9, 7, 6, 8, 5)]
+            expected = cpu.generate(own, lengths)
+            for _ in range(2):
+                found = model.generate(own, lengths)
+                assert [c.token_ids for c in found] == [c.token_ids for c in expected]
+                scores = [c.score for c in expected]
+                assert [c.score for c in found] == pytest.approx(scores, abs=1e-4)
+        opened: Any = model._engine.executor
+        captured = {key: graph for key, graph in opened._fed._captured.items() if key[1]}
+        assert len(captured) > 4 and all(captured.values())
+        assert all(isinstance(kind, BeamKind) for _, kind in captured)
+        assert tiny_models.is_clean(model)
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "vocab", "keep"),
+    [(32, 4, 32128, 16), (64, 8, 50257, 16), (15, 5, 128256, 60), (4, 3, 999, 20), (2, 2, 8, 16)],
+)
+def test_a_graph_ranks_as_torch_does_uncaptured(
+    rows: int, width: int, vocab: int, keep: int
+) -> None:
+    """Of vocabularies that torch ranks in one way and in another, with ties as bf16 has them, with
+    tokens that cannot come, and with a beam without usable logits; replayed on others."""
+    from lmi_multi.backends.cuda.beams import BeamInputs, BeamKind
+    from lmi_multi.backends.cuda.graphs import capture
+
+    device, kind = torch.device("cuda", 0), BeamKind(width, keep)
+    logits = torch.zeros(rows, vocab, device=device)
+    beams = BeamInputs(rows, device)
+    with torch.inference_mode():
+        graph = capture(
+            lambda: beams.best(logits, kind), torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+        )
+        for seed in range(3):
+            torch.manual_seed(seed)
+            logits.copy_(torch.randn(rows, vocab, device=device).bfloat16())
+            logits[0, 5:] = -torch.inf
+            searches = [tuple((-torch.rand(width)).tolist()) for _ in range(rows // width)]
+            batch = [
+                Row([5], 0, [1], 1, sample=SampleRow(), beams=Beams(own, keep) if not i else None)
+                for own in searches
+                for i in range(width)
+            ]
+            if seed == 2:
+                logits[len(batch) - 1, 3] = torch.nan
+            beams.fill(batch)
+            found = kind.results(graph.replay().cpu(), vocab)
+            expected = draw(logits[: len(batch)].clone(), batch)
+            for own, other in zip(found, expected, strict=True):
+                assert own == other if other.finite else not own.finite
+
+
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "seed": 3}, {"num_beams": 3}], ids=str)
+def test_nobody_waits_in_a_step_but_for_its_results(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, options: dict[str, Any]
+) -> None:
+    """Steps of single tokens, blocks that beams copy included; what is made on first use may."""
+    from lmi_multi.backends.cuda.executor import CudaExecutor
+
+    step, steps = CudaExecutor.step, []
+
+    def watched(self: CudaExecutor, batch: Batch) -> Any:
+        single = all(len(row.token_ids) == 1 for row in batch.rows)
+        if not single:
+            return step(self, batch)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return step(self, batch)
+        finally:
+            steps.append(sum(len(row.copies) for row in batch.rows))
+            torch.cuda.set_sync_debug_mode("default")
+
+    own = [[5, 6, 7], [8, 9, 10, 11]]
+    with cuda_model(folder, "llama") as model:
+        model.generate(own, max_new_tokens=12, ignore_eos=True, **options)
+        monkeypatch.setattr(CudaExecutor, "step", watched)
+        model.generate(own, max_new_tokens=12, ignore_eos=True, **options)
+    assert len(steps) == 11
+    assert bool(sum(steps)) == ("num_beams" in options)
+
+
+def test_a_closed_model_gives_its_memory_back(folder: Path) -> None:
+    """All but a workspace of cuBLAS, 32 MiB for each stream; the cache alone is much larger."""
+    left = []
+    for _ in range(2):
+        with cuda_model(folder, "llama", blocks=50_000) as model:
+            model.generate(prompts(3, 2), max_new_tokens=5)
+            cache = model._engine.executor._cache._blocks.nbytes  # type: ignore[attr-defined]
+        left.append(torch.cuda.memory_reserved())
+        assert left[-1] - torch.cuda.memory_allocated() < 32 << 20
+    assert cache > 200 << 20
+    assert left[1] - left[0] < 100 << 20
 
 
 def test_ends_and_cancellations_leave_others_alone(folder: Path) -> None:

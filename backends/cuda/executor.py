@@ -72,6 +72,7 @@ class CudaExecutor(TorchExecutor):
             if program_rows is None:
                 decoder = self._network.weights.decoder
                 program_rows = best_program_rows(decoder.layers if decoder else ())
+            stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
             self._fed, ahead = (
                 StepGraphs(
                     self._network,
@@ -81,11 +82,12 @@ class CudaExecutor(TorchExecutor):
                     angles,
                     program_rows,
                     collectives,
+                    stream,
                 )
                 for _ in range(2)
             )
             self._ahead = Ahead(ahead)
-            self._try_captured(angles)
+            self._try_captured(angles, stream)
 
     @torch.inference_mode()
     def step(self, batch: Batch) -> StepResult:
@@ -218,7 +220,7 @@ class CudaExecutor(TorchExecutor):
         return torch.cat(parts) if parts else None
 
     @torch.inference_mode()
-    def _try_captured(self, angles: Angles | None) -> None:
+    def _try_captured(self, angles: Angles | None, stream: torch.cuda.Stream) -> None:
         """Do without captured steps if the kernels do not cover the network."""
         try:
             if self._fed is not None:
@@ -229,7 +231,7 @@ class CudaExecutor(TorchExecutor):
             self._fed = self._ahead = None
         if self._fed is not None and self._peers.least(self._prefill.covers()):
             self._prefill_graphs = PrefillGraphs(
-                self._prefill, self.limits, angles, self._device, self._peers
+                self._prefill, self.limits, angles, self._device, self._peers, stream
             )
             self.clears_blocks = False  # no kernel reads what lies beyond a row's tokens
 

@@ -108,7 +108,7 @@ class StepGraphs:
     """The steps of one network over one cache, each captured when it is first wanted.
 
     All graphs share one pool of memory: what one computed must be read, or copied, on the stream
-    before the next is replayed.
+    before the next is replayed. They are captured on `stream`: cuBLAS has a workspace for each.
     """
 
     def __init__(
@@ -120,14 +120,14 @@ class StepGraphs:
         angles: Angles | None,
         most_program_rows: int,
         peers: Peers,
+        stream: torch.cuda.Stream,
     ) -> None:
-        self._peers = peers
+        self._peers, self._stream = peers, stream
         self.inputs, self.draws = inputs, DrawInputs(inputs.most, inputs.ids.device)
         self.beams = BeamInputs(inputs.most, inputs.ids.device)
         self._network, self._kernel, self._scratch = network, kernel, scratch
         self._sizes = sizes(inputs.most)
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(inputs.ids.device)  # type: ignore[no-untyped-call]
         self._captured: dict[tuple[int, Kind], Captured | None] = {}
         self._programs: dict[int, StepProgram | None] = {}
         self._angles, self._most_program_rows = angles, most_program_rows
@@ -250,15 +250,27 @@ class StepGraphs:
 
 def capture(body: Callable[[], Tensor], stream: torch.cuda.Stream, pool: Any) -> Captured:
     """Run `body` once on `stream`, so that all it sets up is there, and record it; its memory is
-    of `pool`, a handle of torch's."""
+    of `pool`, a handle of torch's.
+
+    Raises torch.OutOfMemoryError also where it is the driver that has none left for a graph.
+    """
     with _CAPTURING, interrupts.delayed():
         run(body, stream)
         with progress.waiting():  # capturing begins with it anyway: other ranks' part of `body`
             stream.synchronize()
         graph = torch.cuda.CUDAGraph()
         # Other threads may load models and compute meanwhile.
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            out = body()
+        recording = torch.cuda.graph(
+            graph, pool=pool, stream=stream, capture_error_mode="thread_local"
+        )
+        try:
+            # torch leaves its stream the current one where a capture does not end well.
+            with torch.cuda.stream(torch.cuda.current_stream()), recording:
+                out = body()
+        except RuntimeError as error:
+            if "out of memory" not in f"{error} {error.__context__}":
+                raise
+            raise torch.OutOfMemoryError(str(error)) from error
         return Captured(graph, out)
 
 

@@ -45,15 +45,15 @@ class PrefillGraphs:
         angles: Angles | None,
         device: torch.device,
         peers: Peers,
+        stream: torch.cuda.Stream,
     ) -> None:
-        self._peers = peers
+        self._peers, self._stream = peers, stream
         self._prefill, self._angles, self._device = prefill, angles, device
         self._block_size = limits.block_size
         self._rows = min(limits.max_batch, MOST_ROWS)
         self._context = min(limits.max_tokens, MOST_CONTEXT)
         self._encoded = prefill.network.weights.encoder is not None
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._captured: dict[tuple[Kind, int], tuple[PrefillInputs, Captured] | None] = {}
 
     def logits(self, rows: Sequence[Row]) -> Tensor | None:

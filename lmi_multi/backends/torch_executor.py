@@ -116,9 +116,12 @@ class TorchExecutor:
         return _fetched(torch.cat(parts))[keep]
 
     def close(self) -> None:
-        """Drop weights and cache."""
+        """Drop weights and cache, and give a GPU's memory back: the next model is planned with what
+        the driver says is free."""
         self.__dict__.pop("_network", None)
         self.__dict__.pop("_cache", None)
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _prepare(self, batch: Batch) -> None:
         """What comes before the rows: blocks zeroed and copied, prompts encoded."""

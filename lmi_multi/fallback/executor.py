@@ -79,8 +79,9 @@ class TransformersExecutor:
         return torch.cat(parts) if parts else torch.zeros(0)
 
     def close(self) -> None:
-        """Drop the network and what it keeps."""
+        """Drop the network and what it keeps, and give a GPU's memory back."""
         self._network = self._cache = self._memory = None
+        torch.cuda.empty_cache()
 
     def _decode(self, batch: Batch, **options: Any) -> Tensor | None:
         """Scores of the row's tokens, or of all that are before them too: float32 [some, vocab]."""

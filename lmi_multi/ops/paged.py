@@ -101,21 +101,26 @@ class PagedCache:
     def clear(self, blocks: Sequence[int]) -> None:
         """Zero `blocks` for a new owner. What lies beyond its tokens is masked, but a NaN that the
         last owner left there would come through as 0 * NaN."""
-        self._blocks.index_fill_(0, self._everywhere(blocks), 0)
+        self._blocks.index_fill_(0, self._everywhere(self._uploaded(blocks)), 0)
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy the first block of each pair to the second, which is no pair's first."""
         each = self._first.numel() * self._blocks[:1].nbytes
         some = max(COPIED_BYTES // max(each, 1), 1)  # what is copied is there twice meanwhile
+        both = self._uploaded(pairs)
         for start in range(0, len(pairs), some):
-            sources, targets = zip(*pairs[start : start + some], strict=True)
-            copied = self._blocks.index_select(0, self._everywhere(sources))
-            self._blocks.index_copy_(0, self._everywhere(targets), copied)
+            part = both[start : start + some].unbind(1)
+            sources, targets = (self._everywhere(own) for own in part)
+            self._blocks.index_copy_(0, targets, self._blocks.index_select(0, sources))
 
-    def _everywhere(self, blocks: Sequence[int]) -> Tensor:
+    def _everywhere(self, blocks: Tensor) -> Tensor:
         """Where these blocks are among those of all layers."""
-        own = torch.tensor(blocks, device=self._first.device)
-        return (self._first + own).flatten()
+        return (self._first + blocks).flatten()
+
+    def _uploaded(self, numbers: Sequence[int] | Sequence[tuple[int, int]]) -> Tensor:
+        """int64, where the cache is: in the order of a GPU's stream, without waiting for it."""
+        host = torch.tensor(numbers, pin_memory=self._first.is_cuda)
+        return host.to(self._first.device, non_blocking=True)
 
 
 class PagedAttention:

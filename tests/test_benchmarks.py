@@ -1,0 +1,77 @@
+"""The benchmarks of GPUs on tiny shapes, with everything that needs a GPU stood in for: that they
+run, and that each contender is what it is called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from lmi_multi.backends.cuda import executor
+
+from benchmarks import prefill, steps
+from tests import prefill_kernel
+from tests.test_cuda_ahead import Programs, stand_in
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def programs(monkeypatch: pytest.MonkeyPatch) -> Programs:
+    return stand_in(monkeypatch)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("shape", ["tiny-t5", "tiny-gpt2"])
+def test_steps(monkeypatch: pytest.MonkeyPatch, shape: str, beams: int) -> None:
+    """Every step after the first has as many rows as it says."""
+    step, rows = executor.CudaExecutor.step, []
+
+    def noted(self: executor.CudaExecutor, batch: Any) -> Any:
+        rows.append(len(batch.rows))
+        return step(self, batch)
+
+    monkeypatch.setattr(executor.CudaExecutor, "step", noted)
+    timings = steps._timings(
+        shape, "fp32", "", [2, 4], 9, 5, 1, beams, False, True, None, CPU
+    )  # fmt: skip
+    found = [(who, timing.rows) for who, _, timing in timings]
+    searched = f", {beams} beams" if beams > 1 else ""
+    names = (f"lmi_multi{searched}", f"lmi_multi, uncaptured{searched}")
+    assert found == [(name, count) for name in names for count in (2, 4)]
+    for count in (2, 4):
+        first = count // beams
+        runs = [first, *[count] * 4, first, first, *[count] * 4]
+        assert rows[: len(runs)] == runs
+        del rows[: len(runs)]
+
+
+@pytest.mark.parametrize("shape", ["tiny-t5", "tiny-gpt2"])
+def test_prefill(
+    monkeypatch: pytest.MonkeyPatch, shape: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All contenders compute the same, the one in plain torch without our kernels."""
+    calls: list[str] = []
+
+    def kernel(*given: Any) -> bool:
+        calls.append("kernel")
+        return prefill_kernel.prefill(*given)
+
+    monkeypatch.setattr(torch.ops.lmi_multi, "prefill", kernel)
+    found: dict[str, Any] = {}
+
+    def once(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+        for name, run in runs.items():
+            calls.clear()
+            found[name] = run()
+            assert ("kernel" in calls) == (name != "torch")
+        return dict.fromkeys(runs, 1.0)
+
+    monkeypatch.setattr(prefill, "time_runs", once)
+    with torch.inference_mode():
+        prefill.models(shape, "fp32", [1, 3], 20, 1, CPU)
+    assert capsys.readouterr().out.count(shape) == 2
+    if shape == "tiny-gpt2":
+        for name in ("captured", "kernels"):
+            torch.testing.assert_close(found[name], found["torch"])
