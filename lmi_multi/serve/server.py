@@ -77,13 +77,17 @@ class Server(uvicorn.Server):
             return
         self._application.drain()
         loop = asyncio.get_running_loop()
-        cut = self._application.cut
-        loop.call_later(self._drain - 4 * self._part, cut, "the server is shutting down")
-        loop.call_later(self._drain - 3 * self._part, self._reset)
+        loop.call_later(self._drain - 4 * self._part, self._cut)
         # A thread, as it is for a loop or an interpreter that no longer gets on.
         late = threading.Timer(self._drain - self._part, _leave)
         late.daemon = True
         late.start()
+
+    def _cut(self) -> None:
+        """Fail what is left. Clients have a part of the time to take that, also those of a loop
+        that is late."""
+        self._application.cut("the server is shutting down")
+        asyncio.get_running_loop().call_later(self._part, self._reset)
 
     def _reset(self) -> None:
         """Give up clients that do not read what they are told."""
