@@ -51,7 +51,7 @@ class Running:
         values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
         return float(values.get(name, 0.0))
 
-    def wait_ready(self, seconds: float = 120) -> None:
+    def wait_ready(self, seconds: float = 240) -> None:
         self.until(lambda: self.ping() == 200, seconds)
 
     def ping(self) -> int:

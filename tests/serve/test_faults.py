@@ -180,7 +180,7 @@ def test_clients_are_told_before_they_are_reset(monkeypatch: pytest.MonkeyPatch)
 
     async def end() -> None:
         server._end()
-        time.sleep(1)  # noqa: ASYNC251
+        time.sleep(1)
         while len(done) < 2:
             await asyncio.sleep(0.01)
 
