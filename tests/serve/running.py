@@ -70,7 +70,7 @@ class Running:
     @contextlib.contextmanager
     def asking(self, path: str, body: Any) -> Iterator[socket.socket]:
         """A request on a socket of its own, which is closed in the end, answered or not."""
-        data = json.dumps(body).encode()
+        data = json.dumps(body, separators=(",", ":")).encode()
         head = f"POST {path} HTTP/1.1\r\nHost: here\r\nContent-Length: {len(data)}\r\n\r\n"
         address = self.client.base_url.host, self.client.base_url.port or 0
         with socket.create_connection(address, timeout=120) as connection:
