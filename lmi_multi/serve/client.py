@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 MAX_STARTS = 3  # engines in a row that end before they have answered anything
 BYTES_A_TOKEN = 4  # to know before tokenizing whether there is room
 PATIENCE = 2.0  # seconds to wait before an engine is started once more, doubled each time
+LOOK = 0.25  # seconds between two looks at whether the engine speaks
 
 
 class Watch(Protocol):
@@ -96,7 +97,7 @@ class EngineClient:
         self._asked: dict[int, _Asked] = {}
         self._held_requests = self._held_tokens = 0
         self._process: EngineProcess | None = None
-        self._heard = 0.0
+        self._silent = 0.0  # seconds since it was heard of
         self._answered = False  # the current process, anything
         self._supervisor: asyncio.Task[None] | None = None
         self.ready = asyncio.Event()
@@ -248,7 +249,7 @@ class EngineClient:
         self.check_room(1, asked.tokens)
         number = next(self._numbers)
         if not self._busy:
-            self._heard = time.monotonic()  # it was silent because it had nothing to do
+            self._silent = 0.0  # it had nothing to do
         self._asked[number] = asked
         self._send(message | {"id": number})
         return number
@@ -285,16 +286,20 @@ class EngineClient:
             await asyncio.sleep(PATIENCE * 2.0 ** max(failures - 1, 0))
 
     async def _live(self) -> End:
-        """Start a process and see it through to its end."""
+        """Start a process and see it through to its end. Time counts only while this one looks on:
+        when it was itself stopped, what the engine said meanwhile is still to be read."""
         self._process = process = EngineProcess(self._load, self._handle, self._log_format)
-        deadline = time.monotonic() + self._startup_timeout
+        waited = 0.0
         try:
             while not process.ended.done():
-                await asyncio.wait([process.ended], timeout=0.25)
-                now = time.monotonic()
-                if not self.ready.is_set() and now > deadline:
+                began = time.monotonic()
+                await asyncio.wait([process.ended], timeout=LOOK)
+                passed = min(time.monotonic() - began, 2 * LOOK)
+                waited += passed
+                self._silent += passed
+                if not self.ready.is_set() and waited > self._startup_timeout:
                     return End(f"it was not ready within {self._startup_timeout:g} s")
-                if self._busy and self.ready.is_set() and now - self._heard > self._step_timeout:
+                if self._busy and self.ready.is_set() and self._silent > self._step_timeout:
                     return End(f"it said nothing for {self._step_timeout:g} s")
             return process.ended.result()
         finally:
@@ -303,7 +308,7 @@ class EngineClient:
             self.state = dict.fromkeys(self.state, 0)
 
     def _handle(self, message: wire.Message) -> None:
-        self._heard = time.monotonic()
+        self._silent = 0.0
         kind = message["type"]
         if kind == "ready":
             self._prepare(message)

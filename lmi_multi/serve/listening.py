@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from lmi_multi.errors import LmiError
 
 BACKLOG = 2048  # connections that wait to be accepted
+_TRIES = 20  # for a port that is free on every address of a name
 _ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)  # what a name may stand for and a host may lack
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,17 @@ def shown(listening: list[socket.socket], host: str) -> str:
 
 
 def _all(host: str, port: int) -> list[socket.socket]:
+    for _ in range(_TRIES - 1):
+        try:
+            return _each(host, port)
+        except OSError as error:
+            if port or error.errno != errno.EADDRINUSE:
+                raise
+            # What was free on the first address is somebody's on another: ask for a new one.
+    return _each(host, port)
+
+
+def _each(host: str, port: int) -> list[socket.socket]:
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     addresses = dict.fromkeys((family, place[0]) for family, _, _, _, place in found)
     listening: list[socket.socket] = []

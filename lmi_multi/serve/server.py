@@ -85,13 +85,17 @@ class Server(uvicorn.Server):
 
     def _end_within(self, seconds: float) -> None:
         loop = asyncio.get_running_loop()
-        cut = self._application.cut
-        loop.call_later(seconds - 4 * self._part, cut, "the server is shutting down")
-        loop.call_later(seconds - 3 * self._part, self._reset)
+        loop.call_later(seconds - 4 * self._part, self._cut)
         # A thread, as it is for a loop or an interpreter that no longer gets on.
         late = threading.Timer(seconds - self._part, _leave)
         late.daemon = True
         late.start()
+
+    def _cut(self) -> None:
+        """Fail what is left. Clients have a part of the time to take that, also those of a loop
+        that is late."""
+        self._application.cut("the server is shutting down")
+        asyncio.get_running_loop().call_later(self._part, self._reset)
 
     def _reset(self) -> None:
         """Give up clients that do not read what they are told."""

@@ -18,11 +18,17 @@ from typing import Any
 import httpx
 import psutil
 
-# Some seconds' worth of tokens, if nobody ends it.
+# A minute's worth of tokens, if nobody ends it: whoever waits for something of it may be late. Only
+# a server with this option has room for it.
+LENGTH = 15_000
 LONG: dict[str, Any] = {
     "inputs": "ten",
-    "parameters": {"max_new_tokens": 1900, "ignore_eos": True, "min_new_tokens": 1900},
+    "parameters": {"max_new_tokens": LENGTH, "ignore_eos": True, "min_new_tokens": LENGTH},
 }
+ROOM = "--max-tokens=16384"
+
+# uvicorn closes a connection after five idle seconds: a request must not meet that on its way.
+LIMITS = httpx.Limits(keepalive_expiry=1)
 
 
 MODULE = (sys.executable, "-m", "lmi_multi")
@@ -45,7 +51,7 @@ class Running:
         values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
         return float(values.get(name, 0.0))
 
-    def wait_ready(self, seconds: float = 120) -> None:
+    def wait_ready(self, seconds: float = 240) -> None:
         self.until(lambda: self.ping() == 200, seconds)
 
     def ping(self) -> int:
@@ -54,7 +60,7 @@ class Running:
         except httpx.TransportError:
             return 0
 
-    def until(self, condition: Any, seconds: float = 60) -> None:
+    def until(self, condition: Any, seconds: float = 120) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
             assert self.process.poll() is None, self.log.read_text()
@@ -64,10 +70,10 @@ class Running:
     @contextlib.contextmanager
     def asking(self, path: str, body: Any) -> Iterator[socket.socket]:
         """A request on a socket of its own, which is closed in the end, answered or not."""
-        data = json.dumps(body).encode()
+        data = json.dumps(body, separators=(",", ":")).encode()
         head = f"POST {path} HTTP/1.1\r\nHost: here\r\nContent-Length: {len(data)}\r\n\r\n"
         address = self.client.base_url.host, self.client.base_url.port or 0
-        with socket.create_connection(address, timeout=60) as connection:
+        with socket.create_connection(address, timeout=120) as connection:
             connection.sendall(head.encode() + data)
             yield connection
 
@@ -77,16 +83,32 @@ class Running:
         [found] = [c for c in children if "lmi_multi.serve.worker" in c.cmdline()]
         return found
 
-    def stop(self, number: int = signal.SIGTERM, seconds: float = 40) -> int:
+    @contextlib.contextmanager
+    def standing(self, *engines: psutil.Process) -> Iterator[None]:
+        """Its engines, or these, stand still meanwhile: what comes stays unanswered."""
+        stopped = engines or (self.engine(),)
+        for engine in stopped:
+            engine.suspend()
+        try:
+            yield
+        finally:
+            for engine in stopped:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    engine.resume()
+
+    def stop(self, number: int = signal.SIGTERM, seconds: float = 60) -> int:
         self.process.send_signal(number)
         return self.process.wait(seconds)
 
 
-def free_port() -> int:
-    """A port of loopback that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+@contextlib.contextmanager
+def reserved_port() -> Iterator[int]:
+    """A port of loopback that nobody else is given meanwhile: it is bound and not listened on, so
+    that a server can."""
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        yield int(holder.getsockname()[1])
 
 
 @contextlib.contextmanager
@@ -95,20 +117,20 @@ def serving(
 ) -> Iterator[Running]:
     """`lmi-multi serve MODEL`, by the command `run`; not ready yet. Whatever is left of it is ended
     in the end."""
-    port = environ.get("SAGEMAKER_BIND_TO_PORT")
     command = [*run, "serve", *([] if model is None else [model]), *options]
-    if port is None:
-        port = str(free_port())
-        command += ["--port", port]
     log = folder / "server.log"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environ}
-    with (
-        log.open("w") as output,
-        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client,
-        subprocess.Popen(
-            command, stdout=output, stderr=output, text=True, env=environment
-        ) as process,
-    ):
+    with contextlib.ExitStack() as stack:
+        port = environ.get("SAGEMAKER_BIND_TO_PORT")
+        if port is None:
+            port = str(stack.enter_context(reserved_port()))
+            command += ["--port", port]
+        url = f"http://127.0.0.1:{port}"
+        output = stack.enter_context(log.open("w"))
+        client = stack.enter_context(httpx.Client(base_url=url, timeout=120, limits=LIMITS))
+        process = stack.enter_context(
+            subprocess.Popen(command, stdout=output, stderr=output, text=True, env=environment)
+        )
         try:
             yield Running(process, client, log)
         finally:

@@ -11,7 +11,7 @@ import pytest
 from lmi_multi import demo
 from lmi_multi.checkpoint.convert import convert
 from tests.checkpoint.s3_server import Door
-from tests.serve.running import free_port, serving
+from tests.serve.running import reserved_port, serving
 from tests.tiny_models import checkpoint
 
 ALONE = ["unshare", "--mount", "--propagation", "private"]
@@ -44,12 +44,17 @@ def test_the_model_is_where_sagemaker_puts_it_and_read_only(tmp_path: Path) -> N
         f'exec {sys.executable} -m lmi_multi "$@"\n'
     )
     script.chmod(0o755)
-    environment = {
-        "SAGEMAKER_BIND_TO_PORT": str(free_port()),
-        "LMI_MULTI_CACHE": str(tmp_path / "cache"),
-        "OPTION_BACKEND": "cpu",
-    }
-    with serving(tmp_path, None, run=[*ALONE, str(script)], **environment) as server:
+    environment = {"LMI_MULTI_CACHE": str(tmp_path / "cache"), "OPTION_BACKEND": "cpu"}
+    with (
+        reserved_port() as port,
+        serving(
+            tmp_path,
+            None,
+            run=[*ALONE, str(script)],
+            SAGEMAKER_BIND_TO_PORT=str(port),
+            **environment,
+        ) as server,
+    ):
         server.wait_ready()
         assert server.post("/invocations", {"inputs": "ten"}).json() == {"generated_text": "10"}
         assert server.client.get("/execution-parameters").json()["MaxConcurrentTransforms"] == 3
@@ -109,8 +114,11 @@ def test_batch_transform_sends_no_more_than_aws_lets_it(
 
 
 def test_a_model_that_is_not_loaded_in_time(tmp_path: Path) -> None:
-    with serving(tmp_path, "demo", SAGEMAKER_STARTUP_TIMEOUT="0.5") as server:
-        assert server.process.wait(30) == 1
+    script = tmp_path / "model.py"
+    script.write_text("import time\ndef handle(inputs):\n    time.sleep(1000)\n")
+    options = ("--entry-point", str(script))
+    with serving(tmp_path, "demo", *options, SAGEMAKER_STARTUP_TIMEOUT="0.5") as server:
+        assert server.process.wait(120) == 1
         assert "it was not ready within 0.5 s" in server.log.read_text()
 
 

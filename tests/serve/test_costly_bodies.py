@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,8 +19,8 @@ from tests.serve.running import Running, serving
 
 SIZE = 5 * 2**20
 SECONDS, BYTES = 5.0, 500 * 2**20
-"""What one may take: on an idle machine it is 1 s and 250 MiB. Looked at in full each of them takes
-a minute, or gigabytes, or both."""
+"""What one may take: it is about 1 s of the processor, and 250 MiB. Looked at in full each of them
+takes a minute, or gigabytes, or both."""
 
 
 def filled(head: str, entry: Callable[[int], str], tail: str) -> bytes:
@@ -65,6 +64,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         yield running
 
 
+def worked(process: psutil.Process) -> float:
+    """Seconds of the processor that it has had, which others' work does not add to."""
+    times = process.cpu_times()
+    return float(times.user + times.system)
+
+
 def peak(server: Running) -> int:
     """The most memory that the server ever took."""
     lines = Path(f"/proc/{server.process.pid}/status").read_text().splitlines()
@@ -76,11 +81,10 @@ def peak(server: Running) -> int:
 def test_what_is_wrong_costs_little(name: str, server: Running) -> None:
     path, content = BODIES[name]
     process = psutil.Process(server.process.pid)
-    before, start = process.memory_info().rss, time.monotonic()
+    before, start = process.memory_info().rss, worked(process)
     answer = server.client.post(path, content=content)
-    taken = time.monotonic() - start
     assert answer.status_code == 400 and len(answer.content) < 2000
-    assert taken < SECONDS
+    assert worked(process) - start < SECONDS
     assert peak(server) - before < BYTES
     assert server.post("/invocations", {"inputs": "ten"}).status_code == 200
 
@@ -94,7 +98,7 @@ def test_bodies_of_all_requests_are_bounded(server: Running) -> None:
     with contextlib.ExitStack() as stack:
         open_ = []
         for _ in range(BODY_BYTES // limit + 3):
-            connection = stack.enter_context(socket.create_connection(address, timeout=30))
+            connection = stack.enter_context(socket.create_connection(address, timeout=120))
             with contextlib.suppress(ConnectionError):  # it is told so in the midst of it
                 connection.sendall(head + b" " * (limit - 1))
             open_.append(connection)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import socket
@@ -15,15 +16,16 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
+from lmi_multi.serve import server as serve_server
 from lmi_multi.serve.app import Application
 from lmi_multi.serve.server import LAST_WORDS, Server
 from lmi_multi.serve.settings import ServeSettings
-from tests.serve.running import LONG, Running, serving
+from tests.serve.running import LONG, ROOM, Running, serving
 
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    with serving(tmp_path_factory.mktemp("faults"), "demo", "--max-batch", "2") as running:
+    with serving(tmp_path_factory.mktemp("faults"), "demo", "--max-batch=2", ROOM) as running:
         running.wait_ready()
         yield running
 
@@ -76,16 +78,25 @@ def test_a_place_is_free_within_two_steps(server: Running, stream: bool) -> None
         engine.suspend()  # so that the steps from here on can be counted
     try:
         server.until(lambda: server.gauge("lmi_in_flight") == 0)
-        before = server.gauge("lmi_engine_steps")
+        before = told_steps(server)
     finally:
         engine.resume()
     server.until(lambda: server.gauge("lmi_batch_rows") == 0)
     assert 0 < before <= server.gauge("lmi_engine_steps") <= before + 2
 
 
+def told_steps(server: Running) -> float:
+    """The steps of an engine that stands still, once the server has heard of all of them."""
+    before = -1.0
+    while before != (before := server.gauge("lmi_engine_steps")):
+        time.sleep(0.5)
+    return before
+
+
 def test_a_full_queue_is_refused(tmp_path: Path) -> None:
     # A prompt's bytes count before it is tokenized: 400 are about 100 tokens.
-    with serving(tmp_path, "demo", "--max-queue", "2", OPTION_MAX_QUEUE_TOKENS="100") as server:
+    options = ("--max-queue=2", ROOM)
+    with serving(tmp_path, "demo", *options, OPTION_MAX_QUEUE_TOKENS="100") as server:
         server.wait_ready()
         many = server.post("/invocations", {"inputs": ["ten"] * 3})
         assert many.status_code == 400 and "3 prompts are given; allowed: 1 to 2" in many.text
@@ -132,19 +143,20 @@ def test_sigterm_under_load(tmp_path: Path) -> None:
     with serving(tmp_path, "demo", "--max-batch", "4") as server:
         server.wait_ready()
         with ThreadPoolExecutor(24) as pool:
-            tasks = [pool.submit(ask) for ask in [whole, streamed] * 12]
-            server.until(lambda: server.gauge("lmi_in_flight") == 24)
-            start = time.monotonic()
-            server.process.send_signal(signal.SIGTERM)
-            server.until(lambda: server.ping() != 200)
-            assert refused()
+            with server.standing():  # so that none is answered before all of them are there
+                tasks = [pool.submit(ask) for ask in [whole, streamed] * 12]
+                server.until(lambda: server.gauge("lmi_in_flight") == 24)
+                start = time.monotonic()
+                server.process.send_signal(signal.SIGTERM)
+                server.until(lambda: server.ping() != 200)
+                assert refused()
             assert server.process.wait(40) == 0
             assert time.monotonic() - start < 25
-            assert len({task.result(5) for task in tasks}) == 1
+            assert len({task.result(30) for task in tasks}) == 1
 
 
 def test_sigterm_tells_those_that_are_cut(tmp_path: Path) -> None:
-    with serving(tmp_path, "demo", "--drain-timeout", "3") as server:
+    with serving(tmp_path, "demo", "--drain-timeout=12", ROOM) as server:
         server.wait_ready()
         with server.client.stream("POST", "/invocations", json=LONG | {"stream": True}) as answer:
             lines = answer.iter_lines()
@@ -152,7 +164,30 @@ def test_sigterm_tells_those_that_are_cut(tmp_path: Path) -> None:
             server.process.send_signal(signal.SIGTERM)
             last = [line for line in lines if line][-1]
         assert "shutting down" in json.loads(last)["error"]
-        assert server.process.wait(10) == 0
+        assert server.process.wait(60) == 0
+
+
+def test_clients_are_told_before_they_are_reset(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also by a loop that was held up until it was time for both."""
+    settings = ServeSettings(model="demo", drain_timeout=0.8)
+    server = Server(Application(settings, "demo", lambda _: settings), settings)
+    done: list[tuple[str, float]] = []
+    monkeypatch.setattr(serve_server, "_leave", lambda: None)
+    monkeypatch.setattr(
+        server._application, "cut", lambda reason: done.append((reason, time.monotonic()))
+    )
+    monkeypatch.setattr(server, "_reset", lambda: done.append(("reset", time.monotonic())))
+
+    async def end() -> None:
+        server._end()
+        time.sleep(1)
+        while len(done) < 2:
+            await asyncio.sleep(0.01)
+
+    asyncio.run(end())
+    [(first, told), (second, reset)] = done
+    assert (first, second) == ("the server is shutting down", "reset")
+    assert reset - told > 0.09  # a part of the drain: 0.1 s
 
 
 def test_a_file_of_properties_is_all_it_needs(tmp_path: Path) -> None:
@@ -181,11 +216,15 @@ def test_a_file_of_properties_is_all_it_needs(tmp_path: Path) -> None:
 
 
 def begun(server: Running, path: str = "/v1/completions") -> socket.socket:
-    """A connection on which only half of a body has come."""
+    """A connection on which only half of a body has come, whose rest the server waits for."""
     address = server.client.base_url.host, server.client.base_url.port or 0
-    connection = socket.create_connection(address, timeout=30)
-    head = f"POST {path} HTTP/1.1\r\nHost: here\r\nContent-Length: 100\r\n\r\n"
-    connection.sendall(head.encode() + b'{"prompt": ')
+    connection = socket.create_connection(address, timeout=120)
+    head = f"POST {path} HTTP/1.1\r\nHost: here\r\nContent-Length: 100\r\n"
+    connection.sendall(head.encode() + b'Expect: 100-continue\r\n\r\n{"prompt": ')
+    said = b""
+    while not said.endswith(b"\r\n\r\n"):
+        said += connection.recv(1)
+    assert said.startswith(b"HTTP/1.1 100 ")
     return connection
 
 
@@ -195,15 +234,14 @@ def everything(connection: socket.socket) -> bytes:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_half_a_body_does_not_hold_the_server(number: signal.Signals, tmp_path: Path) -> None:
-    with serving(tmp_path, "demo", "--drain-timeout", "10") as server:
+    with serving(tmp_path, "demo") as server:
         server.wait_ready()
         with begun(server) as openai, begun(server, "/invocations") as plain:
-            time.sleep(0.5)  # the server now waits for the rest
             start = time.monotonic()
             server.process.send_signal(number)
             answers = [everything(openai), everything(plain)]
-            assert server.process.wait(10) == 0
-            assert time.monotonic() - start < 6
+            assert server.process.wait(60) == 0
+            assert time.monotonic() - start < 15  # they would be cut after 19
     for answer in answers:
         head, _, body = answer.partition(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 503") and b"connection: close" in head.lower()
@@ -216,7 +254,7 @@ def test_half_a_body_does_not_hold_the_server(number: signal.Signals, tmp_path: 
 def stands_still(server: Running) -> bool:
     """Whether no more is taken from the engine, as the client does not take it either."""
     before = server.gauge("lmi_generated_tokens_total")
-    time.sleep(1)
+    time.sleep(2)
     return server.gauge("lmi_generated_tokens_total") == before
 
 
@@ -224,7 +262,7 @@ def test_a_client_that_does_not_read_does_not_hold_the_server(tmp_path: Path) ->
     # More than the buffers of both sides take: every token comes with those of 20 others.
     body = {"prompt": ["ten"] * 16, "max_tokens": 1900, "logprobs": 20, "stream": True}
     body |= {"ignore_eos": True, "min_new_tokens": 1900}
-    with serving(tmp_path, "demo", "--drain-timeout", "8") as server:
+    with serving(tmp_path, "demo", "--drain-timeout=12") as server:
         server.wait_ready()
         address = server.client.base_url.host, server.client.base_url.port or 0
         data = json.dumps(body).encode()
@@ -237,10 +275,9 @@ def test_a_client_that_does_not_read_does_not_hold_the_server(tmp_path: Path) ->
             server.until(lambda: stands_still(server))
             start = time.monotonic()
             server.process.send_signal(signal.SIGTERM)
-            assert server.process.wait(15) == 0
-            assert (
-                time.monotonic() - start < 8 + 2
-            )  # on a busy machine a process takes long to exit
+            assert server.process.wait(60) == 0
+            # Its part of 12 s takes 7.5; nobody would reset the connection for 30.
+            assert time.monotonic() - start < 25
     log = server.log.read_text()
     assert "Traceback" not in log and "1 connections are reset" in log
 
@@ -259,8 +296,8 @@ def test_what_does_not_end_in_time_is_left(tmp_path: Path) -> None:
             engine = server.engine()
             start = time.monotonic()
             assert server.stop() == 0
-            assert 3 < time.monotonic() - start < 4
-            engine.wait(10)  # it has noticed
+            assert 3 < time.monotonic() - start < 25  # it is left after 3.5, or takes 60
+            engine.wait(60)  # it has noticed
     assert "its time is up" in server.log.read_text()
 
 

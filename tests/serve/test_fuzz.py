@@ -67,7 +67,7 @@ class Connection:
 
     def __init__(self, server: Running) -> None:
         address = server.client.base_url.host, server.client.base_url.port or 0
-        self._socket = socket.create_connection(address, timeout=60)
+        self._socket = socket.create_connection(address, timeout=120)
         self._file = self._socket.makefile("rb")
 
     def ask(self, requests: list[tuple[str, bytes]]) -> Iterator[tuple[int, bytes]]:
@@ -153,6 +153,8 @@ def test_bodies_that_are_too_large(server: Running) -> None:
         )
         received = b""
         while b" 413 " not in received:
-            received += connection.recv(4096)
+            part = connection.recv(4096)
+            assert part, received
+            received += part
     assert server.post("/invocations", {"inputs": " " * 60000}).status_code == 400
     assert server.post("/invocations", {"inputs": "ten"}).status_code == 200

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,24 @@ def test_a_port_that_is_taken_on_one_of_them() -> None:
         socket.create_server(("::1", port), family=socket.AF_INET6).close()
 
 
+@pytest.mark.skipif(not has_ipv6(), reason="no IPv6 here")
+@pytest.mark.usefixtures("resolved")
+def test_a_free_port_is_free_on_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that the first address gives may be taken on the second: another is asked for."""
+    real, taken = socket.create_server, []
+
+    def create_server(place: tuple[str, int], **keywords: Any) -> socket.socket:
+        if place[0] == "127.0.0.1" and not taken:
+            taken.append(place[1])
+            raise OSError(errno.EADDRINUSE, "Address already in use")
+        return real(place, **keywords)
+
+    monkeypatch.setattr(socket, "create_server", create_server)
+    with listen(NAME, 0) as listening:
+        assert [one.getsockname()[0] for one in listening] == ["::1", "127.0.0.1"]
+        assert taken and len({one.getsockname()[1] for one in listening}) == 1
+
+
 @pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid"])
 def test_nothing_to_listen_at(host: str) -> None:
     with pytest.raises(LmiError, match=f"host {host} port 0 cannot be listened on"):
@@ -80,5 +99,5 @@ def test_localhost(tmp_path: Path) -> None:
         for address in addresses:
             host = f"[{address}]" if ":" in address else address
             port = server.client.base_url.port
-            assert httpx.get(f"http://{host}:{port}/ping").status_code == 200
+            assert httpx.get(f"http://{host}:{port}/ping", timeout=60).status_code == 200
     assert all(address in server.log.read_text() for address in addresses)

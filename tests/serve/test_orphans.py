@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from lmi_multi.serve.worker import PATIENCE
-from tests.serve.running import LONG, Running, serving
+from tests.serve.running import LONG, ROOM, Running, serving
 
 STUCK = """
 import subprocess, sys
@@ -30,7 +30,7 @@ def kill_and_count(server: Running) -> None:
     family = psutil.Process(server.process.pid).children(recursive=True)
     assert len(family) >= 2
     server.process.send_signal(signal.SIGKILL)
-    _, left = psutil.wait_procs(family, timeout=PATIENCE + 15)
+    _, left = psutil.wait_procs(family, timeout=PATIENCE + 20)
     for process in left:
         process.kill()
     assert not left
@@ -48,7 +48,7 @@ def test_a_script_that_is_stuck(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_ranks_that_are_in_a_step(tmp_path: Path) -> None:
-    with serving(tmp_path, "demo", "--tensor-parallel", "2", "--backend", "cpu") as server:
+    with serving(tmp_path, "demo", "--tensor-parallel", "2", "--backend", "cpu", ROOM) as server:
         server.wait_ready()
         with server.asking("/invocations", LONG):
             server.until(lambda: server.gauge("lmi_batch_rows") == 1)

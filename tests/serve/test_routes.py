@@ -141,7 +141,13 @@ def test_lines_run_beside_each_other(server: Running, offline: Model) -> None:
     before = server.gauge("lmi_engine_steps")
     headers = {"content-type": "application/jsonlines"}
     content = "\n".join(map(json.dumps, bodies))
-    answer = server.client.post("/invocations", content=content, headers=headers)
+    with ThreadPoolExecutor(1) as pool:
+        with server.standing():  # until all of them are there
+            lines = pool.submit(
+                server.client.post, "/invocations", content=content, headers=headers
+            )
+            server.until(lambda: server.gauge("lmi_in_flight") == 4)
+        answer = lines.result()
     assert server.gauge("lmi_engine_steps") - before < 60
     first, both, short = map(json.loads, answer.text.splitlines())
     expected = [c.text for c in offline.generate(PROMPTS[:2], lengths)]

@@ -137,7 +137,7 @@ def test_a_port_in_use_is_one_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         command = [sys.executable, "-m", "lmi_multi", "serve", "demo", "--port", str(port)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     [line] = (done.stdout + done.stderr).splitlines()
     assert f"host 127.0.0.1 port {port} cannot be listened on: Address already in use" in line
