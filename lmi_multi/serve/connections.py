@@ -29,7 +29,7 @@ _FILES = 256  # open files that are not connections
 log = logging.getLogger(__name__)
 
 
-def _closing(status: int, reason: str, message: str, headers: str = "") -> bytes:
+def _closing(status: int, reason: str, message: str, headers: str) -> bytes:
     """A whole answer to a connection whose request is not read, in the form of every error."""
     body = json.dumps(HttpError(status, message).plain()).encode()
     head = (
@@ -60,7 +60,7 @@ class BoundedProtocol(H11Protocol):
         own.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)
         if len(self.connections) > self.most:
             message = f"{self.most} connections are open; try again later"
-            self._refuse(_closing(503, "Service Unavailable", message, "Retry-After: 1\r\n"))
+            self._refuse(503, "Service Unavailable", message, "Retry-After: 1\r\n")
         else:
             self._watch_head()
 
@@ -111,16 +111,17 @@ class BoundedProtocol(H11Protocol):
 
     def _give_up_head(self) -> None:
         message = f"no headers came within {HEAD_SECONDS:g} s"
-        self._refuse(_closing(408, "Request Timeout", message))
+        self._refuse(408, "Request Timeout", message)
 
     def _forget_head(self) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
 
-    def _refuse(self, answer: bytes) -> None:
+    def _refuse(self, status: int, reason: str, message: str, headers: str = "") -> None:
         if not self.transport.is_closing():
-            self.transport.write(answer)
+            log.info("a connection is refused with %d: %s", status, message)
+            self.transport.write(_closing(status, reason, message, headers))
             self.transport.close()
 
 

@@ -148,7 +148,10 @@ def test_answers_and_bodies_may_take_longer(listening: socket.socket) -> None:
             assert b" 200 " in connection.recv(4096).splitlines()[0]
 
 
-def test_too_many_connections_are_told_so(address: tuple[str, int]) -> None:
+def test_too_many_connections_are_told_so(
+    address: tuple[str, int], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     with contextlib.ExitStack() as stack:
         first, _ = (stack.enter_context(socket.create_connection(address)) for _ in range(2))
         first.sendall(HEAD + b"\r\n")
@@ -158,6 +161,8 @@ def test_too_many_connections_are_told_so(address: tuple[str, int]) -> None:
             assert b" 503 " in refused.splitlines()[0] and b"Retry-After: 1" in refused
             said = {"error": "2 connections are open; try again later", "code": 503}
             assert error(refused) == said
+        line = "a connection is refused with 503: 2 connections are open; try again later"
+        assert line in caplog.messages
         # This one sends first, then reads.
         answer = httpx.get(f"http://{address[0]}:{address[1]}/ping", timeout=PATIENCE)
         assert (answer.status_code, answer.json()) == (503, said)
