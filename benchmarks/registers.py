@@ -1,6 +1,6 @@
 """Show what ptxas says of the kernels: registers, shared memory, spills.
 
-    python -m benchmarks.registers [--arch 90] [--results FOLDER]
+    python -m benchmarks.registers [--arch 90 --results FOLDER]
 
 Compiles them as `setup_kernels.py` does (nvcc is needed, a GPU is not) and throws the library away.
 """
@@ -11,6 +11,7 @@ import argparse
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -91,10 +92,16 @@ def main() -> None:
     parser.add_argument("--arch", action="append", metavar="N", help="default: all")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
     options = parser.parse_args()
+    if options.arch and options.results == RESULTS:
+        parser.error("--arch wants --results: the page that is kept is of all architectures")
     archs = options.arch or setup_kernels.ARCHS
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder, "kernels.so")
-        kernels = [*read(setup_kernels.build(library, archs, os.cpu_count() or 1, print))]
+        try:
+            report = setup_kernels.build(library, archs, os.cpu_count() or 1, print)
+        except setup_kernels.BuildError as error:
+            sys.exit(f"error: {error}")
+        kernels = [*read(report)]
         size = library.stat().st_size
     spilled = sum(kernel.spilled for kernel in kernels)
     page = f"""# What ptxas says of the kernels

@@ -38,9 +38,10 @@ def read() -> Reading:
 @contextmanager
 def waiting() -> Iterator[None]:
     """Around whatever ends only when another process does its part."""
+    before = _own.waiting  # it may be in the midst of it already
     _own.count += 1
     _own.waiting = True
     try:
         yield
     finally:
-        _own.waiting = False
+        _own.waiting = before

@@ -24,7 +24,7 @@ from lmi_multi.errors import OptionError, RankError
 from lmi_multi.parallel.local import LocalRanks
 from lmi_multi.parallel.ranks import Rank, Ranks
 from lmi_multi.parallel.serving import CallerGoneError, serve
-from lmi_multi.parallel.watch import VARIABLE, Patience, Watch, fault
+from lmi_multi.parallel.watch import VARIABLE
 from lmi_multi.progress import Reading
 from tests.test_ranks import rank_processes
 from tests.tiny_models import checkpoint
@@ -370,55 +370,3 @@ def test_a_caller_that_was_stopped_has_not_waited(
     monkeypatch.setattr("lmi_multi.parallel.ranks.wait", wait)
     monkeypatch.setenv(VARIABLE, "8")
     assert ranks.call("anything") == "late"
-
-
-def _watch(silent: float, still: float, waiting: bool = False) -> Watch:
-    watch = Watch()
-    watch.heard(Reading(1, waiting))
-    watch.passed(still - silent)
-    watch.heard(Reading(1, waiting))
-    watch.passed(silent)
-    return watch
-
-
-@pytest.mark.parametrize(
-    ("watches", "expected"),
-    [
-        ([(1, 1), (1, 29)], None),
-        ([(16, 16), (1, 1)], "rank 0 hangs: nothing was heard for 15 s"),
-        ([(16, 31), (1, 31)], "rank 0 hangs: nothing was heard for 15 s"),
-        ([(1, 31, True), (1, 31)], "rank 1 hangs: no progress for 30 s"),
-        ([(1, 31, True), (1, 31, True)], "ranks 0, 1 hang: no progress for 30 s"),
-        ([(1, 31, True), (1, 2)], None),  # it waits for one that gets on
-        ([(1, 31, True), (1, 2, True)], None),
-        ([(1, 31, True)], "rank 0 hangs: no progress for 30 s"),  # the others have answered
-    ],
-)
-def test_who_hangs(watches: list[Any], expected: str | None) -> None:
-    assert fault({i: _watch(*w) for i, w in enumerate(watches)}, Patience.of(1)) == expected
-
-
-def test_a_rank_that_starts() -> None:
-    """Its first word may be long in coming: it has libraries to load before."""
-    new, begun = Watch(), _watch(0, 0)
-    for watch in (new, begun):
-        watch.passed(61)
-    assert fault({0: new}, Patience.building()) is None
-    assert fault({0: begun}, Patience.building()) == "rank 0 hangs: nothing was heard for 60 s"
-    new.passed(240)
-    assert fault({0: new}, Patience.building()) == "rank 0 hangs: nothing was heard for 300 s"
-    new = Watch()
-    new.passed(16)
-    assert fault({0: new}, Patience.of(1)) == "rank 0 hangs: nothing was heard for 15 s"
-
-
-def test_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert Patience.of(1) == Patience.of(600) == Patience(15, 30, 15)
-    assert Patience.of(2048) == Patience(15, 0.05 * 2048, 15)
-    assert Patience.building() == Patience(60, 300, 300)
-    monkeypatch.setenv(VARIABLE, "120")
-    assert Patience.of(2048) == Patience(60, 120, 60)
-    for value in ("0", "-3", "soon", "1e9", "nan"):
-        monkeypatch.setenv(VARIABLE, value)
-        with pytest.raises(OptionError, match=rf"{VARIABLE} is '{value}'; allowed: seconds"):
-            Patience.of(1)

@@ -29,10 +29,10 @@ ACTIVATIONS: dict[Activation | None, int] = {
     "relu": 3,
     "silu": 4,
 }
-# Rows from which on products of half types are for Hopper's tensor cores, and up to which; only
-# where the variable is 1, until they have been run and timed on one.
+# Rows from which on products of half types are for Hopper's tensor cores, and up to which.
 GEMM_ROWS, MOST_GEMM_ROWS = 9, 64
-SWITCH = "LMI_MULTI_CUDA_GEMM"
+# Kernels that have not run on a GPU yet (`gemm`, `widen`) are used only where this is 1.
+UNTRIED = "LMI_MULTI_CUDA_UNTRIED"
 # Activations that cuBLASLt has as epilogues behind a bias; its gelu is the tanh form.
 EPILOGUES = ("gelu_tanh", "relu")
 
@@ -61,7 +61,9 @@ class CudaOps(Reference):
     ) -> None:
         self._scratch, self._most_rows = scratch, most_rows
         self._kernels = torch.ops.lmi_multi if kernels is None else kernels
-        self._hopper = os.environ.get(SWITCH) == "1" and _is_hopper(scratch.work.device)
+        # A step program has no such kernels; it covers no more rows than others do.
+        self._untried = kernels is None and os.environ.get(UNTRIED) == "1"
+        self._hopper = self._untried and _is_hopper(scratch.work.device)
 
     def norm(self, x: Tensor, norm: Norm, eps: float) -> Tensor:
         """See `Ops.norm`."""
@@ -126,6 +128,8 @@ class CudaOps(Reference):
         return super().linear_residual(x, linear, residual)
 
     def _widened(self, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        if not self._untried:
+            return super()._widened(codes, scale, dtype)
         out, unit = torch.empty_like(codes, dtype=dtype), unit_of(codes.dtype, dtype)
         if self._kernels.widen(codes, 1 / unit, out):
             return out, (scale * unit).to(dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -121,7 +122,8 @@ class TorchExecutor:
         self.__dict__.pop("_network", None)
         self.__dict__.pop("_cache", None)
         if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+            with suppress(RuntimeError):  # a GPU that has failed gives nothing back
+                torch.cuda.empty_cache()
 
     def _prepare(self, batch: Batch) -> None:
         """What comes before the rows: blocks zeroed and copied, prompts encoded."""

@@ -97,8 +97,10 @@ class Engine:
         with self._lock:
             self._changed.wait_for(lambda: self._user is None)
             self._closed = True
-            self.executor.close()
-            self._changed.notify_all()
+            try:
+                self.executor.close()
+            finally:
+                self._changed.notify_all()
 
     def _use(self, work: Callable[[], _T], unless: Callable[[], bool] = lambda: False) -> _T | None:
         """What `work` returns with the executor to itself; None, not done, if `unless` holds then.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -81,7 +82,8 @@ class TransformersExecutor:
     def close(self) -> None:
         """Drop the network and what it keeps, and give a GPU's memory back."""
         self._network = self._cache = self._memory = None
-        torch.cuda.empty_cache()
+        with suppress(RuntimeError):  # a GPU that has failed gives nothing back
+            torch.cuda.empty_cache()
 
     def _decode(self, batch: Batch, **options: Any) -> Tensor | None:
         """Scores of the row's tokens, or of all that are before them too: float32 [some, vocab]."""

@@ -190,16 +190,17 @@ class Ranks:
         heard before that peer."""
         deadline = time.monotonic() + GRACE
         silent = list(others)
-        while True:
+        while failure.at:  # nothing comes before a death
             for other in list(silent):
                 answer = self._receive(other)
                 if answer is not None:  # it has spoken: that it ends now is no news
                     silent.remove(other)
                 if isinstance(answer, Failure) and answer.at < failure.at:
                     failure = answer
-            if not silent or not failure.at or time.monotonic() > deadline:
-                return failure.error
+            if not silent or time.monotonic() > deadline:
+                break
             time.sleep(0.02)
+        return failure.error
 
     def _fail(self, failure: LmiError) -> NoReturn:
         self._failure = failure

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -31,7 +31,7 @@ from lmi_multi.backends.base import Executor, Limits
 from lmi_multi.errors import OptionError, RankError
 from lmi_multi.parallel.job import Job, read
 from lmi_multi.parallel.local import COLLECTIVE_TIMEOUT
-from lmi_multi.parallel.ranks import Rank, Ranks, bound
+from lmi_multi.parallel.ranks import GRACE, Rank, Ranks, bound
 from lmi_multi.parallel.serving import leave, serve
 from lmi_multi.parallel.watch import BUILD, Patience
 
@@ -165,9 +165,11 @@ def _gather(job: Job, own: _Hello, store: Store) -> dict[Connection, _Hello]:
         store.set("caller", json.dumps([job.address, port, secret.hex()]))
         deadline = time.monotonic() + BUILD
         while len(peers) < job.size - 1:
-            # 0 would mean not to wait at all, which raises something else.
-            server.settimeout(max(0.01, deadline - time.monotonic()))
+            left = deadline - time.monotonic()
             try:
+                if left <= 0:
+                    raise TimeoutError
+                server.settimeout(left)
                 connection, hello = _admit(server.accept()[0], secret)
             except TimeoutError:
                 here = {0, *(hello.rank for hello in peers.values())}
@@ -239,6 +241,10 @@ def _serve(
     if failed is None:
         dist.destroy_process_group()
         raise SystemExit(0)
+    # torchrun ends this host's other ranks once this one has ended: rank 0 first looks who failed,
+    # and closes.
+    with suppress(OSError):
+        connection.poll(2 * GRACE)
     _leave(f"rank {job.rank} failed: {type(failed).__name__}: {failed}")
 
 

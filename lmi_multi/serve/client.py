@@ -98,6 +98,7 @@ class EngineClient:
         self._held_requests = self._held_tokens = 0
         self._process: EngineProcess | None = None
         self._silent = 0.0  # seconds since it was heard of
+        self._heard = 0.0  # when that was
         self._answered = False  # the current process, anything
         self._supervisor: asyncio.Task[None] | None = None
         self.ready = asyncio.Event()
@@ -249,7 +250,7 @@ class EngineClient:
         self.check_room(1, asked.tokens)
         number = next(self._numbers)
         if not self._busy:
-            self._silent = 0.0  # it had nothing to do
+            self._note_sign()  # it had nothing to do
         self._asked[number] = asked
         self._send(message | {"id": number})
         return number
@@ -294,9 +295,10 @@ class EngineClient:
             while not process.ended.done():
                 began = time.monotonic()
                 await asyncio.wait([process.ended], timeout=LOOK)
-                passed = min(time.monotonic() - began, 2 * LOOK)
+                now = time.monotonic()
+                passed = min(now - began, 2 * LOOK)
                 waited += passed
-                self._silent += passed
+                self._silent += min(passed, now - self._heard)
                 if not self.ready.is_set() and waited > self._startup_timeout:
                     return End(f"it was not ready within {self._startup_timeout:g} s")
                 if self._busy and self.ready.is_set() and self._silent > self._step_timeout:
@@ -307,8 +309,11 @@ class EngineClient:
             self._process = None
             self.state = dict.fromkeys(self.state, 0)
 
+    def _note_sign(self) -> None:
+        self._silent, self._heard = 0.0, time.monotonic()
+
     def _handle(self, message: wire.Message) -> None:
-        self._silent = 0.0
+        self._note_sign()
         kind = message["type"]
         if kind == "ready":
             self._prepare(message)

@@ -72,9 +72,10 @@ class Server(uvicorn.Server):
     def _stop(self) -> None:
         self._told += 1
         if self._told == 2:
+            log.warning("told once more to stop: what runs is cut")
             self._end_within(4 * self._part)
         elif self._told > 2:
-            _leave()
+            _leave("it was told three times")
         self._end()
 
     def _end(self) -> None:
@@ -106,6 +107,6 @@ class Server(uvicorn.Server):
             connection.transport.abort()
 
 
-def _leave() -> None:
-    log.warning("the server ends without putting its things in order: its time is up")
+def _leave(why: str = "its time is up") -> None:
+    log.warning("the server ends without putting its things in order: %s", why)
     os._exit(0)  # the engine ends by itself once nobody holds the other end of its pipe

@@ -104,7 +104,15 @@ def test_a_request_has_its_time(server: Running) -> None:
 
 
 def test_pings_are_answered_under_load(server: Running) -> None:
+    """As SageMaker wants it, in one of three rounds: a busy machine may hold up this test for as
+    long. A server whose loop waits for something holds up pings in each."""
     server.wait_ready()
+    slowest = (slowest_pings(server) for _ in range(3))
+    assert any(connecting < 0.25 and answering < 2 for connecting, answering in slowest)
+
+
+def slowest_pings(server: Running) -> tuple[float, float]:
+    """Seconds to connect, and to be answered, while all rows are busy."""
     address: Any = (server.client.base_url.host, server.client.base_url.port)
     with ThreadPoolExecutor(16) as pool:
         bodies = [LONG] * 16
@@ -122,11 +130,4 @@ def test_pings_are_answered_under_load(server: Running) -> None:
             connection.close()
             time.sleep(0.01)
         assert {task.result().status_code for task in load} == {504}
-    # SageMaker waits for 0.25 and 2 s. Where many are late, it is the server; a busy machine may
-    # hold up this one itself for as long, once in a while.
-    assert most(connecting) < 0.25 and most(answering) < 2
-
-
-def most(seconds: list[float]) -> float:
-    """What nine of ten do not exceed."""
-    return sorted(seconds)[len(seconds) * 9 // 10]
+    return max(connecting), max(answering)

@@ -34,7 +34,7 @@ struct Gemm {
   static constexpr unsigned MERGED = std::max(2, 32 / SUMS);
   static constexpr int TILE_BYTES = ROWS * STRIDE * 4;
   static constexpr int ALIGNED = 1024;
-  static constexpr int DEPTH = std::min(12, (220 * 1024 - TILE_BYTES) / STEP_BYTES);
+  static constexpr int DEPTH = (220 * 1024 - TILE_BYTES) / STEP_BYTES;
   static constexpr int BYTES = DEPTH * STEP_BYTES + TILE_BYTES + ALIGNED;
 
   struct Ring {
