@@ -37,18 +37,22 @@ SCRIPT = """
 import json, os, sys, time
 import lmi_multi
 
+def say(*parts):  # in one write: others write to the same file
+    sys.stdout.write(" ".join(map(str, parts)) + "\\n")
+    sys.stdout.flush()
+
 folder, tensor, pipeline, then = sys.argv[1:]
-print("rank", os.environ["RANK"], "pid", os.getpid(), flush=True)
+say("rank", os.environ["RANK"], "pid", os.getpid())
 model = lmi_multi.load(
     folder, backend="cpu", dtype="fp32", tensor_parallel=int(tensor),
     pipeline_parallel=int(pipeline), max_batch=2, max_tokens=120,
 )
-print("loaded on rank", os.environ["RANK"], flush=True)
+say("loaded on rank", os.environ["RANK"])
 prompts, options = json.loads(os.environ["ASKED"])
 answers = [
     [c.token_ids for c in model.generate(prompts, max_new_tokens=12, **own)] for own in options
 ]
-print("answers", json.dumps(answers), flush=True)
+say("answers", json.dumps(answers))
 if then == "close":
     model.close()
     try:
@@ -56,14 +60,14 @@ if then == "close":
             folder, backend="cpu", tensor_parallel=int(tensor), pipeline_parallel=int(pipeline)
         )
     except lmi_multi.errors.OptionError as error:
-        print("second:", error, flush=True)
+        say("second:", error)
 elif then == "go on":
     try:
         while True:
             model.generate(prompts, max_new_tokens=100, ignore_eos=True)
-            print("going", flush=True)
+            say("going")
     except lmi_multi.errors.RankError as error:
-        print("failed:", error, flush=True)
+        say("failed:", error)
         time.sleep(2)  # torchrun ends it meanwhile, or it ends by itself
         sys.exit(3)
 # Else it ends as a script does that never closes its model.
@@ -83,7 +87,7 @@ class Run:
         script = folder / "script.py"
         script.write_text(SCRIPT)
         port = _free_port()
-        self.log = folder / "log"
+        self.log, self.errors = folder / "log", folder / "errors"
         environ = {
             **os.environ,
             "PYTHONPATH": str(ROOT),
@@ -91,7 +95,8 @@ class Run:
             "ASKED": json.dumps([PROMPTS, OPTIONS]),
         }
         self.agents = []
-        with self.log.open("a") as log:  # appended: no write may lie upon another
+        # Appended: no write may lie upon another. Errors are not whole lines at a time.
+        with self.log.open("a") as log, self.errors.open("a") as apart:
             for node in range(nodes):
                 command = [
                     *(sys.executable, "-m", "torch.distributed.run"),
@@ -100,7 +105,12 @@ class Run:
                     *("--master-port", str(port), str(script), *arguments),
                 ]
                 agent = subprocess.Popen(
-                    command, stdout=log, stderr=log, cwd=folder, env=environ, start_new_session=True
+                    command,
+                    stdout=log,
+                    stderr=apart,
+                    cwd=folder,
+                    env=environ,
+                    start_new_session=True,
                 )
                 self.agents.append(agent)
 
@@ -112,14 +122,18 @@ class Run:
     def until(self, text: str, seconds: float = 300) -> None:
         deadline = time.monotonic() + seconds
         while text not in self.log.read_text():
-            assert time.monotonic() < deadline, self.log.read_text()
+            assert time.monotonic() < deadline, self.everything()
             time.sleep(0.05)
+
+    def everything(self) -> str:
+        """What was said, errors last."""
+        return self.log.read_text() + self.errors.read_text()
 
     def line(self, start: str) -> str:
         """What follows `start` in the first line that begins so."""
         [first, *_] = [
             own for own in self.log.read_text().splitlines() if own.startswith(start)
-        ] or [self.log.read_text()]
+        ] or [self.everything()]
         return first.removeprefix(start).strip()
 
     def pid(self, rank: int) -> int:
@@ -168,7 +182,7 @@ def test_the_same_tokens_as_one_process(
     with running(tmp_path, nodes, per_node, str(folder), str(tensor), str(pipeline), then) as run:
         codes = run.wait()
         text = run.log.read_text()
-        assert codes == [0] * nodes, text
+        assert codes == [0] * nodes, run.everything()
         assert json.loads(run.line("answers")) == expected
         assert text.count("loaded on rank") == 1
         if then == "close":
