@@ -52,19 +52,23 @@ def torch_headers() -> Path:
     return Path(spec.origin).parent / "include"
 
 
-def targets(source: Path, archs: Sequence[str]) -> list[str]:
-    """nvcc's options for a source: machine code of every architecture, and the last one's PTX for
-    later ones; for Hopper's own instructions code for nothing else, if Hopper is among them. Raises
-    BuildError on a name that is none."""
+def archs_of(source: Path, archs: Sequence[str]) -> Sequence[str]:
+    """Those of `archs` that a source is for: one of Hopper's own instructions for nothing else, if
+    Hopper is among them."""
+    return ("90a",) if source.stem.startswith(OF_HOPPER) and "90" in archs else archs
+
+
+def targets(archs: Sequence[str]) -> list[str]:
+    """nvcc's options for machine code of every architecture, and the last one's PTX for later
+    ones. Raises BuildError on a name that is none."""
     for arch in archs:
         if not arch.rstrip("a").isdigit() or int(arch.rstrip("a")) < 80:
             raise BuildError(f"architecture is {arch!r}, must be 80 or above, such as 90")
     if not archs:
         raise BuildError("no architecture was named")
-    if source.stem.startswith(OF_HOPPER) and "90" in archs:
-        return ["-gencode=arch=compute_90a,code=sm_90a"]
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    codes[-1] = f"-gencode=arch=compute_{archs[-1]},code=[sm_{archs[-1]},compute_{archs[-1]}]"
+    if not archs[-1].endswith("a"):  # PTX of such is for no other GPU
+        codes[-1] = f"-gencode=arch=compute_{archs[-1]},code=[sm_{archs[-1]},compute_{archs[-1]}]"
     return codes
 
 
@@ -73,16 +77,7 @@ def compile_command(
 ) -> list[str]:
     """How one source becomes an object file; ptxas reports on stderr."""
     return [
-        *(
-            str(nvcc),
-            "-c",
-            str(source),
-            "-o",
-            str(target),
-            "-std=c++20",
-            "-O3",
-            *targets(source, archs),
-        ),
+        *(str(nvcc), "-c", str(source), "-o", str(target), "-std=c++20", "-O3", *targets(archs)),
         *("-isystem", str(headers), "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"),
         *("-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra"),
         *("-Xptxas", "-v,-warn-spills", "-Werror", "all-warnings"),
@@ -116,8 +111,9 @@ def build(target: Path, archs: Sequence[str], jobs: int, say: Callable[[str], No
         objects = [folder / f"{source.stem}.o" for source in sources]
 
         def compile_one(source: Path, made: Path) -> str:
-            say(f"compiling {source.name} for {', '.join(archs)}")
-            report = _run(compile_command(nvcc, headers, source, made, archs))
+            own = archs_of(source, archs)
+            say(f"compiling {source.name} for {', '.join(own)}")
+            report = _run(compile_command(nvcc, headers, source, made, own))
             if SERIALIZED in report:
                 say(f"slow: ptxas lets products wait for each other in {source.name} (--report)")
             return report

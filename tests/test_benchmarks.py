@@ -12,7 +12,7 @@ from lmi_multi.backends.cuda import executor
 
 from benchmarks import prefill, steps
 from tests import prefill_kernel
-from tests.test_cuda_ahead import Programs, stand_in
+from tests.cuda_stand_ins import Programs, stand_in
 
 CPU = torch.device("cpu")
 

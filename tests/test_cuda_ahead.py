@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,173 +17,35 @@ import pytest
 import torch
 from lmi_multi.backends.cuda import (
     ahead,
-    attention,
     beams,
     draws,
     executor,
     graphs,
-    inputs,
-    prefill,
     prefill_graphs,
-    prefill_inputs,
 )
-from lmi_multi.backends.cuda.ops import ACTIVATIONS, Scratch
+from lmi_multi.backends.cuda.ops import Scratch
 from torch import Tensor
 
 from lmi_multi.backends.base import Executor
 from lmi_multi.backends.drawing import draw
 from lmi_multi.engine.batch import Row
 from lmi_multi.model import Model
-from lmi_multi.models.weights import Linear, Norm
+from lmi_multi.models.weights import Linear
 from lmi_multi.ops.beams import Beams
-from lmi_multi.ops.reference import Reference
 from lmi_multi.ops.sampling import SampleRow
 from lmi_multi.parallel.collectives import SingleRank
-from tests import prefill_kernel, tiny_models
+from tests import tiny_models
+from tests.cuda_stand_ins import Programs, stand_in
 from tests.families import VOCAB
 from tests.test_cuda_graphs import LIMITS, SEARCHES, assert_same_as_cpu, cpu_model, prompts
 
 FAMILIES = ("t5", "gpt2", "llama-gqa", "bloom", "mistral-window")
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor, write: bool, heads: int,
-    q_norm: Tensor | None, k_norm: Tensor | None, eps: float, cos: Tensor | None,
-    sin: Tensor | None, bias: Tensor | None, slopes: Tensor | None, window: int, scale: float,
-    splits: int, work: Tensor, counters: Tensor, out: Tensor,
-) -> bool:  # fmt: skip
-    """The attention kernel, a row at a time."""
-    from lmi_multi.models.rope import rotate
-
-    size, kv, dim = k.shape[1:]
-    assert q_norm is None and k_norm is None
-    for row, length in enumerate(lengths.tolist()):
-        own = q[row].view(1, -1, dim)
-        query = own[:, :heads]
-        if cos is not None and sin is not None:
-            query = rotate(query, cos[row : row + 1], sin[row : row + 1])
-        if write:
-            new = own[:, heads : heads + kv]
-            if cos is not None and sin is not None:
-                new = rotate(new, cos[row : row + 1], sin[row : row + 1])
-            block, place = table[row, (length - 1) // size], (length - 1) % size
-            k[block, place], v[block, place] = new[0], own[0, heads + kv :]
-        blocks = table[row, : -(-length // size)].long()
-        keys, values = (
-            c[blocks].flatten(0, 1)[:length].repeat_interleave(heads // kv, 1) for c in (k, v)
-        )
-        scores = torch.einsum("hd,thd->ht", query[0], keys) * scale
-        distance = length - 1 - torch.arange(length)
-        if bias is not None:
-            scores = scores + bias[distance.clamp(max=len(bias) - 1)].t()
-        if slopes is not None:
-            scores = scores - slopes[:, None] * distance
-        if window:
-            scores = scores.masked_fill(distance >= window, -torch.inf)
-        found = torch.einsum("ht,thd->hd", scores.softmax(-1), values) if length else 0 * query[0]
-        out[row] = found.flatten()
-    return True
-
-
-def greedy(
-    logits: Tensor, drawn: Tensor, ids: Tensor, lengths: Tensor, live: Tensor, *_: Tensor
-) -> bool:
-    """The kernel's, which refuses what it does not cover."""
-    if not logits.is_contiguous():
-        return False
-    best, tokens = logits.max(-1)
-    usable = torch.isfinite(best)
-    drawn.copy_(torch.where(usable, tokens, -1))
-    ids.copy_(torch.where(usable, tokens, 0))
-    lengths.add_(live)
-    return True
-
-
-def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, out: Tensor) -> None:
-    out.copy_(Reference().norm(x, Norm(weight, bias), eps))
-
-
-def linear(
-    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None,
-    norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float,
-    residual: Tensor | None, activation: int, gated: bool, work: Tensor, counters: Tensor,
-    out: Tensor,
-) -> None:  # fmt: skip
-    ops, kind = Reference(), next(k for k, number in ACTIVATIONS.items() if number == activation)
-    if norm_weight is not None:
-        x = ops.norm(x, Norm(norm_weight, norm_bias), eps)
-    y = ops.linear(x, Linear(weight, bias, scale), kind, gated)
-    out.copy_(y if residual is None else residual + y)
-
-
-class Programs:
-    """Recorded phases as calls; a program is their numbers, and running it makes them."""
-
-    def __init__(self) -> None:
-        self.calls: list[Callable[[], object]] = []
-        self.runs = 0
-
-    def recording(self, call: Callable[..., object]) -> Callable[..., bool]:
-        def record(*arguments: Any) -> bool:
-            *given, barrier, phase = arguments
-            assert isinstance(barrier, bool)
-            phase[:8] = torch.tensor([len(self.calls)]).view(torch.uint8)
-            self.calls.append(partial(call, *given))
-            return True
-
-        return record
-
-    def run(self, program: Tensor, on_device: Tensor, barrier: Tensor) -> None:
-        assert torch.equal(program, on_device)
-        self.runs += 1
-        for phase in program[1:]:
-            self.calls[int(phase[:8].view(torch.int64))]()
-
-
-class Replayed:
-    """A graph that does its work anew; `out` is where the first run left it."""
-
-    graph = None
-
-    def __init__(self, body: Callable[[], Tensor]) -> None:
-        self.body, self.out = body, body()
-
-    def replay(self) -> Tensor:
-        self.out = self.body()
-        return self.out
-
-
 @pytest.fixture(autouse=True)
 def programs(monkeypatch: pytest.MonkeyPatch) -> Programs:
     """The stand-ins of all that needs a GPU; those of programs are returned."""
     return stand_in(monkeypatch)
-
-
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> Programs:
-    """The same for other tests, and for other processes."""
-    made = Programs()
-    kernels = SimpleNamespace(
-        attention=attend, greedy=greedy, linear=lambda *_: False, norm=lambda *_: False,
-        activate=lambda *_: False, widen=lambda *_: False, gemm=lambda *_: False,
-        record_norm=made.recording(norm),
-        record_linear=made.recording(linear), record_attention=made.recording(attend),
-        finish_program=lambda *_: True, run_program=made.run,
-        prefill=prefill_kernel.prefill, write_kv=prefill_kernel.write_kv,
-    )  # fmt: skip
-    event = SimpleNamespace(synchronize=lambda: None, wait=lambda: None)
-    monkeypatch.setattr(torch.ops, "lmi_multi", kernels, raising=False)
-    for module in (ahead, beams, draws, executor, inputs, prefill_inputs):
-        monkeypatch.setattr(module, "upload", lambda values, to: to.copy_(torch.tensor(values)))
-    for module in (ahead, executor):
-        monkeypatch.setattr(module, "download", lambda values: (values.clone(), event))
-    for module in (attention, graphs):
-        monkeypatch.setattr(module, "splits", lambda *_: 1)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda *_: None)
-    monkeypatch.setattr(prefill, "processors", lambda device: 1)
-    monkeypatch.setattr(graphs, "capture", lambda body, *_: Replayed(body))
-    monkeypatch.setattr(graphs, "run", lambda body, stream: body())
-    return made
 
 
 def open_model(folder: Path, family: str, program_rows: int = 8) -> Model:

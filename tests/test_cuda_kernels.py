@@ -132,44 +132,6 @@ def test_linear(dtype: torch.dtype, int8: bool) -> None:
             assert error(found, expected) < TOLERANCE[dtype], f"residual, {case}"
 
 
-@pytest.mark.parametrize("codes", [None, torch.int8, torch.float8_e4m3fn], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_gemm(dtype: torch.dtype, codes: torch.dtype | None) -> None:
-    """Products for Hopper's tensor cores: steps and tiles that end within a box, tiles that many
-    blocks share, blocks that have many tiles; the same sums, bit by bit, call after call."""
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("cuda: these kernels are for sm_90a")
-    torch.manual_seed(7)
-    chance = random.Random(7)
-    fused = ops()
-    shapes = [(8, 2), (64, 128), (72, 130), (768, 768), (4096, 4096), (10240, 4096), (4096, 40000)]
-    for rows, (inputs, outputs) in itertools.product((1, 9, 16, 17, 33, 64), shapes):
-        bias, gated, wide_stream = (chance.random() < 0.5 for _ in range(3))
-        kind: Activation | None = chance.choice((None, "gelu", "gelu_tanh", "relu", "silu"))
-        if gated and kind is None:
-            kind = "gelu_tanh"
-        case = f"{rows} x {inputs} -> {outputs}, {kind}, gated {gated}, bias {bias}"
-        if inputs % 16:
-            inputs += 8 * (codes is not None)  # quantized weights are read so many at a time
-        linear = make_linear(outputs, inputs, dtype, codes is not None, bias)
-        if codes == torch.float8_e4m3fn:  # down to 2^-8, which is subnormal
-            weight = (linear.weight.float() / 256).to(codes)
-            linear = replace(linear, weight=weight, scale=linear.scale * 256)
-        x = randn(rows, inputs, dtype=dtype)
-        expected = Reference().linear(x.double(), wide(linear), kind, gated)
-        found = [fused._gemm(x, linear, dtype, None, kind, gated) for _ in range(3)]
-        assert error(found[0], expected) < TOLERANCE[dtype], case
-        assert all(torch.equal(found[0], other) for other in found), case
-        residual = randn(rows, outputs, dtype=torch.float32 if wide_stream else dtype)
-        expected = residual.double() + Reference().linear(x.double(), wide(linear))
-        found[0] = fused._gemm(x, linear, residual.dtype, residual)
-        assert error(found[0], expected) < TOLERANCE[dtype], f"residual, {case}"
-    assert not fused._scratch.counters.any()
-    x, linear = randn(65, 64, dtype=dtype), make_linear(64, 64, dtype, False, False)
-    assert fused._gemm(x, linear, dtype) is None
-    assert fused._gemm(x[:9].float(), linear, dtype) is None
-
-
 @pytest.mark.parametrize("splits", [1, 2, 3, 5])
 def test_shared_features(splits: int) -> None:
     """Splits give the same sums, call after call: their counters are zero again."""

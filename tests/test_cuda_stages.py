@@ -20,7 +20,8 @@ from lmi_multi.model import Model
 from lmi_multi.models.stages import Stage
 from lmi_multi.parallel.collectives import SingleRank
 from tests import tiny_models
-from tests.test_cuda_ahead import Programs, programs  # noqa: F401
+from tests.cuda_stand_ins import Programs
+from tests.test_cuda_ahead import programs  # noqa: F401
 from tests.test_cuda_graphs import LIMITS, cpu_model, prompts
 
 PATIENCE = 60  # seconds for what another stage sends

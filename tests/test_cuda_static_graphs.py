@@ -16,8 +16,9 @@ from lmi_multi.backends.cuda.beams import BeamKind
 from torch import Tensor
 
 from tests import tiny_models
+from tests.cuda_stand_ins import stand_in
 from tests.static_graphs import Graph, NotCapturableError, capture, static
-from tests.test_cuda_ahead import open_model, stand_in
+from tests.test_cuda_ahead import open_model
 from tests.test_cuda_graphs import SEARCHES, assert_same_as_cpu, cpu_model, prompts
 
 REAL_CAPTURE = graphs.capture

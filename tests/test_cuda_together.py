@@ -31,8 +31,8 @@ from lmi_multi.parallel.collectives import TorchCollectives
 from lmi_multi.parallel.local import LocalRanks
 from lmi_multi.parallel.watch import VARIABLE
 from tests import tiny_models
+from tests.cuda_stand_ins import Replayed, stand_in
 from tests.matrix import SharedRanks
-from tests.test_cuda_ahead import Replayed, stand_in
 from tests.test_cuda_graphs import LIMITS, assert_same_as_cpu, cpu_model, prompts
 
 # One of each kind: relative bias, learned positions, norms behind, ALiBi, parallel blocks, rotary
@@ -165,15 +165,24 @@ def test_memory_is_short_on_one(
 ) -> None:
     """Before the others' messages are captured, or while they are: no rank has that graph then.
     Two captures for each size, one of them without messages; the sizes 1 and 12 come first."""
+    _, _, steps = facts_beside_cpu(two, folder, "gpt2", no_memory(*numbers))
+    lacking = [size for size, there in steps.items() if not there]
+    assert lacking == [missing] if missing else len(lacking) == len(steps)
+
+
+def facts_beside_cpu(
+    two: LocalRanks, folder: Path, family: str, trouble: Callable[[Shelf], None]
+) -> list[Any]:
+    """What `Shelf.facts` tells of both ranks, which is the same, once they have answered as a CPU
+    does in spite of the trouble."""
     own = prompts(4, 6)
-    with cpu_model(folder, "gpt2") as cpu:
+    with cpu_model(folder, family) as cpu:
         expected = [c.token_ids for c in cpu.generate(own, max_new_tokens=9)]
-    with open_model(two, folder, "gpt2", no_memory(*numbers)) as model:
+    with open_model(two, folder, family, trouble) as model:
         assert [c.token_ids for c in model.generate(own, max_new_tokens=9)] == expected
         first, second = two.call("facts")
         assert first == second
-        lacking = [size for size, there in first[2].items() if not there]
-        assert lacking == [missing] if missing else len(lacking) == len(first[2])
+    return list(first)
 
 
 def no_inputs(shelf: Shelf) -> None:
@@ -185,13 +194,7 @@ def no_inputs(shelf: Shelf) -> None:
 
 def test_memory_is_short_on_one_before_a_capture(two: LocalRanks, folder: Path) -> None:
     """For what a prefill's graph would read: no rank captures it."""
-    own = prompts(4, 6)
-    with cpu_model(folder, "gpt2") as cpu:
-        expected = [c.token_ids for c in cpu.generate(own, max_new_tokens=9)]
-    with open_model(two, folder, "gpt2", no_inputs) as model:
-        assert [c.token_ids for c in model.generate(own, max_new_tokens=9)] == expected
-        first, second = two.call("facts")
-        assert first == second
+    facts_beside_cpu(two, folder, "gpt2", no_inputs)
 
 
 def not_covered(shelf: Shelf) -> None:
@@ -206,15 +209,9 @@ def no_prefill(shelf: Shelf) -> None:
 def test_kernels_do_not_cover_one(
     two: LocalRanks, folder: Path, trouble: Callable[[Shelf], None]
 ) -> None:
-    own = prompts(4, 6)
-    with cpu_model(folder, "t5") as cpu:
-        expected = [c.token_ids for c in cpu.generate(own, max_new_tokens=9)]
-    with open_model(two, folder, "t5", trouble) as model:
-        assert [c.token_ids for c in model.generate(own, max_new_tokens=9)] == expected
-        first, second = two.call("facts")
-        assert first == second
-        assert not first[1]  # graphs of prefills
-        assert bool(first[2]) == (trouble is no_prefill)
+    _, prefills, steps = facts_beside_cpu(two, folder, "t5", trouble)
+    assert not prefills
+    assert bool(steps) == (trouble is no_prefill)
 
 
 def other_draws(shelf: Shelf) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -38,8 +39,9 @@ def test_compiles_for_every_target_without_warnings(setup: ModuleType) -> None:
 
 def test_hoppers_own_instructions_are_compiled_for_hopper_alone(setup: ModuleType) -> None:
     source = Path("gemm_bfloat16.cu")
-    assert setup.targets(source, setup.ARCHS) == ["-gencode=arch=compute_90a,code=sm_90a"]
-    assert "arch=compute_80" in setup.targets(source, ["80"])[0]  # nothing that anybody starts
+    own = setup.archs_of(source, setup.ARCHS)
+    assert setup.targets(own) == ["-gencode=arch=compute_90a,code=sm_90a"]
+    assert setup.archs_of(source, ["80"]) == ["80"]  # nothing that anybody starts
 
 
 def test_links_with_torch_and_not_with_python(setup: ModuleType) -> None:
@@ -51,7 +53,7 @@ def test_links_with_torch_and_not_with_python(setup: ModuleType) -> None:
 @pytest.mark.parametrize("archs", [["75"], ["sm_90"], [""], []])
 def test_refuses_unknown_architectures(setup: ModuleType, archs: list[str]) -> None:
     with pytest.raises(setup.BuildError, match="architecture"):
-        setup.targets(Path("norm.cu"), archs)
+        setup.targets(archs)
 
 
 def test_one_line_without_nvcc(
@@ -70,17 +72,27 @@ def test_one_line_without_nvcc(
     assert not target.exists()
 
 
+@pytest.fixture
+def nvcc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], None]:
+    """Takes the compiler's place by a script of the shell."""
+
+    def put(script: str) -> None:
+        compiler = tmp_path / "bin" / "nvcc"
+        compiler.parent.mkdir()
+        compiler.write_text(f"#!/bin/sh\n{script}\n")
+        compiler.chmod(0o755)
+        monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+
+    return put
+
+
 def test_a_failing_compiler_is_shown(
     setup: ModuleType,
-    monkeypatch: pytest.MonkeyPatch,
+    nvcc: Callable[[str], None],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    compiler = tmp_path / "bin" / "nvcc"
-    compiler.parent.mkdir()
-    compiler.write_text("#!/bin/sh\necho 'what is wrong' >&2\nexit 2\n")
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    nvcc("echo 'what is wrong' >&2; exit 2")
     target = tmp_path / "_kernels.so"
     assert setup.main(["--output", str(target), "--arch", "90"]) == 1
     assert "what is wrong" in capsys.readouterr().err
@@ -116,23 +128,22 @@ def test_what_ptxas_reports_is_read() -> None:
 
 def test_says_what_ptxas_made_slow(
     setup: ModuleType,
-    monkeypatch: pytest.MonkeyPatch,
+    nvcc: Callable[[str], None],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    compiler = tmp_path / "bin" / "nvcc"
-    compiler.parent.mkdir()
-    compiler.write_text(
-        """#!/bin/sh
+    nvcc(
+        """
         case "$*" in *csrc/gemm_float16.cu*) echo "info: (C7518) Potential Performance Loss: \
             wgmma.mma_async instructions are serialized due to what" >&2 ;; esac
         while [ $# -gt 0 ]; do if [ "$1" = -o ]; then : > "$2"; fi; shift; done
         """
     )
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     assert setup.main(["--output", str(tmp_path / "_kernels.so")]) == 0
-    slow = [line for line in capsys.readouterr().out.splitlines() if line.startswith("slow: ")]
+    said = capsys.readouterr().out.splitlines()
+    assert "compiling gemm_float16.cu for 90a" in said
+    assert "compiling norm.cu for 80, 86, 89, 90" in said
+    slow = [line for line in said if line.startswith("slow: ")]
     assert slow == [
         "slow: ptxas lets products wait for each other in gemm_float16.cu (--report)",
     ]

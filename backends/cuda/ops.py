@@ -162,8 +162,7 @@ class CudaOps(Reference):
         gated: bool = False,
     ) -> Tensor | None:
         """`_in_one` by Hopper's tensor cores."""
-        outputs = linear.weight.shape[0] // 2 if gated else linear.weight.shape[0]
-        out = x.new_empty((x.shape[0], outputs), dtype=dtype)
+        out = _empty(x, linear, dtype, gated)
         given = (x, linear.weight, linear.scale, linear.bias, residual, ACTIVATIONS[activation])
         done = self._kernels.gemm(*given, gated, self._scratch.work, self._scratch.counters, out)
         return out if done else None
@@ -184,8 +183,7 @@ class CudaOps(Reference):
 
         `splits`: in how many parts at least a product's inputs are summed.
         """
-        outputs = linear.weight.shape[0] // 2 if gated else linear.weight.shape[0]
-        out = x.new_empty((x.shape[0], outputs), dtype=dtype)
+        out = _empty(x, linear, dtype, gated)
         scratch = self._scratch
         done = self._kernels.linear(
             x,
@@ -204,6 +202,12 @@ class CudaOps(Reference):
             out,
         )
         return out if done else None
+
+
+def _empty(x: Tensor, linear: Linear, dtype: torch.dtype, gated: bool) -> Tensor:
+    """Where a product goes."""
+    outputs = linear.weight.shape[0] // 2 if gated else linear.weight.shape[0]
+    return x.new_empty((x.shape[0], outputs), dtype=dtype)
 
 
 def _is_hopper(device: torch.device) -> bool:

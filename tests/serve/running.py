@@ -112,6 +112,17 @@ def reserved_port() -> Iterator[int]:
 
 
 @contextlib.contextmanager
+def silent_collector(seconds: int) -> Iterator[dict[str, str]]:
+    """One of traces that takes them and never answers: the environment of a server that waits for
+    so long for it to."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        yield {
+            "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}",
+            "OTEL_EXPORTER_OTLP_TIMEOUT": str(seconds),
+        }
+
+
+@contextlib.contextmanager
 def serving(
     folder: Path, model: str | None, *options: str, run: Sequence[str] = MODULE, **environ: str
 ) -> Iterator[Running]:

@@ -20,7 +20,7 @@ from lmi_multi.serve import server as serve_server
 from lmi_multi.serve.app import Application
 from lmi_multi.serve.server import LAST_WORDS, Server
 from lmi_multi.serve.settings import ServeSettings
-from tests.serve.running import LONG, ROOM, Running, serving
+from tests.serve.running import LONG, ROOM, Running, serving, silent_collector
 
 
 @pytest.fixture(scope="module")
@@ -285,19 +285,17 @@ def test_a_client_that_does_not_read_does_not_hold_the_server(tmp_path: Path) ->
 def test_what_does_not_end_in_time_is_left(tmp_path: Path) -> None:
     """A collector of traces that takes them and never answers: waiting for it is nobody's due."""
     pytest.importorskip("opentelemetry.sdk")
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        endpoint = {
-            "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}",
-            "OTEL_EXPORTER_OTLP_TIMEOUT": "60",
-        }
-        with serving(tmp_path, "demo", "--drain-timeout", "4", **endpoint) as server:
-            server.wait_ready()
-            assert server.post("/invocations", {"inputs": "ten"}).status_code == 200
-            engine = server.engine()
-            start = time.monotonic()
-            assert server.stop() == 0
-            assert 3 < time.monotonic() - start < 25  # it is left after 3.5, or takes 60
-            engine.wait(60)  # it has noticed
+    with (
+        silent_collector(60) as endpoint,
+        serving(tmp_path, "demo", "--drain-timeout", "4", **endpoint) as server,
+    ):
+        server.wait_ready()
+        assert server.post("/invocations", {"inputs": "ten"}).status_code == 200
+        engine = server.engine()
+        start = time.monotonic()
+        assert server.stop() == 0
+        assert 3 < time.monotonic() - start < 25  # it is left after 3.5, or takes 60
+        engine.wait(60)  # it has noticed
     assert "its time is up" in server.log.read_text()
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import signal
-import socket
 from pathlib import Path
 
 import pytest
 
-from tests.serve.running import LONG, ROOM, serving
+from tests.serve.running import LONG, ROOM, serving, silent_collector
 
 
 def test_a_second_signal_cuts_what_runs(tmp_path: Path) -> None:
@@ -31,20 +30,18 @@ def test_a_second_signal_cuts_what_runs(tmp_path: Path) -> None:
 def test_a_third_signal_ends_what_hangs(tmp_path: Path) -> None:
     """A collector of traces that takes them and never answers, and a drain of ten minutes."""
     pytest.importorskip("opentelemetry.sdk")
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        endpoint = {
-            "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}",
-            "OTEL_EXPORTER_OTLP_TIMEOUT": "600",
-        }
-        with serving(tmp_path, "demo", "--drain-timeout", "600", **endpoint) as server:
-            server.wait_ready()
-            assert server.post("/invocations", {"inputs": "ten"}).status_code == 200
-            engine = server.engine()
-            for said in ("Waiting for application shutdown", "told once more"):
-                server.process.send_signal(signal.SIGINT)
-                server.until(lambda said=said: said in server.log.read_text())
+    with (
+        silent_collector(600) as endpoint,
+        serving(tmp_path, "demo", "--drain-timeout", "600", **endpoint) as server,
+    ):
+        server.wait_ready()
+        assert server.post("/invocations", {"inputs": "ten"}).status_code == 200
+        engine = server.engine()
+        for said in ("Waiting for application shutdown", "told once more"):
             server.process.send_signal(signal.SIGINT)
-            assert server.process.wait(60) == 0
-            engine.wait(60)
+            server.until(lambda said=said: said in server.log.read_text())
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(60) == 0
+        engine.wait(60)
     log = server.log.read_text()
     assert "told three times" in log and "Traceback" not in log
