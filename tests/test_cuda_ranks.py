@@ -77,6 +77,9 @@ class Shelf:
         self.device = torch.device("cuda", rank)
         torch.cuda.set_device(self.device)
         self.peers = TorchCollectives()
+        from lmi_multi.backends.cuda.kernels import missing
+
+        assert not missing()
         if near:
             from lmi_multi.backends.cuda.near import connect_memory
 
@@ -86,10 +89,8 @@ class Shelf:
     def open(self, folder: Path) -> None:
         """A network that the kernels cover: its heads' sizes are multiples of 8."""
         from lmi_multi.backends.cuda.executor import CudaExecutor
-        from lmi_multi.backends.cuda.kernels import missing
         from lmi_multi.backends.cuda.ops import Scratch
 
-        assert not missing()
         artifact = Artifact.open(folder)
         loaded = artifact.load_rank(self.rank, self.size)
         tensors = {name: tensor.to(self.device) for name, tensor in loaded.items()}

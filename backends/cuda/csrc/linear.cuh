@@ -47,11 +47,14 @@ __global__ void __launch_bounds__(THREADS, Product::AT_ONCE)
   let_next_start();
   Stream<W, WARPS> weights(&p.weights, 1, shared, launched.slots);
   weights.fill();  // weights are nobody's results: the last kernel may still be at work
+  const RowShare<WARPS> share(p.rows);
+  NormTerms<X> norm;
+  norm.read(p, part.begin + share.own, part.end, share.width * 8);
   wait_for_last();
   if (sizeof(X) < 4 && p.x.type == Type::float32) {
-    stage<X, W, float, WARPS>(p, part.begin, part.end, x, partial);
+    stage<X, W, float>(p, share, norm, part.begin, part.end, x, partial);
   } else {
-    stage<X, W, X, WARPS>(p, part.begin, part.end, x, partial);
+    stage<X, W, X>(p, share, norm, part.begin, part.end, x, partial);
   }
   __syncthreads();
   multiply<Product, NT, WARPS>(p, part, weights, x, partial);

@@ -7,63 +7,15 @@
 #pragma once
 
 #include "activation.cuh"
-#include "normal.cuh"
+#include "stage.cuh"
 #include "stream.cuh"
 
 namespace lmi {
-
-constexpr int PAD = 128;  // x in shared memory is filled up to a multiple of this
 
 // Into so many splits, of whole units.
 inline void split(Weights& w, int splits) {
   w.slice = ((w.inputs + splits - 1) / splits + PAD - 1) / PAD * PAD;
   w.splits = (w.inputs + w.slice - 1) / w.slice;
-}
-
-template <typename X>
-__host__ __device__ constexpr int row_stride(int features) {
-  // A multiple of 128 bytes and 64 more: rows g and g + 1 then lie in different banks.
-  return (features + PAD - 1) / PAD * PAD + 64 / static_cast<int>(sizeof(X));
-}
-
-// Put features begin to end of the rows of x into shared memory, normalized if there is a norm,
-// zeros up to a whole unit. `scratch` holds a float a warp.
-template <typename X, typename W, typename From, int WARPS>
-__device__ void stage(const LinearParams& p, int begin, int end, X* to, float* scratch) {
-  // Some rows at a time: a warp, or several, for each.
-  int groups = 1;
-#pragma unroll 1
-  while (groups < p.rows && groups < WARPS) groups *= 2;
-  const int width = WARPS * 32 / groups, group = threadIdx.x / width, own = threadIdx.x % width * 8;
-  const int inputs = p.weights.inputs, stride = row_stride<X>(end - begin);
-  const int padded = stride - 64 / static_cast<int>(sizeof(X));
-  const X* weight = static_cast<const X*>(p.norm_weight.data);
-  const X* bias = static_cast<const X*>(p.norm_bias.data);
-#pragma unroll 1
-  for (int first = 0; first < p.rows; first += groups) {
-    const int r = first + group, row = min(r, p.rows - 1);
-    const From* x = static_cast<const From*>(p.x.data) + static_cast<int64_t>(row) * inputs;
-    Normal by;
-    Raw<X> weights;  // the first ones are on their way while statistics are made
-    if (weight) {
-      if (begin + own < end) weights.read(weight + begin + own);
-      by = normal(x, inputs, bias, p.eps, width, scratch);
-    }
-    if (r >= p.rows) continue;
-#pragma unroll 2
-    for (int at = own; at < padded; at += width * 8) {
-      float values[8] = {};
-      const int feature = begin + at;
-      if (feature < end) {
-        load8(x + feature, values);
-        if (weight) {
-          if (at > own) weights.read(weight + feature);
-          apply(by, weights, bias ? bias + feature : nullptr, values);
-        }
-      }
-      store8(to + r * stride + place<X, W>(at), values);
-    }
-  }
 }
 
 // What a thread's two results need beside the product, on its way.

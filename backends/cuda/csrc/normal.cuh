@@ -59,12 +59,11 @@ __device__ Normal normal(const T* x, int features, bool centred, float eps, int 
   return found;
 }
 
-// Eight features of a normalized row, which have these weights and biases.
+// Eight features of a normalized row, which have these weights and biases; a bias of zeros is none.
 template <typename T>
-__device__ void apply(const Normal& by, const Raw<T>& weight, const T* bias, float (&x)[8]) {
-  float w[8], b[8] = {};
-  weight.unpack(w);
-  if (bias) load8(bias, b);
+__device__ void apply(const Normal& by, const Raw<T>& weight, const Raw<T>& bias, float (&x)[8]) {
+  float w[8], b[8];
+  weight.unpack(w), bias.unpack(b);
 #pragma unroll
   for (int i = 0; i < 8; ++i) x[i] = (x[i] - by.shift) * by.factor * w[i] + b[i];
 }

@@ -18,9 +18,10 @@ __device__ void normalize(const NormParams& p, int index) {
   for (int at = threadIdx.x * 8; at < p.features; at += blockDim.x * 8) {
     float values[8];
     load8(x + at, values);
-    Raw<W> own;
+    Raw<W> own, added;
     own.read(weight + at);
-    apply(by, own, bias ? bias + at : nullptr, values);
+    if (bias) added.read(bias + at);
+    apply(by, own, added, values);
     store8(static_cast<W*>(p.out) + row + at, values);
   }
 }

@@ -14,16 +14,6 @@
 
 namespace lmi {
 
-// Ask for what all blocks are about to read, so that it comes from L2 then.
-__device__ inline void prefetch(Operand vector, int count) {
-  if (!vector.data) return;
-  const int line = 128, bytes = count * (vector.type == Type::float32 ? 4 : 2);
-#pragma unroll 1
-  for (int at = threadIdx.x * line; at < bytes; at += STEP_THREADS * line) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(vector.data) + at));
-  }
-}
-
 // The fewer items, the more warps have one.
 __device__ inline int team_warps(const AttentionParams& p) {
   const int items = items_of(p), blocks = gridDim.x;
@@ -54,6 +44,16 @@ __device__ void attend_all(const AttentionParams& p, int warps, float* shared, W
   }
 }
 
+// What of x a block has in shared memory.
+struct Staged {
+  const void *x = nullptr, *norm = nullptr;
+  int begin = 0;
+
+  __device__ bool operator!=(const Staged& other) const {
+    return x != other.x || norm != other.norm || begin != other.begin;
+  }
+};
+
 template <typename Product>
 __global__ void __launch_bounds__(STEP_THREADS, 1) step_kernel(const StepParams s) {
 #if __CUDA_ARCH__ >= 900  // on others there is too little shared memory, and no kernel to launch
@@ -77,6 +77,7 @@ __global__ void __launch_bounds__(STEP_THREADS, 1) step_kernel(const StepParams 
   __syncthreads();
   Stream<W, STEP_WARPS> weights(products, s.products, shared, s.slots);
   weights.fill();
+  Staged staged;
 #pragma unroll 1
   for (int i = 0; i < s.count; ++i) {
     const Phase& phase = reinterpret_cast<const Phase&>(held[i % 2]);
@@ -84,12 +85,16 @@ __global__ void __launch_bounds__(STEP_THREADS, 1) step_kernel(const StepParams 
     if (copies && i + 1 < s.count) ahead = words[(i + 1) * WORDS + threadIdx.x];
     if (phase.work == Work::linear) {
       const LinearParams& p = phase.linear;
-      prefetch(p.norm_weight, p.weights.inputs);
-      prefetch(p.norm_bias, p.weights.inputs);
-      if (phase.barrier) barrier.wait();
       const Part part(p.weights, blockIdx.x, gridDim.x);
+      const RowShare<STEP_WARPS> share(p.rows);
+      NormTerms<X> norm;
+      norm.read(p, part.begin + share.own, part.end, share.width * 8);
+      if (phase.barrier) barrier.wait();
       if (part.tile < p.weights.tiles) {
-        stage<X, W, X, STEP_WARPS>(p, part.begin, part.end, x, partial);
+        // No phase writes where another one has: the same x by the same norm is what it was.
+        const Staged wanted{p.x.data, p.norm_weight.data, part.begin};
+        if (staged != wanted) stage<X, W, X>(p, share, norm, part.begin, part.end, x, partial);
+        staged = wanted;
         __syncthreads();
         multiply<Product, 1, STEP_WARPS>(p, part, weights, x, partial);
       }
@@ -98,6 +103,7 @@ __global__ void __launch_bounds__(STEP_THREADS, 1) step_kernel(const StepParams 
       attend_all<X, STEP_HEADS, 4 / sizeof(X)>(p, team_warps(p), partial, [&] {
         if (phase.barrier) barrier.wait();
       });
+      staged = {};  // it was where attention has its queries
     } else {
       if (phase.barrier) barrier.wait();
       for (int row = blockIdx.x; row < phase.norm.rows; row += gridDim.x) {
