@@ -1,0 +1,100 @@
+"""Every kernel on a few small shapes, so that a sanitizer, which slows them down a hundred times,
+gets through in minutes:
+
+    compute-sanitizer --tool racecheck python -m pytest tests/test_cuda_small.py
+    compute-sanitizer --tool memcheck python -m pytest tests/test_cuda_small.py
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lmi_multi.backends.torch_executor import TorchExecutor
+from lmi_multi.engine.batch import Prompt, Row
+from lmi_multi.engine.engine import Engine
+from lmi_multi.ops.reference import Reference
+from lmi_multi.timing import time_generation
+from tests.test_cuda_kernels import (
+    EPS,
+    TOLERANCE,
+    _available,  # noqa: F401
+    _poison,  # noqa: F401
+    error,
+    expected_norm,
+    make_linear,
+    make_norm,
+    ops,
+    randn,
+    wide,
+)
+from tests.test_cuda_program import TOLERANCE as OF_STEPS
+from tests.test_cuda_program import logits, opened
+
+pytestmark = pytest.mark.cuda
+HALF = torch.bfloat16
+
+
+@pytest.mark.parametrize("rows", [1, 5, 17])
+@pytest.mark.parametrize("codes", [None, torch.int8, torch.float8_e4m3fn], ids=str)
+def test_products(rows: int, codes: torch.dtype | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a norm, a gate, a residual; by features shared among blocks; widened."""
+    monkeypatch.setenv("LMI_MULTI_CUDA_UNTRIED", "1")
+    torch.manual_seed(0)
+    fused = ops()
+    linear = make_linear(320, 528, HALF, codes is not None, True)
+    if codes == torch.float8_e4m3fn:
+        linear = replace(linear, weight=(linear.weight.float() / 4).to(codes))
+    x, norm = randn(rows, 528, dtype=HALF), make_norm(528, HALF, True)
+    residual = randn(rows, 320, dtype=HALF)
+    plain = Reference().linear(x.double(), wide(linear))
+    for found, expected in (
+        (fused._fused(x, linear, HALF, splits=3), plain),
+        (fused._gemm(x, linear, HALF) if fused._hopper else None, plain),
+        (fused.linear_residual(x, linear, residual), residual.double() + plain),
+        (
+            fused.norm_linear(x, norm, EPS, linear, "gelu_tanh", True),
+            Reference().linear(expected_norm(x, norm), wide(linear), "gelu_tanh", True),
+        ),
+    ):
+        assert found is None or error(found, expected) < 2 * TOLERANCE[HALF]
+    if codes is not None:
+        weight, scale = fused._widened(linear.weight, linear.scale, HALF)
+        found = weight.double() * scale.double()[:, None]
+        assert error(found, wide(linear).weight) < TOLERANCE[HALF]
+    y = randn(rows, 640, dtype=HALF)
+    expected = Reference().activate(y.double(), "gelu", True)
+    assert error(fused.activate(y, "gelu", True), expected) < TOLERANCE[HALF]
+    assert not fused._scratch.counters.any()
+
+
+@pytest.mark.parametrize("rows", [2, 5])
+@pytest.mark.parametrize("shape", ["flan", "llama-gqa", "gpt2"])
+def test_steps(shape: str, rows: int) -> None:
+    """Layers as one kernel and kernel by kernel: attention of all kinds, products, barriers."""
+    found, expected = (logits(opened(shape, "bf16", None, most), rows, 2) for most in (8, 0))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert error(ours, theirs) < OF_STEPS["bf16"]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("shape", ["gptj", "llama-gqa", "flan"])
+def test_prompts(shape: str) -> None:
+    """Of several lengths in one step, by the kernels and by plain torch; tokens drawn in graphs."""
+    executor = opened(shape, "bf16", None, 8)
+    ids = [[5, 6, 7], list(range(2, 70)), [9]]
+    if shape == "flan":
+        prompts = [Prompt(own) for own in ids]
+        found = executor._prefill.encode(prompts)
+        expected = TorchExecutor._encode(executor, prompts)
+    else:
+        rows = [Row(own, 0, range(i * 8, i * 8 + 8), len(own)) for i, own in enumerate(ids)]
+        found = executor._prefill.decode(rows)[0]
+        expected = TorchExecutor._decode_part(executor, rows)
+    assert error(found, expected) < OF_STEPS["bf16"]
+    engine = Engine(executor)
+    time_generation(engine, executor._network.spec, rows=3, prompt=20, tokens=5, rounds=1)
+    assert not executor._fed._scratch.counters.any()
+    engine.close()
