@@ -60,7 +60,8 @@ def _poison() -> Iterator[None]:
 def ops():  # type: ignore[no-untyped-def]
     from lmi_multi.backends.cuda.ops import CudaOps, Scratch
 
-    every = dict.fromkeys((*DTYPES, torch.int8), 64)  # kernels wherever there is one
+    types = (*DTYPES, torch.int8, torch.float8_e4m3fn)
+    every = dict.fromkeys(types, 64)  # kernels wherever there is one
     return CudaOps(Scratch(torch.device("cuda")), every)
 
 
