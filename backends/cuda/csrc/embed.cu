@@ -26,8 +26,7 @@ __device__ void look_up_angles(const EmbedParams& p, int row) {
 
 template <typename W, typename X>
 __global__ void __launch_bounds__(THREADS) embed_kernel(const EmbedParams p) {
-  let_next_start();
-  wait_for_last();
+  let_next_start();  // there is no last one: a graph begins with this
   const int row = blockIdx.y;
   if (p.pairs && blockIdx.x == gridDim.x - 1) return look_up_angles(p, row);
   const int at = static_cast<int>(blockIdx.x * THREADS + threadIdx.x) * 8;
@@ -57,24 +56,24 @@ __global__ void __launch_bounds__(THREADS) embed_kernel(const EmbedParams p) {
 }
 
 template <typename W, typename X>
-void launch_embed(const EmbedParams& p, const Device& gpu, cudaStream_t stream) {
+void launch_embed(const EmbedParams& p, cudaStream_t stream) {
   const dim3 grid(blocks_of_features(p.features) + (p.pairs ? 1 : 0), p.rows);
-  launch(&embed_kernel<W, X>, p, grid, THREADS, 0, early(gpu), stream);
+  launch(&embed_kernel<W, X>, p, grid, THREADS, 0, Start::after_last, stream);
 }
 
 template <typename W>
-void to_type(const EmbedParams& p, const Device& gpu, cudaStream_t stream) {
-  if (p.x_type == Type::float32) return launch_embed<W, float>(p, gpu, stream);
-  launch_embed<W, W>(p, gpu, stream);
+void to_type(const EmbedParams& p, cudaStream_t stream) {
+  if (p.x_type == Type::float32) return launch_embed<W, float>(p, stream);
+  launch_embed<W, W>(p, stream);
 }
 
 }  // namespace
 
-void embed(const EmbedParams& p, const Device& gpu, cudaStream_t stream) {
+void embed(const EmbedParams& p, cudaStream_t stream) {
   switch (p.tokens.type) {
-    case Type::float16: return to_type<__half>(p, gpu, stream);
-    case Type::bfloat16: return to_type<__nv_bfloat16>(p, gpu, stream);
-    default: return launch_embed<float, float>(p, gpu, stream);
+    case Type::float16: return to_type<__half>(p, stream);
+    case Type::bfloat16: return to_type<__nv_bfloat16>(p, stream);
+    default: return launch_embed<float, float>(p, stream);
   }
 }
 

@@ -19,6 +19,6 @@ struct EmbedParams {
   int most_positions, rows, features, pairs;
 };
 
-void embed(const EmbedParams& p, const Device& gpu, cudaStream_t stream);
+void embed(const EmbedParams& p, cudaStream_t stream);
 
 }  // namespace lmi

@@ -63,7 +63,7 @@ bool run_embed(Tensor ids, Tensor lengths, Tensor tokens, int64_t first, Maybe p
                       .rows = static_cast<int>(rows),
                       .features = static_cast<int>(features),
                       .pairs = cos ? static_cast<int>(cos->size(1)) : 0};
-  embed(p, device_of(x), stream_of(x));
+  embed(p, stream_of(x));
   return true;
 }
 
