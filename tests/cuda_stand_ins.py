@@ -68,16 +68,36 @@ def attend(
 
 
 def greedy(
-    logits: Tensor, drawn: Tensor, ids: Tensor, lengths: Tensor, live: Tensor, *_: Tensor
-) -> bool:
+    logits: Tensor, drawn: Tensor, ids: Tensor, lengths: Tensor, live: Tensor, turns: Tensor,
+    work: Tensor, counters: Tensor,
+) -> bool:  # fmt: skip
     """The kernel's, which refuses what it does not cover."""
-    if not logits.is_contiguous():
+    if logits.stride(1) != 1:
         return False
-    best, tokens = logits.max(-1)
+    best, tokens = logits.float().max(-1)
     usable = torch.isfinite(best)
-    drawn.copy_(torch.where(usable, tokens, -1))
+    drawn[turns.long(), torch.arange(len(ids))] = torch.where(usable, tokens, -1)
     ids.copy_(torch.where(usable, tokens, 0))
     lengths.add_(live)
+    turns.add_(live).remainder_(2)
+    return True
+
+
+def embed(
+    ids: Tensor, lengths: Tensor, tokens: Tensor, first: int, positions: Tensor | None,
+    cos_table: Tensor | None, sin_table: Tensor | None, x: Tensor, cos: Tensor | None,
+    sin: Tensor | None,
+) -> bool:  # fmt: skip
+    local, places = ids - first, (lengths - 1).long()
+    mine = (local >= 0) & (local < len(tokens))
+    found = tokens[local.clamp(0, len(tokens) - 1)]
+    if positions is not None:
+        found = found + positions[places]
+    x.copy_(torch.where(mine[:, None], found, 0))
+    for table, to in ((cos_table, cos), (sin_table, sin)):
+        assert (table is None) == (to is None)
+        if table is not None and to is not None:
+            to.copy_(table[places])
     return True
 
 
@@ -139,7 +159,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Programs:
     """Put them in place of all that needs a GPU; those of programs are returned."""
     made = Programs()
     kernels = SimpleNamespace(
-        attention=attend, greedy=greedy, linear=lambda *_: False, norm=lambda *_: False,
+        attention=attend, embed=embed, greedy=greedy,
+        linear=lambda *_: False, norm=lambda *_: False,
         activate=lambda *_: False, widen=lambda *_: False, gemm=lambda *_: False,
         record_norm=made.recording(norm),
         record_linear=made.recording(linear), record_attention=made.recording(attend),
@@ -152,6 +173,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Programs:
         monkeypatch.setattr(module, "upload", lambda values, to: to.copy_(torch.tensor(values)))
     for module in (ahead, executor):
         monkeypatch.setattr(module, "download", lambda values: (values.clone(), event))
+    monkeypatch.setattr(ahead, "recorded", lambda: event)
+    monkeypatch.setattr(inputs, "pinned", lambda shape, dtype: torch.zeros(shape, dtype=dtype))
     for module in (attention, graphs):
         monkeypatch.setattr(module, "splits", lambda *_: 1)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)

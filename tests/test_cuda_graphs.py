@@ -133,6 +133,16 @@ def test_steps_are_begun_ahead(monkeypatch: pytest.MonkeyPatch, folder: Path, fa
         assert found == []
 
 
+def test_graphs_are_captured_while_tokens_are_unread(folder: Path) -> None:
+    """Answers that end one by one: whenever fewer rows go on there is a graph to capture, and the
+    last step's tokens, in pinned memory, are still to be read."""
+    own = prompts(8, 4)
+    lengths = [{"max_new_tokens": 4 + 2 * i, "ignore_eos": True} for i in range(len(own))]
+    with cpu_model(folder, "gpt2") as cpu, cuda_model(folder, "gpt2") as model:
+        expected = [c.token_ids for c in cpu.generate(own, lengths)]
+        assert [c.token_ids for c in model.generate(own, lengths)] == expected
+
+
 @pytest.mark.parametrize("family", ["t5", "llama", "bloom"])
 def test_searches_go_on_inside_graphs(folder: Path, family: str) -> None:
     """Several at once, which end at different times; twice, as the second time nothing is made."""

@@ -217,11 +217,14 @@ def test_widened_codes_are_exact(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_greedy(dtype: torch.dtype) -> None:
-    """As `sample` does: ties go to the lowest id, unusable rows are noticed, others unharmed."""
+    """As `sample` does in float32: ties go to the lowest id, unusable rows are noticed, others
+    unharmed. Rows begin anywhere, and may be further apart than they are long; tokens go to the
+    row's half of pinned memory."""
     torch.manual_seed(6)
     scratch = ops()._scratch
-    for rows, vocab in ((1, 1), (3, 17), (2, 4096), (70, 32128), (9, 50257)):
-        logits = randn(rows, vocab, dtype=dtype)
+    cases = [(1, 1), (3, 5), (3, 17), (2, 4096), (1, 32128), (1, 128256), (70, 32128), (9, 50257)]
+    for (rows, vocab), skipped in itertools.product(cases, (0, 3)):
+        logits = randn(rows, vocab + 2 * skipped, dtype=dtype)[:, skipped : skipped + vocab]
         logits[0, vocab // 2 :] = logits[0].max()
         if rows > 8:
             for row, value in enumerate((torch.nan, torch.inf, -torch.inf), start=1):
@@ -230,15 +233,22 @@ def test_greedy(dtype: torch.dtype) -> None:
             logits[5, 7] = -torch.nan
         ids, lengths = torch.full((rows,), -5).cuda(), torch.arange(rows, dtype=torch.int32).cuda()
         live = (lengths % 2).int()
-        drawn = torch.full_like(ids, -5)
-        before = lengths.clone()
+        drawn = torch.full((2, rows + 2), -5, pin_memory=True)
+        turns = (lengths // 2 % 2).int()
+        before, half = lengths.clone(), turns.clone()
         assert torch.ops.lmi_multi.greedy(
-            logits, drawn, ids, lengths, live, scratch.work, scratch.counters
+            logits, drawn, ids, lengths, live, turns, scratch.work, scratch.counters
         )
-        want = sample(logits.float(), Sampling.of([SampleRow()] * rows, "cuda"))
-        assert torch.equal(drawn, torch.where(want.finite, want.tokens, -1))
+        torch.cuda.synchronize()
+        want = sample(logits.float().contiguous(), Sampling.of([SampleRow()] * rows, "cuda"))
+        expected = torch.full_like(drawn, -5)
+        own = torch.where(want.finite, want.tokens, -1).cpu()
+        expected[half.long().cpu(), torch.arange(rows)] = own
+        assert torch.equal(drawn, expected)
         assert torch.equal(ids, want.tokens)
         assert torch.equal(lengths, before + live)
+        assert torch.equal(turns, (half + live) % 2)
+        assert not scratch.counters.any()
 
 
 def make_layer(position_bias: Tensor | None, window: int, norms: bool, dim: int) -> Layer:

@@ -45,6 +45,21 @@ def test_tokens_are_those_of_the_cpu(folder: Path, family: str, program_rows: in
         assert max(graph.replays for graph in own._pool) > 1
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama-gqa"])
+def test_graphs_are_captured_while_tokens_are_unread(folder: Path, family: str) -> None:
+    """Answers that end one by one, so that there is a graph to capture whenever fewer rows go on,
+    which is before the last step's tokens are read."""
+    own, lengths = (
+        prompts(8, 4),
+        [{"max_new_tokens": 4 + 2 * i, "ignore_eos": True} for i in range(8)],
+    )
+    with cpu_model(folder, family) as cpu, open_model(folder, family) as model:
+        opened: Any = model.engine.executor
+        expected = [c.token_ids for c in cpu.generate(own, lengths)]
+        assert [c.token_ids for c in model.generate(own, lengths)] == expected
+        assert {size for size, _ in opened._ahead._graphs._captured} == {1, 2, 4, 8}
+
+
 @pytest.mark.parametrize("family", ["t5", "llama-gqa"])
 def test_searches_begin_and_end_without_another_capture(folder: Path, family: str) -> None:
     """As many at once as there are rows, of which each ends at a time of its own and makes room for

@@ -20,9 +20,9 @@ from lmi_multi import progress
 from lmi_multi.engine.batch import Draw, Row
 from lmi_multi.ops.sampling import SampleRow
 
-from .draws import DrawKind, can_capture, unchanged
+from .draws import GREEDY, DrawKind, can_capture, unchanged
 from .graphs import StepGraphs
-from .inputs import download, upload
+from .inputs import download, recorded, upload
 
 
 @dataclass
@@ -35,7 +35,8 @@ class Flight:
     rows: Sequence[Row]
     draws: Sequence[SampleRow]
     kind: DrawKind
-    drawn: Tensor  # pinned int64 [rows]; there when `done` is
+    # Pinned int64 [rows]; there when `done` is, until the step after the next one begins.
+    drawn: Tensor
     done: torch.cuda.Event
     fed: Sequence[int] = ()
     places: dict[int, int] = field(init=False)  # by a row's last block, which is its own
@@ -65,10 +66,11 @@ class Flight:
 
 
 class Ahead:
-    """Begins steps, of which at most one is under way."""
+    """Begins steps, each before the last one's tokens are read, and after those before them are."""
 
     def __init__(self, graphs: StepGraphs) -> None:
         self._graphs = graphs
+        self._begun: torch.cuda.Event | None = None  # the last step, when it is done
 
     def begin(
         self, rows: Sequence[Row], tokens: Sequence[int | None], places: Sequence[int | None],
@@ -85,6 +87,10 @@ class Ahead:
         own = [rows[i] for i in going]
         draws = [row.ahead for row in own if row.ahead]
         kind = self._graphs.draws.kind(draws)
+        # The last step's tokens have yet to be read; those in the other half have been. Now: also
+        # what is run to capture a graph writes its tokens.
+        inputs = self._graphs.inputs
+        inputs.turn = 1 - inputs.turn
         graph = self._graphs.drawing(len(own), kind)
         if graph is None:
             return None
@@ -92,11 +98,21 @@ class Ahead:
             if kind.any_sampled:
                 self._graphs.draws.advance(draws)
         else:
-            self._graphs.inputs.fill(own, ahead=1)
+            inputs.fill(own, ahead=1)
             self._graphs.draws.fill(draws)
             self._feed([tokens[i] for i in going], [places[i] for i in going])
-        drawn, done = download(graph.replay()[: len(own)])
+        found = graph.replay()
+        if kind == GREEDY:
+            drawn, done = found[inputs.turn, : len(own)], recorded()
+        else:
+            drawn, done = download(found[: len(own)])
+        self._begun = done
         return Flight(own, draws, kind, drawn, done)
+
+    def wait(self) -> None:
+        """Wait until no step is under way."""
+        if self._begun is not None:
+            self._begun.synchronize()
 
     def _continues(
         self, last: Flight, places: Sequence[int | None], draws: Sequence[SampleRow]

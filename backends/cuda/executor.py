@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -21,7 +22,8 @@ from lmi_multi.parallel.collectives import Peers
 from .ahead import Ahead, Flight
 from .attention import CudaPagedAttention, DecodeAttention
 from .beams import BeamKind
-from .graphs import Angles, StepGraphs, can_capture
+from .entry import Angles
+from .graphs import StepGraphs, can_capture
 from .inputs import StepInputs, download, upload
 from .ops import CudaOps, Scratch
 from .prefill import Prefill
@@ -161,10 +163,14 @@ class CudaExecutor(TorchExecutor):
             self._flight.done.wait()
 
     def close(self) -> None:
-        """See `TorchExecutor.close`. What a step under way sends to other ranks, they get first."""
+        """See `TorchExecutor.close`. What a step under way sends to other ranks, they get first;
+        and host memory that it writes to becomes nobody else's before it has."""
         if self._flight is not None and not self._peers.alone:
             with progress.waiting():
                 self._flight.done.synchronize()
+        elif self._ahead is not None and self._peers.alone:
+            with suppress(RuntimeError):  # a GPU that has failed writes no more
+                self._ahead.wait()
         self._flight = self._fed = self._ahead = self._prefill_graphs = None
         for name in ("_kernel", "_prefill"):
             self.__dict__.pop(name, None)

@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 
 from lmi_multi import interrupts, progress
-from lmi_multi.models.rope import cos_sin
-from lmi_multi.models.spec import ModelSpec, Rope
 from lmi_multi.models.transformer import Transformer
 from lmi_multi.models.weights import Layer
 from lmi_multi.parallel.collectives import Peers
@@ -22,10 +20,11 @@ from lmi_multi.parallel.collectives import Peers
 from .attention import DecodeAttention, splits
 from .beams import BeamInputs, BeamKind
 from .draws import GREEDY, DrawInputs, DrawKind
+from .entry import Angles, Entered, Entry
 from .inputs import StepInputs
 from .ops import MOST_ROWS as OF_ROWS
 from .ops import CudaOps, Scratch
-from .program import NotCoveredError, Recorder, StepProgram
+from .program import FUSED_NORM_ROWS, NotCoveredError, Recorder, StepProgram
 
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 # Clients choose among thousands of kinds, and each graph stops all rows while it is made.
@@ -46,26 +45,8 @@ def sizes(most: int) -> list[int]:
     return [*SIZES[: bisect_left(SIZES, most)], most]
 
 
-class Angles:
-    """Rotary cosines and sines of every position, looked up in a step."""
-
-    def __init__(self, rope: Rope, positions: int, device: torch.device) -> None:
-        every = torch.arange(positions, device=device)
-        self._cos, self._sin = (part.contiguous() for part in cos_sin(rope, every, every))
-
-    @classmethod
-    def of(cls, spec: ModelSpec, positions: int, device: torch.device) -> Angles | None:
-        """Those of a network; None if it does not rotate."""
-        rope = spec.position
-        return cls(rope, positions, device) if isinstance(rope, Rope) else None
-
-    def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """float32 [rows, pairs] each."""
-        return self._cos.index_select(0, positions), self._sin.index_select(0, positions)
-
-
 class CapturedAttention:
-    """`lmi_multi.ops.Attention` for the first `rows` rows of `inputs`, by the kernels alone.
+    """`lmi_multi.ops.Attention` for rows of `inputs` that have `entered`, by the kernels alone.
 
     Raises NotCoveredError in the first layer that they cannot do.
     """
@@ -74,12 +55,12 @@ class CapturedAttention:
         self,
         kernel: DecodeAttention,
         inputs: StepInputs,
-        rows: int,
-        angles: tuple[Tensor, Tensor] | None,
+        entered: Entered,
         blocks: int = 2,
     ) -> None:
+        rows = len(entered.x)
         parts = splits(kernel.heads, rows, inputs.ids.device, blocks)
-        self._kernel, self._angles = kernel, angles
+        self._kernel, self._angles = kernel, entered.angles
         self._where, self._cross = inputs.where(rows, parts), inputs.cross_where(rows, parts)
 
     def attend(self, layer: Layer, qkv: Tensor) -> Tensor:
@@ -130,7 +111,7 @@ class StepGraphs:
         self._pool = torch.cuda.graph_pool_handle()
         self._captured: dict[tuple[int, Kind], Captured | None] = {}
         self._programs: dict[int, StepProgram | None] = {}
-        self._angles, self._most_program_rows = angles, most_program_rows
+        self._entry, self._most_program_rows = Entry(network, inputs, angles), most_program_rows
 
     def logits(self, rows: int) -> Captured | None:
         """A step that ends with the logits: float32 [size >= rows, vocab]. None if it cannot be
@@ -141,8 +122,9 @@ class StepGraphs:
     def drawing(self, rows: int, kind: DrawKind) -> Captured | None:
         """A step that draws by `draws` and leaves its tokens as the next step's inputs.
 
-        Its result: int64 [size >= rows], the tokens, -1 where the logits were unusable. None if it
-        cannot be had: memory is short, or there are too many graphs.
+        Its result: int64 [size >= rows], the tokens, -1 where the logits were unusable; of GREEDY,
+        which writes them there itself, `inputs.tokens`. None if it cannot be had: memory is short,
+        or there are too many graphs.
         """
         size = self._size(rows)
         if kind == GREEDY:
@@ -159,60 +141,72 @@ class StepGraphs:
         return self._sizes[bisect_left(self._sizes, rows)]
 
     def _logits(self, size: int) -> Tensor:
-        inputs, network = self.inputs, self._network
-        positions = inputs.lengths[:size] - 1
-        angles = None if self._angles is None else self._angles.at(positions)
-        x = network.embed(inputs.ids[:size], positions)
-        program = self._program(x, angles)
-        if program is not None:
-            return network.logits(program.run(x, angles))
-        attention = CapturedAttention(self._kernel, inputs, size, angles)
-        return network.logits(network.decode_embedded(x, attention))
+        return self._scores(size).float()
 
-    def _program(self, x: Tensor, angles: tuple[Tensor, Tensor] | None) -> StepProgram | None:
-        """The layers for as many rows as `x` has; None if they are no single kernel's."""
-        size = len(x)
+    def _scores(self, size: int) -> Tensor:
+        """A step's logits, in the type that the head's product has."""
+        program = self._program(size)
+        entered = self._entry.enter(size, None if program is None else program.reads)
+        if program is not None:
+            return self._head(program.run())
+        attention = CapturedAttention(self._kernel, self.inputs, entered)
+        return self._head(self._layers(self._network, entered.x, attention))
+
+    def _layers(self, network: Transformer, x: Tensor, attention: CapturedAttention) -> Tensor:
+        """What `_head` takes: for few rows the norm between is the head's affair."""
+        if len(x) <= FUSED_NORM_ROWS:
+            return network.decode_layers(x, attention)
+        return network.decode_embedded(x, attention)
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        if len(hidden) <= FUSED_NORM_ROWS:
+            return self._network.norm_head(hidden)
+        return self._network.head(hidden)
+
+    def _program(self, size: int) -> StepProgram | None:
+        """The layers for so many rows; None if they are no single kernel's."""
         if size > self._most_program_rows:
             return None
         if size not in self._programs:
-            self._programs[size] = self._tried(x, angles)
+            self._programs[size] = self._tried(size)
         return self._programs[size]
 
-    def _tried(self, x: Tensor, angles: tuple[Tensor, Tensor] | None) -> StepProgram | None:
+    def _tried(self, size: int) -> StepProgram | None:
         """A program that has run once: a GPU that is shared may refuse to start all its blocks."""
         try:
-            program = self._record(torch.empty_like(x), angles)
+            program = self._record(self._entry.room(size))
         except NotCoveredError:
-            log.debug("a step of %d rows is not covered by the step kernel", len(x))
+            log.debug("a step of %d rows is not covered by the step kernel", size)
             return None
         try:
-            program.run(x, angles)
+            self._entry.enter(size, program.reads)
+            program.run()
         except RuntimeError as error:
             log.warning("a step's layers run kernel by kernel: %s", str(error).splitlines()[0])
             return None
         return program
 
-    def _record(self, x: Tensor, angles: tuple[Tensor, Tensor] | None) -> StepProgram:
-        own = None if angles is None else (torch.empty_like(angles[0]), torch.empty_like(angles[1]))
-
+    def _record(self, reads: Entered) -> StepProgram:
         def record(recorder: Recorder) -> Tensor:
-            most = dict.fromkeys(OF_ROWS, len(x))  # of every type of weights
+            most = dict.fromkeys(OF_ROWS, len(reads.x))  # of every type of weights
             network = self._network.with_ops(CudaOps(self._scratch, most, recorder))
             kernel = self._kernel.with_kernels(recorder)
-            attention = CapturedAttention(kernel, self.inputs, len(x), own, blocks=1)
-            return network.decode_embedded(x, attention)
+            attention = CapturedAttention(kernel, self.inputs, reads, blocks=1)
+            return self._layers(network, reads.x, attention)
 
-        return StepProgram(x, own, self._scratch.barrier, record)
+        return StepProgram(reads, self._scratch.barrier, record)
 
     def _greedy(self, size: int) -> Tensor:
-        scratch = self._scratch
-        ids, lengths, live = self._advanced(size)
-        # Several ranks' logits may go on beyond the vocabulary, where they are filled up.
-        logits, drawn = self._logits(size).contiguous(), torch.empty_like(ids)
+        inputs, scratch = self.inputs, self._scratch
         done = torch.ops.lmi_multi.greedy(
-            logits, drawn, ids, lengths, live, scratch.work, scratch.counters
+            self._scores(size),
+            inputs.tokens,
+            *self._advanced(size),
+            inputs.turns[:size],
+            scratch.work,
+            scratch.counters,
         )
-        return _covered(drawn if done else None)
+        return _covered(inputs.tokens if done else None)
 
     def _sampled(self, size: int, kind: DrawKind) -> Tensor:
         ids, lengths, live = self._advanced(size)

@@ -22,23 +22,30 @@ class StepInputs:
     `ids` int64 [most] are the tokens, `lengths` int32 [most] the context with them, and `live`
     int32 [most] by how much that grows with each step: 0 for places that no row has. Such a place
     computes too, on block `spare`, which belongs to nobody.
+
+    A greedy step leaves its tokens in one half of `tokens`, int64 [2, most] in pinned memory: a
+    row's in that which `turns` int32 [most] says, and it then turns to the other. `turn` is what
+    `fill` has them begin with.
     """
 
     def __init__(self, limits: Limits, most: int, encoded: bool, device: torch.device) -> None:
         self.most, self.spare = most, limits.blocks
         width = -(-limits.max_tokens // limits.block_size)
-        widths = [1, 1, 1, width, width if encoded else 0]
+        widths = [1, 1, 1, 1, width, width if encoded else 0]
         sizes = [most * n for n in widths]
         self._host = np.zeros(sum(sizes), dtype=np.int32)
         self._packed = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
         ends = np.cumsum(sizes)[:-1]
-        shapes = [(most,), (most,), (most,), (most, widths[3]), (most, widths[4])]
+        shapes = [*[(most,)] * 4, (most, widths[4]), (most, widths[5])]
         host = [part.reshape(s) for part, s in zip(np.split(self._host, ends), shapes, strict=True)]
-        self._lengths, self._live, self._cross_lengths, self._table, self._cross_table = host
+        self._lengths, self._live, self._turns, self._cross_lengths = host[:4]
+        self._table, self._cross_table = host[4:]
         parts = self._packed.split_with_sizes(sizes)
         views = [part.view(s) for part, s in zip(parts, shapes, strict=True)]
-        self.lengths, self.live, self.cross_lengths, self.table, self.cross_table = views
+        self.lengths, self.live, self.turns, self.cross_lengths = views[:4]
+        self.table, self.cross_table = views[4:]
         self.ids = torch.zeros(most, dtype=torch.int64, device=device)
+        self.tokens, self.turn = pinned((2, most), torch.int64), 0
         self.clear()
 
     def clear(self) -> None:
@@ -48,6 +55,7 @@ class StepInputs:
     def fill(self, rows: Sequence[Row], ahead: int = 0) -> None:
         """The rows, each `ahead` tokens further than it says, in the first places."""
         self._live[:] = 0
+        self._turns[:] = self.turn
         self._lengths[:] = 1
         self._cross_lengths[:] = 0
         self._table[:] = self.spare
@@ -78,6 +86,16 @@ def download(values: Tensor) -> tuple[Tensor, torch.cuda.Event]:
     """A copy in host memory, and what tells when it is there; neither waits."""
     host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
     host.copy_(values, non_blocking=True)
+    return host, recorded()
+
+
+def pinned(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Host memory that the device can reach: zeros."""
+    return torch.zeros(shape, dtype=dtype, pin_memory=True)
+
+
+def recorded() -> torch.cuda.Event:
+    """What tells when the current stream has come to where it is now."""
     done = torch.cuda.Event()  # type: ignore[no-untyped-call]
     done.record()
-    return host, done
+    return done

@@ -15,7 +15,8 @@ from lmi_multi.engine.batch import Prompt, Row
 from lmi_multi.ops import Attention
 from lmi_multi.parallel.collectives import Peers
 
-from .graphs import Angles, Captured, capture_together, on_all
+from .entry import Angles
+from .graphs import Captured, capture_together, on_all
 from .prefill import Prefill, PrefillAttention
 from .prefill_inputs import PrefillInputs
 from .program import NotCoveredError

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from lmi_multi.models.weights import Layer, Linear
 
+from .entry import Entered
+
 MOST_ROWS = 8  # of a program
 # Bytes of a product's weights, in the mean, from which on a program is the faster one: it wins by
 # not letting memory idle, and loses by its barriers. Measured at 2.7 MB (loses), 38 to 76 (wins).
@@ -123,36 +125,28 @@ class Recorder:
 class StepProgram:
     """Layers recorded for a number of rows.
 
-    `x` [rows, hidden] and `angles` (float32 [rows, pairs] each, or None) are what it reads; `out`
-    is what `record` returned, computed by every `run`. Raises NotCoveredError.
+    `reads` is what every `run` begins with, and `out` what `record` returned, computed anew by
+    each. Raises NotCoveredError.
     """
 
     def __init__(
-        self,
-        x: Tensor,
-        angles: tuple[Tensor, Tensor] | None,
-        barrier: Tensor,
-        record: Callable[[Recorder], Tensor],
+        self, reads: Entered, barrier: Tensor, record: Callable[[Recorder], Tensor]
     ) -> None:
-        recorder = Recorder([x])
+        recorder = Recorder([reads.x])
         self.out = record(recorder)
-        self._x, self._angles, self._barrier, self._kept = x, angles, barrier, recorder.kept
+        self.reads, self._barrier, self._kept = reads, barrier, recorder.kept
         room = torch.zeros(1 + len(recorder.phases), PHASE_BYTES, dtype=torch.uint8)
         self._program = torch.cat([room[:1], *(p[None] for p in recorder.phases), room[1:]])
         finish = torch.ops.lmi_multi.finish_program
         if (
             recorder.weight is None
             or not recorder.made(self.out)
-            or not finish(self._program, x, recorder.weight)
+            or not finish(self._program, reads.x, recorder.weight)
         ):
             raise NotCoveredError
-        self._on_device = self._program.to(x.device)
+        self._on_device = self._program.to(reads.x.device)
 
-    def run(self, x: Tensor, angles: tuple[Tensor, Tensor] | None) -> Tensor:
-        """The layers' output [rows, hidden] for embedded tokens; the next run overwrites it."""
-        self._x.copy_(x)
-        if self._angles is not None and angles is not None:
-            for to, value in zip(self._angles, angles, strict=True):
-                to.copy_(value)
+    def run(self) -> Tensor:
+        """The layers' output [rows, hidden] for what is in `reads`; the next run overwrites it."""
         torch.ops.lmi_multi.run_program(self._program, self._on_device, self._barrier)
         return self.out

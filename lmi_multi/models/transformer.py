@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import copy
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,19 @@ from lmi_multi.models.spec import ModelSpec
 from lmi_multi.models.weights import Layer, Linear, Stack, Weights
 from lmi_multi.ops import Attention, Ops
 from lmi_multi.parallel.collectives import Collectives
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """An embedding that is no more than rows of tables, added up in their type: of `tokens`
+    [count, hidden], which begin with token `first`, and of `positions` [most, hidden], if any.
+
+    Ranks that share a vocabulary have zeros for each other's tokens, and add up what they find.
+    """
+
+    tokens: Tensor
+    first: int
+    positions: Tensor | None
 
 
 class Transformer:
@@ -34,7 +48,8 @@ class Transformer:
         self._first_id: int | Tensor = first if weights.first_id is None else weights.first_id
         self._pipeline = collectives.pipeline
         wide = spec.wide_residual and weights.dtype == torch.float16
-        self._residual_dtype = torch.float32 if wide else weights.dtype
+        # Of what runs from layer to layer.
+        self.residual_dtype = torch.float32 if wide else weights.dtype
 
     def encode(
         self, token_ids: Tensor, positions: Tensor, segments: Tensor | None, attention: Attention
@@ -58,11 +73,21 @@ class Transformer:
         """What the decoder's layers begin with [tokens, hidden], on the first stage."""
         return self._embed(token_ids, positions, None)
 
+    def lookup(self) -> Lookup | None:
+        """What `embed` looks up, where it does nothing else but make that `residual_dtype`."""
+        w = self.weights
+        more = any(part is not None for part in (w.project_in, w.segments, w.embed_norm))
+        if more or w.embed is None or not isinstance(self._first_id, int):
+            return None
+        return Lookup(w.embed, self._first_id, w.positions)
+
     def decode_embedded(self, x: Tensor, attention: Attention) -> Tensor:
         """`decode` of what `embed` returned, or the stage before sent."""
-        if self.weights.decoder is None:
-            raise ValueError(f"an {self.spec.kind} has no decoder")
-        return self._run(self.weights.decoder, x, attention)
+        return self._run(self._decoder(), x, attention)
+
+    def decode_layers(self, x: Tensor, attention: Attention) -> Tensor:
+        """`decode_embedded` without the norm at the end, which `norm_head` makes up for."""
+        return self._layers(self._decoder(), x, attention)
 
     def with_ops(self, ops: Ops) -> Transformer:
         """The same network by other operations."""
@@ -79,13 +104,26 @@ class Transformer:
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores float32 [tokens, vocab] of `decode`'s output, whole on every rank of the last
         stage, which alone has them."""
-        if self.weights.head is None:
-            raise ValueError("only a pipeline's last stage has a head")
+        return self.head(hidden).float()
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """`logits` in the type that the head's product has; rows may be further apart than they
+        are long."""
+        head = self._head()
         hidden = self.project_out(hidden)
         if self.spec.logit_scale != 1.0:
             hidden = hidden * self.spec.logit_scale
-        local = self.ops.linear(hidden, self.weights.head)
-        return self.collectives.all_gather(local)[:, : self.spec.vocab].float()
+        return self._gathered(self.ops.linear(hidden, head))
+
+    def norm_head(self, x: Tensor) -> Tensor:
+        """`head` of what `decode_layers` returned, with the norm in the same operation if nothing
+        lies between them."""
+        norm, eps = self._decoder().norm, self.spec.norm_eps
+        if norm is None:
+            return self.head(x)
+        if self.weights.project_out is not None or self.spec.logit_scale != 1.0:
+            return self.head(self.ops.norm(x, norm, eps))
+        return self._gathered(self.ops.norm_linear(x, norm, eps, self._head()))
 
     def project_out(self, hidden: Tensor) -> Tensor:
         """From the stack's width to the embedding's, where they differ (OPT-350m)."""
@@ -102,7 +140,7 @@ class Transformer:
         if self._pipeline.first:
             return self._embed(token_ids, positions, segments)
         shape = (len(token_ids), self.spec.hidden)
-        x = torch.empty(shape, dtype=self._residual_dtype, device=token_ids.device)
+        x = torch.empty(shape, dtype=self.residual_dtype, device=token_ids.device)
         return self._pipeline.receive(x)
 
     def _embed(self, token_ids: Tensor, positions: Tensor, segments: Tensor | None) -> Tensor:
@@ -117,7 +155,7 @@ class Transformer:
             x = x + F.embedding(ids, w.segments)
         if w.embed_norm is not None:
             x = self.ops.norm(x, w.embed_norm, self.spec.norm_eps)
-        return x.to(self._residual_dtype)
+        return x.to(self.residual_dtype)
 
     def _lookup(self, token_ids: Tensor) -> Tensor:
         table = self.weights.embed
@@ -130,16 +168,32 @@ class Transformer:
         rows = F.embedding(local.clamp(0, table.shape[0] - 1), table)
         return self.collectives.all_reduce(rows * mine[:, None])
 
+    def _decoder(self) -> Stack:
+        if self.weights.decoder is None:
+            raise ValueError(f"an {self.spec.kind} has no decoder")
+        return self.weights.decoder
+
+    def _head(self) -> Linear:
+        if self.weights.head is None:
+            raise ValueError("only a pipeline's last stage has a head")
+        return self.weights.head
+
+    def _gathered(self, local: Tensor) -> Tensor:
+        """Every rank's logits; what fills up the vocabulary left out."""
+        return self.collectives.all_gather(local)[:, : self.spec.vocab]
+
     def _run(self, stack: Stack, x: Tensor, attention: Attention) -> Tensor:
+        x = self._layers(stack, x, attention)
+        return x if stack.norm is None else self.ops.norm(x, stack.norm, self.spec.norm_eps)
+
+    def _layers(self, stack: Stack, x: Tensor, attention: Attention) -> Tensor:
         block = {"pre": self._pre, "post": self._post, "parallel": self._parallel}[self.spec.block]
         for layer in stack.layers:
             progress.tick()
             x = block(layer, x, attention)
         if not self._pipeline.last:
             self._pipeline.send(x)
-        if stack.norm is None:
-            return x
-        return self.ops.norm(x, stack.norm, self.spec.norm_eps)
+        return x
 
     def _pre(self, layer: Layer, x: Tensor, attention: Attention) -> Tensor:
         """Norm before each sub-layer; encoder-decoders attend to the prompt between the two."""
@@ -150,7 +204,7 @@ class Transformer:
             q = ops.norm_linear(x, layer.cross_norm, eps, layer.cross_q)
             x = self._add(attention.cross_attend(layer, q), layer.cross_out, x)
         h = ops.norm_linear(x, layer.norm2, eps, layer.up, self.spec.activation, self.spec.gated)
-        return self._add(h.to(self._residual_dtype), layer.down, x)
+        return self._add(h.to(self.residual_dtype), layer.down, x)
 
     def _post(self, layer: Layer, x: Tensor, attention: Attention) -> Tensor:
         """Norm after each residual addition (BERT, OPT-350m)."""

@@ -4,10 +4,12 @@
 namespace lmi {
 namespace {
 
-constexpr int THREADS = 256;
+constexpr int THREADS = 256, WARPS = THREADS / 32;
+constexpr int AT_ONCE = 4;  // loads of a thread under way
+static_assert(WARPS <= 32 && GREEDY_PARTS <= 32, "a warp compares what warps and blocks found");
 
-// Larger logits have larger keys, NaN the largest. Keys of one float order as integers do once
-// negative ones are turned over.
+// Larger logits have larger keys, NaN the largest; none is 0. Keys of one float order as integers
+// do once negative ones are turned over.
 __device__ inline uint32_t key_of(float x) {
   if (x != x) return ~0u;
   const uint32_t bits = __float_as_uint(x == 0 ? 0.0f : x);  // -0 ties with 0
@@ -18,46 +20,89 @@ __device__ inline bool is_usable(uint32_t key) {
   return key < key_of(INFINITY) && key > key_of(-INFINITY);
 }
 
-__device__ inline unsigned long long larger(unsigned long long a, unsigned long long b) {
-  return a > b ? a : b;
+// The largest key so far, and the lowest id that has it.
+struct Best {
+  uint32_t key = 0, id = ~0u;
+
+  // Ids come rising.
+  __device__ void see(float logit, int at) {
+    const uint32_t own = key_of(logit);
+    if (own > key) key = own, id = at;
+  }
+
+  __device__ Best of_warp() const {
+    const uint32_t most = __reduce_max_sync(~0u, key);
+    return {most, __reduce_min_sync(~0u, key == most ? id : ~0u)};
+  }
+
+  __device__ unsigned long long packed() const {
+    return static_cast<unsigned long long>(key) << 32 | id;
+  }
+
+  static __device__ Best unpacked(unsigned long long both) {
+    return {static_cast<uint32_t>(both >> 32), static_cast<uint32_t>(both)};
+  }
+};
+
+// A thread's share of a row: 16 bytes at a time, but for what lies before and behind whole ones.
+template <typename T>
+__device__ Best best_of_share(const T* logits, int vocab) {
+  constexpr int EACH = 16 / sizeof(T), STRIDE = GREEDY_PARTS * THREADS;
+  const int place = blockIdx.x * THREADS + threadIdx.x;
+  const int skipped = static_cast<int>(-reinterpret_cast<uintptr_t>(logits) % 16 / sizeof(T));
+  const int before = min(skipped, vocab), count = (vocab - before) / EACH;
+  const int behind = before + count * EACH;
+  const auto* whole = reinterpret_cast<const uint4*>(logits + before);
+  Best best;
+  if (place < before) best.see(widen(logits[place]), place);
+#pragma unroll 1
+  for (int first = place; first < count; first += AT_ONCE * STRIDE) {
+    uint4 raw[AT_ONCE];
+#pragma unroll
+    for (int n = 0; n < AT_ONCE; ++n) {
+      if (first + n * STRIDE < count) raw[n] = whole[first + n * STRIDE];
+    }
+#pragma unroll
+    for (int n = 0; n < AT_ONCE; ++n) {
+      const int from = first + n * STRIDE;
+      if (from >= count) break;
+      const T* values = reinterpret_cast<const T*>(&raw[n]);
+#pragma unroll
+      for (int i = 0; i < EACH; ++i) best.see(widen(values[i]), before + from * EACH + i);
+    }
+  }
+  if (place < vocab - behind) best.see(widen(logits[behind + place]), behind + place);
+  return best;
 }
 
-__device__ inline unsigned long long largest_in_block(unsigned long long own) {
-  __shared__ unsigned long long of_warp[THREADS / 32];
-  for (int offset = 16; offset > 0; offset /= 2) {
-    own = larger(own, __shfl_xor_sync(~0u, own, offset));
-  }
-  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = own;
-  __syncthreads();
-  own = of_warp[0];
-#pragma unroll
-  for (int w = 1; w < THREADS / 32; ++w) own = larger(own, of_warp[w]);
-  return own;
+// What the step leaves: the token for the host and for the next step, which is one further.
+__device__ void leave(const GreedyParams& p, int row, Best best) {
+  const int live = p.live[row], turn = p.turns[row], length = p.lengths[row];
+  const bool usable = is_usable(best.key);
+  p.drawn[(turn & 1) * p.drawn_stride + row] = usable ? static_cast<int64_t>(best.id) : -1;
+  p.ids[row] = usable ? best.id : 0;
+  p.turns[row] = (turn + live) & 1;
+  p.lengths[row] = length + live;
 }
 
 template <typename T>
 __global__ void __launch_bounds__(THREADS) greedy_kernel(const GreedyParams p) {
+  __shared__ unsigned long long of_warps[WARPS];
   let_next_start();
   wait_for_last();
-  const int row = blockIdx.y;
-  const T* logits = static_cast<const T*>(p.logits.data) + static_cast<int64_t>(row) * p.vocab;
-  unsigned long long best = 0;
-#pragma unroll 8
-  for (int i = blockIdx.x * THREADS + threadIdx.x; i < p.vocab; i += GREEDY_PARTS * THREADS) {
-    // Of equal logits the lowest id wins.
-    const auto key = static_cast<unsigned long long>(key_of(widen(logits[i])));
-    best = larger(best, key << 32 | ~static_cast<uint32_t>(i));
-  }
-  best = largest_in_block(best);
+  const int row = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const T* logits = static_cast<const T*>(p.logits.data) + row * p.stride;
+  Best best = best_of_share(logits, p.vocab).of_warp();
+  if (lane == 0) of_warps[warp] = best.packed();
+  __syncthreads();
+  if (warp > 0) return;
+  best = Best::unpacked(lane < WARPS ? of_warps[lane] : 0).of_warp();
   unsigned long long* work = p.work + row * GREEDY_PARTS;
-  if (threadIdx.x == 0) work[blockIdx.x] = best;
-  if (!is_last_part(Team::whole_block(), p.counters + row, GREEDY_PARTS) || threadIdx.x > 0) return;
-  for (int i = 0; i < GREEDY_PARTS; ++i) best = larger(best, __ldcg(work + i));
-  const bool usable = is_usable(static_cast<uint32_t>(best >> 32));
-  const auto token = static_cast<int64_t>(~static_cast<uint32_t>(best));
-  p.drawn[row] = usable ? token : -1;
-  p.ids[row] = usable ? token : 0;
-  p.lengths[row] += p.live[row];
+  if (lane == 0) work[blockIdx.x] = best.packed();
+  const Team own{1, lane, 1};  // the first warp alone: others may have ended
+  if (!is_last_part(own, p.counters + row, GREEDY_PARTS)) return;
+  best = Best::unpacked(lane < GREEDY_PARTS ? __ldcg(work + lane) : 0).of_warp();
+  if (lane == 0) leave(p, row, best);
 }
 
 template <typename T>

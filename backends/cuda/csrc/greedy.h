@@ -7,13 +7,15 @@ namespace lmi {
 constexpr int GREEDY_PARTS = 16;  // blocks a row
 
 struct GreedyParams {
-  Operand logits;  // [rows, vocab]
-  int64_t* drawn;  // [rows]: the token, or -1 if the logits are unusable
-  int64_t* ids;    // [rows]: the token, or 0: what the next step is fed
-  int* lengths;    // [rows], which grow by `live` [rows]
+  Operand logits;     // [rows, vocab], of which rows are `stride` apart
+  int64_t* drawn;     // [2, drawn_stride]: the token, or -1 if the logits are unusable; host memory
+  int64_t* ids;       // [rows]: the token, or 0: what the next step is fed
+  int* lengths;       // [rows], which grow by `live` [rows]
+  int* turns;         // [rows]: in which half of `drawn`; they go on by `live` too
   const int* live;
   unsigned long long* work;  // [rows, GREEDY_PARTS]
   int* counters;             // [rows], zero
+  int64_t stride, drawn_stride;
   int rows, vocab;
 };
 
