@@ -12,13 +12,14 @@ __device__ inline uint32_t in_block(const void* own, unsigned rank) {
   return found;
 }
 
-// Every thread of a cluster arrives once, and waits before it first touches another's memory.
+// Every warp of a cluster arrives once, as a whole, and waits before it first touches another
+// block's memory.
 __device__ inline void arrive_in_cluster() {
-  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }
 
 __device__ inline void await_cluster() {
-  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
 // Send sixteen bytes to another block's memory; its barrier counts them when they are there.
