@@ -6,7 +6,7 @@
 
 // The best choice depends on the chip: see docs/performance-notes.md.
 #ifndef LMI_GEMM_DEEP
-#define LMI_GEMM_DEEP 64  // rows from which on a block has a processor to itself
+#define LMI_GEMM_DEEP 64  // rows of x that a step has from which on a processor has one block
 #endif
 
 namespace lmi {
@@ -33,7 +33,7 @@ struct Gemm {
   static constexpr int ALIGNED = 1024;
   // Two blocks on a processor where both find room: the next product's weights are then under way
   // while this one's sums are added up.
-  static constexpr int AT_ONCE = ROWS >= LMI_GEMM_DEEP ? 1 : 2;
+  static constexpr int AT_ONCE = X_BOXES * ROWS >= LMI_GEMM_DEEP ? 1 : 2;
   static constexpr int ROOM = (AT_ONCE == 1 ? 224 : 112) * 1024 - PARTS - ALIGNED;
 };
 
