@@ -20,7 +20,12 @@ const std::array<unsigned, 4>& places(const Device& gpu) {
   check(cudaGetDevice(&device), "device");
   std::call_once(known.at(device), [&] {
     const int shared = G::ROOM + G::PARTS + G::ALIGNED;
-    allow_shared(reinterpret_cast<const void*>(&gemm_kernel<G>), shared);
+    const auto* kernel = reinterpret_cast<const void*>(&gemm_kernel<G>);
+    allow_shared(kernel, shared);
+    // So that a second block, the next product's, finds room.
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                               cudaSharedmemCarveoutMaxShared),
+          "shared memory");
     for (unsigned i = 0; i < 4; ++i) {
       cudaLaunchAttribute how = attribute(1u << i);
       cudaLaunchConfig_t config{};
