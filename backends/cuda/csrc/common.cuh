@@ -223,20 +223,31 @@ inline cudaLaunchAttribute attribute(Start start) {
   return found;
 }
 
+inline cudaLaunchAttribute attribute(unsigned cluster) {
+  cudaLaunchAttribute found{};
+  found.id = cudaLaunchAttributeClusterDimension;
+  found.val.clusterDim = {cluster, 1, 1};
+  return found;
+}
+
+// `cluster`: neighbouring blocks that run together; 0: a kernel that knows of none.
 template <typename Params>
 void launch(void (*kernel)(Params), const Params& params, dim3 grid, int threads, int shared,
-            Start start, cudaStream_t stream) {
+            Start start, cudaStream_t stream, unsigned cluster = 0) {
   if (shared > 47 * 1024) {  // with what is static, more than what needs no leave
     allow_shared(reinterpret_cast<const void*>(kernel), shared);
   }
-  cudaLaunchAttribute how = attribute(start);
+  cudaLaunchAttribute how[2];
+  unsigned count = 0;
+  if (start != Start::after_last) how[count++] = attribute(start);
+  if (cluster) how[count++] = attribute(cluster);
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared;
   config.stream = stream;
-  config.attrs = &how;
-  config.numAttrs = start == Start::after_last ? 0 : 1;
+  config.attrs = how;
+  config.numAttrs = count;
   check(cudaLaunchKernelEx(&config, kernel, params), "launch");
 }
 

@@ -1,205 +1,127 @@
 // A fused product for up to 64 rows. Weights stream through a ring in shared memory, which the copy
 // engine fills while tensor cores multiply; every weight byte is read once.
 //
-// All tiles' steps form one sequence, which blocks share evenly ("Stream-K", Osama et al., 2023):
-// none idles while others have a tile left. A tile whose steps several blocks have is finished by
-// the one that is done last: it adds up, always in the same order, what each has left in memory.
+// A cluster of blocks works on a tile: each has a share of the features, the same for all tiles.
+// What they find they send to each other, and each adds up and finishes some rows of x.
 #pragma once
 
-#include "activation.cuh"
-#include "gemm.h"
-#include "hopper.cuh"
+#include "gemm_finish.cuh"
 #include "product.cuh"
+
+// The best choice depends on the chip: see docs/performance-notes.md.
+#ifndef LMI_GEMM_AHEAD
+#define LMI_GEMM_AHEAD 0  // steps that are brought to L2 before x is there
+#endif
+#ifndef LMI_GEMM_BURST
+#define LMI_GEMM_BURST 1  // steps that are copied together: neighbouring bytes of the same rows
+#endif
 
 namespace lmi {
 
-constexpr int HALF_WARPS = 4, GEMM_WARPS = 2 * HALF_WARPS;  // a half of a tile is a warpgroup's
-constexpr int GEMM_THREADS = (GEMM_WARPS + 1) * 32;         // and one warp copies
-constexpr int HALF_BYTES = HALF * BOX_BYTES;
+// Where in the ring a step is, and the phase of its barriers.
+struct RingSlot {
+  int at = 0, phase = 0;
 
-// x of type T has so many ROWS, filled up with zeros.
-template <typename T_, typename W_, int ROWS_>
-struct Gemm {
-  using T = T_;
-  using W = W_;
-  static constexpr int ROWS = ROWS_;
-  static constexpr int FEATURES = BOX_BYTES / sizeof(W);  // of a step
-  static constexpr int X_FEATURES = BOX_BYTES / sizeof(T), X_BOXES = FEATURES / X_FEATURES;
-  static constexpr int X_BYTES = ROWS * BOX_BYTES;  // of a box
-  static constexpr int STEP_BYTES = 2 * HALF_BYTES + X_BOXES * X_BYTES;
-  static constexpr int SUMS = ROWS / 2;       // that a thread has of a tile
-  static constexpr int STRIDE = 2 * HALF + 4;  // of a tile's sums in shared memory: no two lanes'
-                                               // are in one bank
-  // Blocks whose sums are read at a time: one waits for some as long as for one.
-  static constexpr unsigned MERGED = std::max(2, 32 / SUMS);
-  static constexpr int TILE_BYTES = ROWS * STRIDE * 4;
-  static constexpr int ALIGNED = 1024;
-  static constexpr int DEPTH = (220 * 1024 - TILE_BYTES) / STEP_BYTES;
-  static constexpr int BYTES = DEPTH * STEP_BYTES + TILE_BYTES + ALIGNED;
-
-  struct Ring {
-    unsigned char* steps;
-    Barrier* full;
-    Barrier* empty;
-
-    __device__ unsigned char* weights(int slot, int half) const {
-      return steps + slot * STEP_BYTES + half * HALF_BYTES;
-    }
-    __device__ unsigned char* x(int slot, int box) const {
-      return steps + slot * STEP_BYTES + 2 * HALF_BYTES + box * X_BYTES;
-    }
-  };
-
-  // Where in the ring a step is, and the phase of its barriers.
-  struct Slot {
-    int at = 0, phase = 0;
-
-    __device__ void next() {
-      if (++at == DEPTH) at = 0, phase ^= 1;
-    }
-  };
+  __device__ void next(int depth) {
+    if (++at == depth) at = 0, phase ^= 1;
+  }
 };
 
-// The steps of all tiles in a row, and what of them a block has.
-struct Share {
-  unsigned total, blocks;  // their product fits 32 bits
+// A step of a block: of which tile, and which of the block's share.
+struct Step {
+  unsigned tile, k = 0;
 
-  __device__ unsigned begin(unsigned block) const { return block * total / blocks; }
-  __device__ unsigned owner(unsigned step) const { return ((step + 1) * blocks - 1) / total; }
+  __device__ void next(const Share& share) {
+    if (++k == share.count) k = 0, tile += share.clusters;
+  }
 };
 
 // The warp that copies: all of a block's steps, as many ahead of their use as there is room.
 template <typename G>
-__device__ void copy_steps(const GemmParams& p, const typename G::Ring& ring, unsigned begin,
-                           unsigned end) {
-  const auto weights = [&](unsigned step, int slot) {
-    const int tile = step / p.steps, feature = step % p.steps * G::FEATURES;
-    const int row = tile * (p.gated ? HALF : 2 * HALF);
-    Barrier* full = ring.full + slot;
-    full->arrive_and_expect(G::STEP_BYTES);
-    copy_box(ring.weights(slot, 0), &p.weights, row, feature, full);
-    copy_box(ring.weights(slot, 1), &p.weights, row + p.upper, feature, full);
+__device__ void copy_steps(const GemmParams& p, const Share& share, const GemmMemory& memory) {
+  const int height = p.gated ? HALF : 2 * HALF;
+  const auto row = [&](Step step, int half) { return step.tile * height + half * p.upper; };
+  const auto feature = [&](unsigned k) { return (share.first + k) * G::FEATURES; };
+  const auto weights = [&](Step step, int slot, int half) {
+    copy_box(memory.steps + slot * p.stride + half * HALF_BYTES, &p.weights, row(step, half),
+             feature(step.k), memory.full + slot);
   };
-  const auto x = [&](unsigned step, int slot) {
-    const int feature = step % p.steps * G::FEATURES;
+  const auto x = [&](unsigned k, unsigned char* to, Barrier* full) {
 #pragma unroll
-    for (int i = 0; i < G::X_BOXES; ++i) {
-      copy_box(ring.x(slot, i), &p.x, 0, feature + i * G::X_FEATURES, ring.full + slot);
+    for (int box = 0; box < G::X_BOXES; ++box) {
+      copy_box(to + box * G::BOX, &p.x, 0, feature(k) + box * G::X_FEATURES, full);
     }
+  };
+  const auto x_in_ring = [&](unsigned k, int slot) {
+    if (!p.keep) x(k, memory.steps + slot * p.stride + G::WEIGHT_BYTES, memory.full + slot);
   };
   // Weights are nobody's results: the last kernel may still be at work.
-  const unsigned first = min(end, begin + G::DEPTH);
+  const unsigned total = share.tiles * share.count, begun = min(total, p.depth);
+  Step step{share.cluster};
 #pragma unroll 1
-  for (unsigned step = begin; step < first; ++step) weights(step, step - begin);
+  for (unsigned i = 0; i < begun; ++i, step.next(share)) {
+    memory.full[i].arrive_and_expect(p.stride);
+    weights(step, i, 0), weights(step, i, 1);
+  }
+  Step ahead = step;
+#pragma unroll 1
+  for (unsigned i = begun; i < min(total, begun + LMI_GEMM_AHEAD); ++i, ahead.next(share)) {
+    prefetch_box(&p.weights, row(ahead, 0), feature(ahead.k));
+    prefetch_box(&p.weights, row(ahead, 1), feature(ahead.k));
+  }
   wait_for_last();
 #pragma unroll 1
-  for (unsigned step = begin; step < first; ++step) x(step, step - begin);
-  typename G::Slot slot;
-#pragma unroll 1
-  for (unsigned step = first; step < end; ++step) {
-    ring.empty[slot.at].wait(slot.phase);
-    weights(step, slot.at);
-    x(step, slot.at);
-    slot.next();
+  for (unsigned k = 0; p.keep && k < share.count; ++k) {
+    memory.x_full[k].arrive_and_expect(G::X_BYTES);
+    x(k, memory.x + k * G::X_BYTES, memory.x_full + k);
   }
-}
-
-// What a tile's sums become: bias, activation or gate, residual. A thread's sums are those of two
-// weight rows, eight apart, for two neighbouring rows of x in each eight; what it finishes is one
-// output of every other row.
-template <typename G>
-__device__ void put(const GemmParams& p, int tile, const float (&sums)[G::SUMS], float* all) {
-  const int thread = threadIdx.x, lane = thread % 32;
-  const Team both{1, thread, GEMM_WARPS};
-  both.sync();  // the last tile's have been read
-  float* own = all + lane % 4 * 2 * G::STRIDE + thread / 32 * 16 + lane / 4;
-#pragma unroll
-  for (int j = 0; j < G::SUMS; ++j) {
-    own[(j / 4 * 8 + j % 2) * G::STRIDE + j / 2 % 2 * 8] = sums[j];
-  }
-  both.sync();
-  const int width = p.gated ? HALF : 2 * HALF, column = thread % width, n = tile * width + column;
-  if (n >= p.outputs) return;
-  // Of the output, and of what it gates.
-  const int second = p.gated ? n + p.upper : n;
-  const float scale[2] = {p.scale ? p.scale[n] : 1, p.scale ? p.scale[second] : 1};
-  const float bias[2] = {p.bias.data ? load(p.bias, n) : 0, p.bias.data ? load(p.bias, second) : 0};
-  constexpr int AT_ONCE = 8;  // residuals on their way: types and activations are branches
-  const int step = GEMM_WARPS * 32 / width;
-  const auto place = [&](int m) { return static_cast<int64_t>(min(m, p.rows - 1)) * p.outputs + n; };
+  Step again{share.cluster};
 #pragma unroll 1
-  for (int first = thread / width; first < p.rows; first += AT_ONCE * step) {
-    uint32_t more[AT_ONCE] = {};
-    if (p.residual.data) {
+  for (unsigned i = 0; i < begun; ++i, again.next(share)) x_in_ring(again.k, i);
+  RingSlot slot;
+#pragma unroll 1
+  for (unsigned i = begun; i < total; i += LMI_GEMM_BURST) {
+    Step steps[LMI_GEMM_BURST];
+    int at[LMI_GEMM_BURST];
+    const int count = min(total - i, LMI_GEMM_BURST);
 #pragma unroll
-      for (int i = 0; i < AT_ONCE; ++i) more[i] = read(p.residual, place(first + i * step));
+    for (int j = 0; j < LMI_GEMM_BURST; ++j) {
+      if (j == count) break;
+      steps[j] = step, at[j] = slot.at;
+      memory.empty[slot.at].wait(slot.phase);
+      memory.full[slot.at].arrive_and_expect(p.stride);
+      step.next(share), slot.next(p.depth);
     }
 #pragma unroll
-    for (int i = 0; i < AT_ONCE; ++i) {
-      const int m = first + i * step;
-      if (m >= p.rows) break;
-      const float* sum = all + m * G::STRIDE + column;
-      float y = activate(sum[0] * scale[0] + bias[0], p.activation);
-      if (p.gated) y *= sum[HALF] * scale[1] + bias[1];
-      store(p.out, p.out_type, place(m), y + widen(more[i], p.residual.type));
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int j = 0; j < LMI_GEMM_BURST; ++j) {
+        if (j < count) weights(steps[j], at[j], half);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < LMI_GEMM_BURST; ++j) {
+      if (j < count) x_in_ring(steps[j].k, at[j]);
     }
   }
 }
 
-// Leave what this block has of a tile, or, if all others have done so, take the sum of all; false
-// if it was left.
+// The products of a box of x (of quantized weights, half a step), on their way. Such weights are
+// widened in `held`, which must stay as it is until they are done.
 template <typename G>
-__device__ bool merge(const GemmParams& p, const Share& share, int tile, float (&sums)[G::SUMS]) {
-  constexpr int THREADS = GEMM_WARPS * 32;
-  const unsigned start = tile * p.steps;
-  const unsigned first = share.owner(start), last = share.owner(start + p.steps - 1);
-  if (first == last) return true;
-  // A block has at most two such tiles: the one that it begins with, and another.
-  const auto place = [&](unsigned block) {
-    const int other = share.begin(block) < start;
-    return p.work + (static_cast<int64_t>(block) * 2 + other) * G::SUMS * THREADS + threadIdx.x;
-  };
-  float* own = place(blockIdx.x);
-#pragma unroll
-  for (int j = 0; j < G::SUMS; ++j) __stcg(own + j * THREADS, sums[j]);
-  const Team both{1, static_cast<int>(threadIdx.x), GEMM_WARPS};
-  if (!is_last_part(both, p.counters + tile, last - first + 1)) return false;
-#pragma unroll
-  for (int j = 0; j < G::SUMS; ++j) sums[j] = 0;
-#pragma unroll 1
-  for (unsigned block = first; block <= last; block += G::MERGED) {
-    float found[G::MERGED][G::SUMS];
-#pragma unroll
-    for (unsigned i = 0; i < G::MERGED; ++i) {
-      const float* from = place(min(block + i, last));
-#pragma unroll
-      for (int j = 0; j < G::SUMS; ++j) found[i][j] = __ldcg(from + j * THREADS);
-    }
-#pragma unroll
-    for (unsigned i = 0; i < G::MERGED; ++i) {
-      const bool counts = block + i <= last;  // no branch, behind which reads would be put off
-#pragma unroll
-      for (int j = 0; j < G::SUMS; ++j) sums[j] += counts ? found[i][j] : 0;
-    }
-  }
-  return true;
-}
-
-// A step's products, on their way. Quantized weights are widened in `held`, which must stay as it is
-// until they are done.
-template <typename G>
-__device__ void multiply_step(const typename G::Ring& ring, int slot, int half,
-                              float (&sums)[G::SUMS], uint32_t (&held)[G::FEATURES / 16][4]) {
+__device__ void multiply_box(const unsigned char* weights, const unsigned char* x, int box,
+                             float (&sums)[G::SUMS], uint32_t (&held)[G::IN_BOX][4]) {
   using T = typename G::T;
   using W = typename G::W;
-  constexpr int IN_BOX = G::X_FEATURES / 16;
+  const uint64_t b = matrix(x + box * G::BOX);  // 2 units of 16 bytes to a product's next features
   if constexpr (sizeof(W) == 1) {
     const int lane = threadIdx.x % 32, g = lane / 4;
-    const unsigned char* row = ring.weights(slot, half) + lane % 4 * 2 +
-                               (threadIdx.x / 32 % HALF_WARPS * 16 + g) * BOX_BYTES;
+    const unsigned char* row =
+        weights + lane % 4 * 2 + (threadIdx.x / 32 % HALF_WARPS * 16 + g) * BOX_BYTES;
 #pragma unroll
-    for (int k = 0; k < G::FEATURES / 16; ++k) {
-      const unsigned char* at = row + (k ^ g) * 16;  // the swizzle: g is also the row modulo eight
+    for (int k = 0; k < G::IN_BOX; ++k) {
+      // The swizzle: g is also the row modulo eight.
+      const unsigned char* at = row + ((box * G::IN_BOX + k) ^ g) * 16;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const auto* two = reinterpret_cast<const uint16_t*>(at + i % 2 * 8 * BOX_BYTES + i / 2 * 8);
@@ -207,133 +129,109 @@ __device__ void multiply_step(const typename G::Ring& ring, int slot, int half,
       }
     }
 #pragma unroll
-    for (int k = 0; k < G::FEATURES / 16; ++k) hold(held[k]);
+    for (int k = 0; k < G::IN_BOX; ++k) hold(held[k]);
     begin_products();
 #pragma unroll
-    for (int k = 0; k < G::FEATURES / 16; ++k) {  // 32 bytes further, in units of 16
-      const uint64_t b = matrix(ring.x(slot, k / IN_BOX)) + 2 * (k % IN_BOX);
-      multiply_add<T, G::ROWS>(sums, held[k], b);
-    }
+    for (int k = 0; k < G::IN_BOX; ++k) multiply_add<T, G::ROWS>(sums, held[k], b + 2 * k);
   } else {
-    const uint64_t a = matrix(ring.weights(slot, half)), b = matrix(ring.x(slot, 0));
+    const uint64_t a = matrix(weights);
     begin_products();
 #pragma unroll
-    for (int k = 0; k < IN_BOX; ++k) multiply_add<T, G::ROWS>(sums, a + 2 * k, b + 2 * k);
+    for (int k = 0; k < G::IN_BOX; ++k) multiply_add<T, G::ROWS>(sums, a + 2 * k, b + 2 * k);
   }
   close_products();
 }
 
 // The warpgroups that multiply.
 template <typename G>
-__device__ void multiply_steps(const GemmParams& p, const Share& share,
-                               const typename G::Ring& ring, float* all, unsigned begin,
-                               unsigned end) {
-  const int half = threadIdx.x / (HALF_WARPS * 32);
-  const bool tells = threadIdx.x % 32 == 0;
-  typename G::Slot slot;
+__device__ void multiply_steps(const GemmParams& p, const Share& share, const GemmMemory& memory) {
+  const int half = threadIdx.x / (HALF_WARPS * 32), lane = threadIdx.x % 32;
+  const Finish<G> finish(p, share);
+  RingSlot slot;
   int before = -1;  // the slot of the step whose products may not be done yet
   float sums[G::SUMS];
-  // In turn: those of the last step are still being read while this one's are widened.
-  uint32_t held[2][G::FEATURES / 16][4];
-  const auto multiply = [&](int turn) {
-    ring.full[slot.at].wait(slot.phase);
-    multiply_step<G>(ring, slot.at, half, sums, held[turn]);
-    await_products<1>();
-    if (tells && before >= 0) ring.empty[before].arrive();
+  // In turn: those of the last box are still being read while this one's are widened.
+  uint32_t held[G::X_BOXES][G::IN_BOX][4];
+  const auto multiply = [&](unsigned k) {
+    const unsigned char* step = memory.steps + slot.at * p.stride;
+    if (p.keep) memory.x_full[k].wait(0);
+    memory.full[slot.at].wait(slot.phase);
+    const unsigned char* x = p.keep ? memory.x + k * G::X_BYTES : step + G::WEIGHT_BYTES;
+#pragma unroll
+    for (int box = 0; box < G::X_BOXES; ++box) {
+      multiply_box<G>(step + half * HALF_BYTES, x, box, sums, held[box]);
+      await_products<1>();
+      if (box == 0 && lane == 0 && before >= 0) memory.empty[before].arrive();
+    }
     before = slot.at;
-    slot.next();
+    slot.next(p.depth);
   };
 #pragma unroll 1
-  for (unsigned step = begin; step < end;) {
-    const unsigned tile = step / p.steps, stop = min(end, (tile + 1) * p.steps);
+  for (unsigned i = 0; i < share.tiles; ++i) {
+    const unsigned tile = share.cluster + i * share.clusters;
+    if (threadIdx.x == 0) memory.sent->arrive_and_expect(G::PARTS);
+    GemmTerms terms;
+    finish.read_terms(terms, threadIdx.x, tile);
 #pragma unroll
     for (int j = 0; j < G::SUMS; ++j) sums[j] = 0;
     hold(sums);
 #pragma unroll 1
-    for (; step + 1 < stop; step += 2) multiply(0), multiply(1);
-    if (step < stop) multiply(0), ++step;
+    for (unsigned k = 0; k < share.count; ++k) multiply(k);
     await_products<0>();
     hold(sums);
-    if (tells) ring.empty[before].arrive();
+    if (lane == 0) memory.empty[before].arrive();
     before = -1;
-    if (merge<G>(p, share, tile, sums)) put<G>(p, tile, sums, all);
+
+    if (i == 0) {
+      await_cluster();
+    } else {
+      memory.taken->wait_for_cluster((i - 1) % 2);
+    }
+    finish.send_sums(memory, sums);
+    memory.sent->wait_for_cluster(i % 2);
+    finish(memory, terms, tile);
+    __syncwarp();
+    // After the last tile nobody asks, and others may have ended.
+    if (i + 1 < share.tiles && lane < p.splits) arrive_at(memory.taken, lane);
   }
 }
 
 template <typename G>
-__global__ void __launch_bounds__(GEMM_THREADS, 1) gemm_kernel(const __grid_constant__ GemmParams p) {
+__global__ void __launch_bounds__(GEMM_THREADS, G::AT_ONCE)
+    gemm_kernel(const __grid_constant__ GemmParams p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ unsigned char shared[];
-  __shared__ Barrier full[G::DEPTH], empty[G::DEPTH];
-  unsigned char* aligned = shared + (-shared_address(shared) & (G::ALIGNED - 1));
-  const typename G::Ring ring{aligned, full, empty};
-  float* all = reinterpret_cast<float*>(aligned + G::DEPTH * G::STEP_BYTES);
-  const Share share{p.tiles * p.steps, gridDim.x};
-  const unsigned begin = share.begin(blockIdx.x), end = share.begin(blockIdx.x + 1);
+  __shared__ Barrier full[MOST_DEPTH], empty[MOST_DEPTH], x_full[MOST_KEPT], sent, taken;
+  unsigned char* steps = shared + (-shared_address(shared) & (G::ALIGNED - 1));
+  unsigned char* parts = steps + p.depth * p.stride;
+  const GemmMemory memory{steps,  parts + G::PARTS, reinterpret_cast<float4*>(parts),
+                          full,   empty,            x_full,
+                          &sent, &taken};
+  const Share share(p);
+  const bool multiplies = threadIdx.x / 32 < GEMM_WARPS;
+  const int lane = threadIdx.x % 32;
 
   let_next_start();
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < G::DEPTH; ++i) full[i].init(1), empty[i].init(GEMM_WARPS);
+  if (!multiplies) {
+    if (lane == 0) {
+      prefetch(&p.weights), prefetch(&p.x);
+      sent.init(1), taken.init(p.splits * GEMM_WARPS);
+    }
+    if (lane < MOST_DEPTH) full[lane].init(1), empty[lane].init(GEMM_WARPS);
+    if (lane < MOST_KEPT) x_full[lane].init(1);
     fence_barriers();
   }
   __syncthreads();
-  if (threadIdx.x / 32 < GEMM_WARPS) {
+  arrive_in_cluster();
+  if (multiplies) {
     wait_for_last();
-    multiply_steps<G>(p, share, ring, all, begin, end);
-  } else if (threadIdx.x % 32 == 0) {
-    copy_steps<G>(p, ring, begin, end);
+    multiply_steps<G>(p, share, memory);
+  } else {
+    if (lane == 0) copy_steps<G>(p, share, memory);
+    __syncwarp();
+    await_cluster();
   }
 #endif
-}
-
-template <typename G>
-bool launch_gemm(GemmParams p, const LinearParams& given, const Resources& use, Type type) {
-  const int64_t steps = static_cast<int64_t>(p.tiles) * p.steps;
-  const int64_t blocks = std::min<int64_t>(steps, use.gpu.processors);
-  if (steps * (blocks + 1) > INT32_MAX ||
-      use.work_floats < blocks * 2 * G::SUMS * GEMM_WARPS * 32) {
-    return false;
-  }
-  p.x = tensor_map(given.x.data, type, given.rows, given.weights.inputs, G::ROWS);
-  launch(&gemm_kernel<G>, p, dim3(static_cast<unsigned>(blocks)), GEMM_THREADS, G::BYTES,
-         early(use.gpu), use.stream);
-  return true;
-}
-
-// The product of `given`, x of type T, weights of type W.
-template <typename T, typename W>
-bool gemm(const LinearParams& given, const Resources& use, Type type) {
-  const Weights& w = given.weights;
-  const int outputs = w.gated ? w.outputs / 2 : w.outputs, tile = w.gated ? HALF : 2 * HALF;
-  const int features = BOX_BYTES / sizeof(W);
-  const GemmParams p{.weights = tensor_map(w.data, given.weight_type, w.outputs, w.inputs, HALF),
-                     .x = {},
-                     .bias = given.bias,
-                     .residual = given.residual,
-                     .scale = given.scale,
-                     .out = given.out,
-                     .work = given.work,
-                     .counters = given.counters,
-                     .out_type = given.out_type,
-                     .activation = given.activation,
-                     .rows = given.rows,
-                     .outputs = outputs,
-                     .tiles = static_cast<unsigned>((outputs + tile - 1) / tile),
-                     .steps = static_cast<unsigned>((w.inputs + features - 1) / features),
-                     .upper = w.gated ? outputs : HALF,
-                     .gated = w.gated};
-  if (given.rows <= 16) return launch_gemm<Gemm<T, W, 16>>(p, given, use, type);
-  if (given.rows <= 32) return launch_gemm<Gemm<T, W, 32>>(p, given, use, type);
-  return launch_gemm<Gemm<T, W, 64>>(p, given, use, type);
-}
-
-template <typename T>
-bool gemm_of(const LinearParams& given, const Resources& use, Type type) {
-  switch (given.weight_type) {
-    case Type::int8: return gemm<T, int8_t>(given, use, type);
-    case Type::float8: return gemm<T, __nv_fp8_e4m3>(given, use, type);
-    default: return gemm<T, T>(given, use, type);
-  }
 }
 
 }  // namespace lmi

@@ -18,17 +18,17 @@ struct GemmParams {
   Operand bias, residual;
   const float* scale;  // of each output channel, for quantized weights
   void* out;
-  float* work;    // two tiles of partial sums for every block
-  int* counters;  // [tiles], zero
   Type out_type;
   Activation activation;
   int rows, outputs;      // outputs of `out`: gated, half of the weights' rows
   unsigned tiles, steps;  // steps of a box of weights through the features, for each tile
+  unsigned splits;        // blocks of a cluster, which share a tile's steps
+  unsigned depth;         // steps in a block's ring
+  int stride;             // bytes of each
   int upper;              // weight rows from a tile's first half to its second
-  bool gated;
+  bool gated, keep;  // keep: a block's x is beside the ring all the time, not in its steps
 };
 
-// False, and nothing done, if `work` is too small.
 bool gemm_float16(const LinearParams& p, const Resources& use);
 bool gemm_bfloat16(const LinearParams& p, const Resources& use);
 

@@ -1,4 +1,4 @@
-#include "gemm.cuh"
+#include "gemm_launch.cuh"
 
 namespace lmi {
 

@@ -46,6 +46,21 @@ struct Barrier {
         "r"(phase)
         : "memory");
   }
+
+  // The same for what other blocks of the cluster have done.
+  __device__ void wait_for_cluster(int phase) {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+        "@done bra ready;\n"
+        "bra again;\n"
+        "ready:\n"
+        "}\n" ::"r"(shared_address(this)),
+        "r"(phase)
+        : "memory");
+  }
 };
 
 // Makes initialized barriers visible to the copy engine.
@@ -61,6 +76,18 @@ __device__ inline void copy_box(void* to, const CUtensorMap* from, int row, int 
       "[%0], [%1, {%2, %3}], [%4];" ::"r"(shared_address(to)),
       "l"(from), "r"(feature), "r"(row), "r"(shared_address(done))
       : "memory");
+}
+
+// Copy a box to L2 alone.
+__device__ inline void prefetch_box(const CUtensorMap* from, int row, int feature) {
+  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(from),
+               "r"(feature), "r"(row)
+               : "memory");
+}
+
+// Have the description itself at hand before the first copy.
+__device__ inline void prefetch(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
 // Where a tile of rows of 128 bytes begins, which lies as the copy engine swizzles it.
