@@ -117,6 +117,8 @@ struct Item {
   __device__ Item(const AttentionParams& p, int index) {
     const int chunks = p.kv_heads * p.chunks;
     row = index / chunks % p.rows, split = index / chunks / p.rows;
+    // Under way with the length, which tells how much of it there is.
+    asm volatile("prefetch.global.L1 [%0];" ::"l"(p.table + row * p.table_width));
     kv = index % chunks / p.chunks;
     const int chunk = index % p.chunks, group = p.heads / p.kv_heads;
     first_head = kv * group + chunk * G;
@@ -245,20 +247,36 @@ __device__ void sum_scores(int width, float (&scores)[G][N]) {
   }
 }
 
-// Feature d of a head from the splits' softmaxes, `step` floats apart. Past the L1 cache: what
-// other blocks wrote may not come from a stale line.
-__device__ inline float merged(const float* part, int d, int dim, int splits) {
-  const int step = dim + 2;
+// A head's largest score, sum of weights, and one feature of its weighted values.
+struct Feature {
   float top = -INFINITY, sum = 0, value = 0;
+
+  __device__ float result() const { return sum > 0 ? __fdividef(value, sum) : 0; }
+};
+
+// Feature d from `count` softmaxes, `step` floats apart, N at a time: values, top and sum.
+template <int N, typename Load>
+__device__ Feature merge(const float* records, int count, int step, int dim, int d, Load load) {
+  Feature of;
 #pragma unroll 1
-  for (int i = 0; i < splits; ++i) top = fmaxf(top, __ldcg(part + i * step + dim));
-#pragma unroll 2
-  for (int i = 0; i < splits; ++i) {
-    const float weight = rescale(__ldcg(part + i * step + dim), top);
-    sum += __ldcg(part + i * step + dim + 1) * weight;
-    value += __ldcg(part + i * step + d) * weight;
+  for (int i = 0; i < count; i += N) {
+    float tops[N], sums[N], values[N], highest = of.top;
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      const float* record = records + min(i + j, count - 1) * step;
+      tops[j] = i + j < count ? load(record + dim) : -INFINITY;
+      sums[j] = load(record + dim + 1), values[j] = load(record + d);
+      highest = fmaxf(highest, tops[j]);
+    }
+    const float kept = rescale(of.top, highest);
+    of.sum *= kept, of.value *= kept, of.top = highest;
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      const float weight = rescale(tops[j], highest);
+      of.sum += weight * sums[j], of.value += weight * values[j];
+    }
   }
-  return sum > 0 ? __fdividef(value, sum) : 0;
+  return of;
 }
 
 // Floats that a team of so many warps shares: the query heads and the new key, and of each warp and
@@ -309,6 +327,7 @@ __device__ void share_heads(const AttentionParams& p, const Item<G>& it, const T
     float factor = 1;
     if (norm.data) {
       float squares = 0;
+#pragma unroll 2
       for (int i = lane; i < p.dim; i += 32) squares += widen(from[i]) * widen(from[i]);
       factor = rsqrtf(__fdividef(sum_over(squares, 32), p.dim) + p.eps);
     }
@@ -338,6 +357,11 @@ __device__ Item<G> attend(const AttentionParams& p, const Item<G>& it, int& inde
   // lanes come along, since they shuffle.
   const bool newest = it.newest && team.thread / 32 == team.warps - 1;
   Raw<T> new_value;
+  float new_bias[G] = {};
+  if (newest) {
+#pragma unroll
+    for (int g = 0; g < G && p.bias; ++g) new_bias[g] = p.bias[it.head(g)] * LOG2E;
+  }
   if (newest && lane.active) {
     new_value.read(static_cast<const T*>(p.new_v) + it.row * p.q_stride +
                    static_cast<int64_t>(it.kv) * p.dim + lane.first);
@@ -354,18 +378,19 @@ __device__ Item<G> attend(const AttentionParams& p, const Item<G>& it, int& inde
   }
   Softmax of[G];
   if (newest) {
-    Raw<T> key[1], value[1] = {new_value};
-    float scores[G][1], k[8];
+    const float* key = shared + it.heads() * p.dim + (lane.active ? lane.first : 0);
+    float scores[G][1] = {};
 #pragma unroll
-    for (int i = 0; i < 8; ++i) k[i] = lane.active ? shared[it.heads() * p.dim + lane.first + i] : 0;
-    key[0].pack(k);
-    multiply_keys(q, key, scores);
+    for (int i = 0; i < 8; ++i) {
+#pragma unroll
+      for (int g = 0; g < G; ++g) scores[g][0] += q[g][i] * key[i];
+    }
     sum_scores(p.width, scores);
 #pragma unroll
     for (int g = 0; g < G; ++g) {
-      if (p.bias) scores[g][0] += p.bias[it.head(g)] * LOG2E;
-      if (of_warp >= p.width) scores[g][0] = -INFINITY;
-      of[g].add(scores[g], value);
+      if (of_warp >= p.width) continue;
+      of[g].top = scores[g][0] + new_bias[g], of[g].sum = 1;
+      new_value.unpack(of[g].values);
     }
   }
 
@@ -423,31 +448,25 @@ __device__ Item<G> attend(const AttentionParams& p, const Item<G>& it, int& inde
 #pragma unroll 1
   for (int i = team.thread; i < it.heads() * p.dim; i += threads) {
     const int g = G == 1 ? 0 : i / p.dim, d = i - g * p.dim;
-    const float* part = records + g * record;
-    float top = -INFINITY, sum = 0, value = 0;
-#pragma unroll AT_ONCE
-    for (int w = 0; w < team.warps; ++w) top = fmaxf(top, part[w * G * record + p.dim]);
-#pragma unroll AT_ONCE
-    for (int w = 0; w < team.warps; ++w) {
-      const float* of_other = part + w * G * record;
-      const float weight = rescale(of_other[p.dim], top);
-      sum += of_other[p.dim + 1] * weight;
-      value += of_other[d] * weight;
-    }
+    const Feature of_team = merge<AT_ONCE>(records + g * record, team.warps, G * record, p.dim, d,
+                                           [](const float* from) { return *from; });
     if (it.splits == 1) {
-      out[i] = narrow<T>(sum > 0 ? __fdividef(value, sum) : 0);
+      out[i] = narrow<T>(of_team.result());
       continue;
     }
     float* to = work + (g * p.splits + it.split) * record;
-    to[d] = value;
-    if (d == 0) to[p.dim] = top, to[p.dim + 1] = sum;
+    to[d] = of_team.value;
+    if (d == 0) to[p.dim] = of_team.top, to[p.dim + 1] = of_team.sum;
   }
   if (it.splits == 1) return next;
   if (!is_last_part(team, p.counters + place, it.splits)) return next;
 #pragma unroll 1
   for (int i = team.thread; i < it.heads() * p.dim; i += threads) {
     const int g = G == 1 ? 0 : i / p.dim, d = i - g * p.dim;
-    out[i] = narrow<T>(merged(work + g * p.splits * record, d, p.dim, it.splits));
+    // Past the L1 cache: what other blocks wrote may not come from a stale line.
+    const Feature found = merge<2>(work + g * p.splits * record, it.splits, record, p.dim, d,
+                                   [](const float* from) { return __ldcg(from); });
+    out[i] = narrow<T>(found.result());
   }
   return next;
 }

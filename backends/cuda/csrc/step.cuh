@@ -46,9 +46,9 @@ __device__ int team_warps(const AttentionParams& p) {
   const int row = threadIdx.x % 32;
   const int longest = __reduce_max_sync(~0u, row < p.rows ? p.lengths[row] : 1);
   const int tokens = p.window ? min(longest, p.window) : longest, share = share_of(p, tokens);
-  const int items = items_of(p) / p.splits * ((tokens + share - 1) / share), blocks = gridDim.x;
+  const int items = p.rows * p.kv_heads * p.chunks * ((tokens + share - 1) / share);
   int warps = STEP_WARPS;
-  while (warps > 2 && (items > blocks * (STEP_WARPS / warps) ||
+  while (warps > 2 && (items > static_cast<int>(gridDim.x) * (STEP_WARPS / warps) ||
                        share <= warps / 2 * 32 / p.width * KEYS<T>)) {
     warps /= 2;
   }
