@@ -9,10 +9,11 @@
 // in their registers, and likewise values. Behind an item's last ones come the next item's first.
 #pragma once
 
-#include "attention.h"
+#include "items.cuh"
+#include "softmax.cuh"
 
-#ifndef LMI_ATTENTION_WARPS
-#define LMI_ATTENTION_WARPS 16
+#ifndef LMI_ATTENTION_FEATURES
+#define LMI_ATTENTION_FEATURES 32
 #endif
 
 namespace lmi {
@@ -22,15 +23,10 @@ template <typename T>
 constexpr int KEYS = 8 / sizeof(T);
 // Warps of the attention kernel that a processor holds, by their registers.
 template <int G>
-constexpr int RESIDENT = G == 1 ? LMI_ATTENTION_WARPS : 8;
-constexpr int LEAST_WARPS = 1, MOST_WARPS = 8;  // of a block
-constexpr int LEAST_SHARE = 128;  // tokens of a split: with fewer it costs more than it saves
+constexpr int RESIDENT = G == 1 ? 16 : 8;
+constexpr int MOST_WARPS = 8;  // of a block
+constexpr int WARP_FEATURES = LMI_ATTENTION_FEATURES;  // of a head, for each warp at most
 constexpr float LOG2E = 1.44269504f;
-
-// exp2(from - to), where nothing at all (-inf) stays nothing.
-__device__ inline float rescale(float from, float to) {
-  return from == -INFINITY ? 0.0f : exp2f(from - to);
-}
 
 // Of every `step`-th key: it and its value, under way; what its position adds to each head's score;
 // and where it is in the cache, in tokens. Negative: there is none.
@@ -39,132 +35,6 @@ struct Keys {
   Raw<T> k[N], v[N];
   float bias[G][N] = {};
   int slots[N];
-};
-
-// What a group of lanes has seen: the largest score (base 2), the sum of weights, and its
-// features of the weighted values.
-struct Softmax {
-  float top = -INFINITY, sum = 0, values[8] = {};
-
-  template <typename T, int N>
-  __device__ void add(const float (&scores)[N], const Raw<T> (&v)[N]) {
-    float highest = top;
-#pragma unroll
-    for (int j = 0; j < N; ++j) highest = fmaxf(highest, scores[j]);
-    const float kept = rescale(top, highest);
-    sum *= kept;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) values[i] *= kept;
-#pragma unroll
-    for (int j = 0; j < N; ++j) {
-      const float weight = rescale(scores[j], highest);
-      sum += weight;
-      float own[8];
-      v[j].unpack(own);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) values[i] += weight * own[i];
-    }
-    top = highest;
-  }
-
-  // Take in what the lane `offset` further has.
-  __device__ void merge_lane(int offset) {
-    const float other = __shfl_xor_sync(~0u, top, offset), highest = fmaxf(top, other);
-    const float kept = rescale(top, highest), added = rescale(other, highest);
-    sum = sum * kept + __shfl_xor_sync(~0u, sum, offset) * added;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      values[i] = values[i] * kept + __shfl_xor_sync(~0u, values[i], offset) * added;
-    }
-    top = highest;
-  }
-};
-
-__device__ inline float sum_over(float x, int width) {
-#pragma unroll 1
-  for (int offset = width / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(~0u, x, offset);
-  return x;
-}
-
-// Where a token is in the cache; beyond the table anywhere, so that it need not be known before if
-// there is such a token.
-__device__ inline int slot_of(const AttentionParams& p, int row, int token) {
-  const int last = p.table_width - 1;
-  const int block = p.table[row * p.table_width + min(token >> p.block_shift, last)];
-  return (block << p.block_shift) + (token & ((1 << p.block_shift) - 1));
-}
-
-// Tokens of each split of so many.
-__device__ inline int share_of(const AttentionParams& p, int tokens) {
-  return p.splits == 1 ? max(tokens, 1) : max((tokens + p.splits - 1) / p.splits, LEAST_SHARE);
-}
-
-__host__ __device__ inline int items_of(const AttentionParams& p) {
-  return p.rows * p.kv_heads * p.chunks * p.splits;
-}
-
-// What a team does: up to G heads of a chunk, for one split of a row's tokens.
-template <int G>
-struct Item {
-  int row, kv, split;
-  int first_head;         // query heads
-  int length, splits;     // the row's tokens, and the splits that have some
-  int begin, cached;      // the split's tokens; those before `cached` are in the cache
-  bool newest;            // the last one is not
-  bool writes;            // it goes to the cache from here
-
-  Item() = default;
-  __device__ Item(const AttentionParams& p, int index) {
-    const int chunks = p.kv_heads * p.chunks;
-    row = index / chunks % p.rows, split = index / chunks / p.rows;
-    // Under way with the length, which tells how much of it there is.
-    asm volatile("prefetch.global.L1 [%0];" ::"l"(p.table + row * p.table_width));
-    kv = index % chunks / p.chunks;
-    const int chunk = index % p.chunks, group = p.heads / p.kv_heads;
-    first_head = kv * group + chunk * G;
-    of_chunk = min(G, group - chunk * G);
-    length = p.lengths[row];
-    // Lengths change from one replay of a graph to the next, so the splits that have work are
-    // counted here.
-    const int start = p.window ? max(0, length - p.window) : 0;
-    const int share = share_of(p, length - start);
-    splits = p.splits == 1 ? 1 : max((length - start + share - 1) / share, 1);
-    begin = start + split * share;
-    const int end = min(length, begin + share);
-    newest = p.new_k && end == length && begin < end;
-    cached = newest ? end - 1 : end, writes = newest && chunk == 0;
-  }
-
-  __device__ bool has_work() const { return split < splits; }
-  __device__ int heads() const { return G == 1 ? 1 : of_chunk; }
-  // The last one again for those that are not.
-  __device__ int head(int g) const { return first_head + min(g, heads() - 1); }
-
- private:
-  int of_chunk;
-};
-
-// The first item with work from `index` on, every `stride`-th; beyond all others one of no tokens.
-template <int G>
-__device__ Item<G> find_item(const AttentionParams& p, int& index, int stride) {
-#pragma unroll 1
-  for (;; index += stride) {
-    const Item<G> it(p, index);
-    if (it.has_work() || index >= items_of(p)) return it;
-  }
-}
-
-// Which of a row's tokens a lane takes, and which of their features.
-struct Lane {
-  int worker, workers;  // of the groups of lanes that share a key
-  int first;            // of eight features
-  bool active;          // it has some
-
-  __device__ Lane(const AttentionParams& p, const Team& team)
-      : worker(team.thread / p.width),
-        workers(team.warps * 32 / p.width),
-        first((threadIdx.x & (p.width - 1)) * 8),
-        active(first < p.dim) {}
 };
 
 // Find the cached ones of the item's tokens `key`, `key` + workers and so on.
@@ -178,19 +48,28 @@ __device__ void find_slots(const AttentionParams& p, const Item<G>& it, const La
   }
 }
 
-// Start reading what the keys or values there are. Those that are not are zeros: of what another
-// row has left even a weight of zero could make NaN.
+// Start reading those that there are, of keys or values.
 template <typename T, int G, int N>
 __device__ void read_slots(const AttentionParams& p, const void* pool, const Item<G>& it,
                            const Lane& lane, const int (&slots)[N], Raw<T> (&to)[N]) {
   const unsigned bytes = p.kv_heads * p.dim * sizeof(T);  // of a token
-  const char* own = static_cast<const char*>(pool) + (it.kv * p.dim + lane.first) * sizeof(T);
+  uint64_t own = __cvta_generic_to_global(pool) + (it.kv * p.dim + lane.first) * sizeof(T);
+  asm("" : "+l"(own));  // added up before it is known where the tokens are
 #pragma unroll
   for (int j = 0; j < N; ++j) {
-    const char* from = own + static_cast<uint64_t>(static_cast<unsigned>(slots[j])) * bytes;
-    to[j] = {};
-    if (slots[j] >= 0) to[j].read(reinterpret_cast<const T*>(from));
+    const uint64_t from = own + static_cast<uint64_t>(static_cast<unsigned>(slots[j])) * bytes;
+    if (slots[j] >= 0) to[j].read(static_cast<const T*>(__cvta_global_to_generic(from)));
   }
+}
+
+// Values that are not there are zeros: of what another row has left even a weight of zero could make
+// NaN.
+template <typename T, int G, int N>
+__device__ void read_values(const AttentionParams& p, const Item<G>& it, const Lane& lane,
+                            Keys<T, G, N>& keys) {
+#pragma unroll
+  for (int j = 0; j < N; ++j) keys.v[j] = {};
+  read_slots(p, p.v, it, lane, keys.slots, keys.v);
 }
 
 template <int G, int N>
@@ -211,7 +90,7 @@ __device__ void read_first(const AttentionParams& p, const Item<G>& it, const La
   const int key = it.begin + lane.worker;
   find_slots(p, it, lane, key, keys.slots);
   read_slots(p, p.k, it, lane, keys.slots, keys.k);
-  read_slots(p, p.v, it, lane, keys.slots, keys.v);
+  read_values(p, it, lane, keys);
   read_bias(p, it, lane, key, keys.bias);
 }
 
@@ -247,36 +126,10 @@ __device__ void sum_scores(int width, float (&scores)[G][N]) {
   }
 }
 
-// A head's largest score, sum of weights, and one feature of its weighted values.
-struct Feature {
-  float top = -INFINITY, sum = 0, value = 0;
-
-  __device__ float result() const { return sum > 0 ? __fdividef(value, sum) : 0; }
-};
-
-// Feature d from `count` softmaxes, `step` floats apart, N at a time: values, top and sum.
-template <int N, typename Load>
-__device__ Feature merge(const float* records, int count, int step, int dim, int d, Load load) {
-  Feature of;
+__device__ inline float sum_over(float x, int width) {
 #pragma unroll 1
-  for (int i = 0; i < count; i += N) {
-    float tops[N], sums[N], values[N], highest = of.top;
-#pragma unroll
-    for (int j = 0; j < N; ++j) {
-      const float* record = records + min(i + j, count - 1) * step;
-      tops[j] = i + j < count ? load(record + dim) : -INFINITY;
-      sums[j] = load(record + dim + 1), values[j] = load(record + d);
-      highest = fmaxf(highest, tops[j]);
-    }
-    const float kept = rescale(of.top, highest);
-    of.sum *= kept, of.value *= kept, of.top = highest;
-#pragma unroll
-    for (int j = 0; j < N; ++j) {
-      const float weight = rescale(tops[j], highest);
-      of.sum += weight * sums[j], of.value += weight * values[j];
-    }
-  }
-  return of;
+  for (int offset = width / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(~0u, x, offset);
+  return x;
 }
 
 // Floats that a team of so many warps shares: the query heads and the new key, and of each warp and
@@ -421,7 +274,7 @@ __device__ Item<G> attend(const AttentionParams& p, const Item<G>& it, int& inde
     read_bias(p, next, lane, ahead, keys.bias);
 #pragma unroll
     for (int g = 0; g < G; ++g) of[g].add(scores[g], keys.v);
-    read_slots(p, p.v, next, lane, keys.slots, keys.v);
+    read_values(p, next, lane, keys);
   }
 
 #pragma unroll 1
@@ -501,13 +354,13 @@ __global__ void __launch_bounds__(MOST_WARPS * 32, RESIDENT<G> / MOST_WARPS)
                    [](const Item<G>&, const Lane&) { wait_for_last(); });
 }
 
-// As many warps an item as all items leave at once, and then as many blocks as stay: where there are
-// more items, a block does some of them.
+// As many warps an item as leave room for all items at once, though not so few that they share the
+// query by turns; and as many blocks as there is room for. Of more items, each does some.
 template <typename T, int G>
 void launch_blocks(const AttentionParams& p, const Device& gpu, cudaStream_t stream) {
   const int items = items_of(p), room = RESIDENT<G> * gpu.processors;
   int warps = MOST_WARPS;
-  while (warps > LEAST_WARPS && items * warps > room) warps /= 2;
+  while (items * warps > room && warps / 2 * WARP_FEATURES >= p.dim) warps /= 2;
   const int bytes = shared_floats(G, warps, p.dim) * static_cast<int>(sizeof(float));
   launch(&attention_kernel<T, G>, p, dim3(std::min(items, room / warps)), warps * 32, bytes,
          early(gpu), stream);

@@ -39,8 +39,9 @@ __device__ void prefetch_rest(const AttentionParams& p, const Item<STEP_HEADS>& 
   }
 }
 
-// The fewer items, the more warps have one, but no more than its keys need at once. Of the splits,
-// only those count that the longest row has: `p.splits` allows for the longest there may ever be.
+// The fewer items, the more warps have one, but no more than are needed to have its keys at once, and
+// all features of its heads. Of the splits, only those count that the longest row has: `p.splits`
+// allows for the longest that there may ever be.
 template <typename T>
 __device__ int team_warps(const AttentionParams& p) {
   const int row = threadIdx.x % 32;
@@ -49,7 +50,8 @@ __device__ int team_warps(const AttentionParams& p) {
   const int items = p.rows * p.kv_heads * p.chunks * ((tokens + share - 1) / share);
   int warps = STEP_WARPS;
   while (warps > 2 && (items > static_cast<int>(gridDim.x) * (STEP_WARPS / warps) ||
-                       share <= warps / 2 * 32 / p.width * KEYS<T>)) {
+                       (min(share, tokens) <= warps / 2 * 32 / p.width * KEYS<T> &&
+                        2 * p.dim <= warps / 2 * 32))) {
     warps /= 2;
   }
   return warps;
