@@ -311,8 +311,7 @@ __device__ Item<G> attend(const AttentionParams& p, const Item<G>& it, int& inde
     to[d] = of_team.value;
     if (d == 0) to[p.dim] = of_team.top, to[p.dim + 1] = of_team.sum;
   }
-  if (it.splits == 1) return next;
-  if (!is_last_part(team, p.counters + place, it.splits)) return next;
+  if (it.splits == 1 || !is_last_part(team, p.counters + place, it.splits)) return next;
 #pragma unroll 1
   for (int i = team.thread; i < it.heads() * p.dim; i += threads) {
     const int g = G == 1 ? 0 : i / p.dim, d = i - g * p.dim;
@@ -351,7 +350,7 @@ __global__ void __launch_bounds__(MOST_WARPS * 32, RESIDENT<G> / MOST_WARPS)
   extern __shared__ float of_team[];
   let_next_start();
   attend_all<T, G, true>(p, Team::whole_block(), blockIdx.x, gridDim.x, of_team,
-                   [](const Item<G>&, const Lane&) { wait_for_last(); });
+                         [](const Item<G>&, const Lane&) { wait_for_last(); });
 }
 
 // As many warps an item as leave room for all items at once, though not so few that they share the
