@@ -1,6 +1,6 @@
 """Time every CUDA kernel against the bytes it must move, and against plain torch.
 
-    python -m benchmarks.kernels [--rows 1 4 16] [--bandwidth 4.8]
+    python -m benchmarks.kernels [--rows 1 4 16] [--attention] [--bandwidth 4.8]
 
 Each case is a CUDA graph of launches over different weights or caches, in all more than L2 holds,
 so every byte comes from memory. Times are medians of replays, a launch. `roofline` is the bytes
@@ -124,6 +124,8 @@ def products(ops: Ops, rows: int, x_type: torch.dtype, w_type: torch.dtype) -> I
 ATTENTIONS = (
     ("xxl self", 64, 64, 64, 256),
     ("xxl cross", 64, 64, 64, 128),
+    ("base self", 12, 12, 64, 64),
+    ("base cross", 12, 12, 64, 128),
     ("gptj self", 16, 16, 256, 256),
     ("llama self", 32, 32, 128, 256),
     ("llama3 self", 32, 8, 128, 256),
@@ -137,7 +139,7 @@ def attentions(rows: int) -> Iterator[Case]:
 
     device = torch.device("cuda")
     for name, heads, kv, dim, tokens in ATTENTIONS:
-        relative = name.startswith("xxl")
+        relative = name.startswith(("xxl", "base"))
         size = 2 * rows * tokens * kv * dim * 2
         layers = min(max(FOOTPRINT // size, 2), 32)
         spec = ModelSpec(
@@ -198,7 +200,8 @@ def show(case: Case, bandwidth: float) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time the CUDA kernels.")
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 8, 16, 32])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 8, 16, 32, 64])
+    parser.add_argument("--attention", action="store_true", help="nothing else")
     parser.add_argument("--bandwidth", type=float, default=4.8, help="TB/s of the roofline")
     options = parser.parse_args()
     state = backends.probe("cuda")
@@ -215,7 +218,8 @@ def main() -> None:
     half = torch.bfloat16
     with torch.inference_mode():
         for rows in options.rows:
-            for types in ((half, half), (half, torch.int8), (torch.float32, torch.float32)):
+            types_of_products = (half, half), (half, torch.int8), (torch.float32, torch.float32)
+            for types in () if options.attention else types_of_products:
                 for case in products(ops, rows, *types):
                     show(case, options.bandwidth)
             for case in attentions(rows):

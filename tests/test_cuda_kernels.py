@@ -9,27 +9,14 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterator
-from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from lmi_multi import backends
-from lmi_multi.engine.batch import Row
-from lmi_multi.models.bias import alibi_slopes
-from lmi_multi.models.spec import (
-    Activation,
-    Alibi,
-    Learned,
-    ModelSpec,
-    Position,
-    RelativeBias,
-    Rope,
-)
-from lmi_multi.models.weights import Layer, Linear, Norm
-from lmi_multi.ops.heads import Heads
-from lmi_multi.ops.paged import PagedAttention, PagedCache
+from lmi_multi.models.spec import Activation
+from lmi_multi.models.weights import Linear, Norm
 from lmi_multi.ops.reference import Reference
 from lmi_multi.ops.sampling import SampleRow, Sampling, sample
 
@@ -249,126 +236,6 @@ def test_greedy(dtype: torch.dtype) -> None:
         assert torch.equal(lengths, before + live)
         assert torch.equal(turns, (half + live) % 2)
         assert not scratch.counters.any()
-
-
-def make_layer(position_bias: Tensor | None, window: int, norms: bool, dim: int) -> Layer:
-    """A layer of which only the attention's own parts matter."""
-    none = Linear(torch.empty(0))
-    head = (lambda: make_norm(dim, torch.float32, False)) if norms else (lambda: None)
-    return Layer(
-        index=0,
-        qkv=none,
-        out=none,
-        up=none,
-        down=none,
-        norm1=Norm(torch.empty(0)),
-        norm2=Norm(torch.empty(0)),
-        scale=dim**-0.5,
-        window=window,
-        q_norm=head(),
-        k_norm=head(),
-        position_bias=position_bias,
-    )
-
-
-def widened(layer: Layer) -> Layer:
-    """With norms in float64."""
-    if layer.q_norm is None or layer.k_norm is None:
-        return layer
-    q, k = Norm(layer.q_norm.weight.double()), Norm(layer.k_norm.weight.double())
-    return replace(layer, q_norm=q, k_norm=k)
-
-
-POSITIONS: dict[str, Position] = {
-    "learned": Learned(),
-    "rope": Rope(dim=0),
-    "partial-rope": Rope(dim=-1),
-    "alibi": Alibi(),
-    "relative": RelativeBias(buckets=32, max_distance=128),
-}
-
-
-def make_spec(position: Position, heads: int, kv: int, dim: int) -> ModelSpec:
-    if isinstance(position, Rope):
-        position = replace(position, dim=dim if position.dim == 0 else dim // 4 // 2 * 2 or 2)
-    encoder = isinstance(position, RelativeBias)
-    return ModelSpec(
-        family="test",
-        vocab=8,
-        hidden=8,
-        heads=heads,
-        kv_heads=kv,
-        head_dim=dim,
-        ffn=8,
-        decoder_layers=1,
-        encoder_layers=int(encoder),
-        position=position,
-    )
-
-
-def make_rows(lengths: list[int], block: int, chance: random.Random) -> tuple[list[Row], int]:
-    """Rows with scattered blocks, and how many blocks there are."""
-    counts = [-(-n // block) for n in lengths]
-    free = list(range(2 * sum(counts) + 1))
-    chance.shuffle(free)
-    rows = []
-    for n, count in zip(lengths, counts, strict=True):
-        own, free = free[:count], free[count:]
-        cross, free = free[:count], free[count:]
-        row = Row([0], n - 1, own, n, cross_blocks=cross, cross_length=n)
-        rows.append(row)
-    return rows, 2 * sum(counts) + 1
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("position", POSITIONS)
-def test_attention(position: str, dtype: torch.dtype) -> None:
-    from lmi_multi.backends.cuda.attention import CudaPagedAttention, DecodeAttention
-    from lmi_multi.backends.cuda.ops import Scratch
-
-    torch.manual_seed(3)
-    chance = random.Random(position)
-    device = torch.device("cuda")
-    scratch = Scratch(device)
-    for dim in (8, 32, 64, 80, 96, 128, 256):
-        for heads, kv in ((3, 3), (4, 2), (6, 2), (16, 2)):
-            count, longest = chance.choice(((1, 4096), (3, 700), (70, 60), (2, 33)))
-            lengths = [chance.randint(1, longest) for _ in range(count - 1)] + [longest]
-            spec = make_spec(POSITIONS[position], heads, kv, dim)
-            table = None
-            if position == "alibi":
-                table = alibi_slopes(heads).cuda()
-            if position == "relative":
-                table = randn(32, heads, dtype=dtype)
-            window = chance.choice((0, 0, 5, 100))
-            layer = make_layer(table, window, chance.random() < 0.3, dim)
-            rows, blocks = make_rows(lengths, block := chance.choice((8, 16)), chance)
-            split = Heads(spec, 1)
-            cache = PagedCache(split, blocks, block, dtype, device)
-            cache.k[0].copy_(randn(*cache.k[0].shape, dtype=dtype))
-            cache.v[0].copy_(randn(*cache.v[0].shape, dtype=dtype))
-            exact = PagedCache(split, blocks, block, torch.float32, device)
-            exact.k = [cache.k[0].double()]
-            exact.v = [cache.v[0].double()]
-            qkv = randn(count, (heads + 2 * kv) * dim, dtype=dtype)
-            case = f"{heads}/{kv} heads of {dim}, lengths up to {longest}, window {window}"
-
-            ours = CudaPagedAttention(cache, rows, device, DecodeAttention(cache, scratch))
-            theirs = PagedAttention(exact, rows, device)
-            found = ours._kernel.extend(layer, qkv, ours._where, ours._angles)
-            assert found is not None, case
-            expected = theirs.attend(widened(layer), qkv.double())
-            assert error(found, expected) < 4 * TOLERANCE[dtype], case
-            new, exactly = cache.k[0].flatten(0, 1), exact.k[0].flatten(0, 1)
-            slots = theirs._slots
-            assert error(new[slots], exactly[slots]) < TOLERANCE[dtype], case
-            exactly[slots] = new[slots].double()
-            assert torch.equal(new.double(), exactly), case
-            assert torch.equal(cache.v[0].double(), exact.v[0]), case
-
-            q = qkv[:, : heads * dim].contiguous()
-            expected = theirs.cross_attend(layer, q.double())
-            assert error(ours.cross_attend(layer, q), expected) < 2 * TOLERANCE[dtype], case
 
 
 @pytest.mark.parametrize("rows", [3, 20])

@@ -10,7 +10,8 @@ from lmi_multi.engine.batch import Row
 from lmi_multi.models.spec import Rope
 from lmi_multi.ops.heads import Heads
 from lmi_multi.ops.paged import PagedAttention, PagedCache
-from tests.test_cuda_kernels import _available, make_layer, make_spec
+from tests.test_cuda_attention import make_layer, make_spec
+from tests.test_cuda_kernels import _available
 
 __all__ = ["_available"]
 

@@ -28,16 +28,8 @@ from lmi_multi.ops.sampling import SampleRow
 from lmi_multi.parallel.collectives import SingleRank
 from tests import tiny_models
 from tests.families import ENCODERS, GENERATORS, VOCAB
-from tests.test_cuda_kernels import (
-    POSITIONS,
-    _available,
-    _poison,
-    error,
-    make_layer,
-    make_spec,
-    randn,
-    widened,
-)
+from tests.test_cuda_attention import POSITIONS, make_layer, make_spec, widened
+from tests.test_cuda_kernels import _available, _poison, error, randn
 
 __all__ = ["_available", "_poison"]
 

@@ -23,7 +23,7 @@ struct AttentionParams {
   const float* slopes;  // [heads], or null
   void* out;            // [rows, heads, dim]
   float* work;          // [rows, heads, splits, dim + 2], if splits > 1
-  int* counters;        // [rows * kv_heads * chunks], zero
+  int* counters;        // [rows * heads], zero
   float eps, scale;
   int rows, heads, kv_heads, dim, pairs, distances, window, table_width, block_shift;
   int splits;  // blocks that may share a row's tokens

@@ -14,34 +14,56 @@
 
 namespace lmi {
 
+<<<<<<< HEAD
 // The fewer items, the more warps have one.
 __device__ inline int team_warps(const AttentionParams& p) {
   const int items = items_of(p), blocks = gridDim.x;
   int warps = STEP_WARPS;
   while (warps > 2 && items > blocks * (STEP_WARPS / warps)) warps /= 2;
   return warps;
+=======
+// Ask for what all blocks are about to read, so that it comes from L2 then.
+__device__ inline void prefetch(Operand vector, int count) {
+  if (!vector.data) return;
+  const int line = 128, bytes = count * (vector.type == Type::float32 ? 4 : 2);
+#pragma unroll 1
+  for (int at = threadIdx.x * line; at < bytes; at += STEP_THREADS * line) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(vector.data) + at));
+  }
 }
 
-// All items of the block's teams, of so many warps each; `wait` until what is not in the cache is
-// there. `shared` has `shared_floats` for every team.
-template <typename T, int G, int N, typename Wait>
-__device__ void attend_all(const AttentionParams& p, int warps, float* shared, Wait wait) {
-  const Team team = Team::of_warps(warps);
-  const int teams = blockDim.x / (warps * 32), items = items_of(p), workers = warps * 32 / p.width;
-  shared += team.place() * shared_floats(G, warps, p.dim);
-  bool waiting = true;
+// Ask for an item's keys and values behind the first ones, which are under way.
+template <typename T>
+__device__ void prefetch_rest(const AttentionParams& p, const Item<STEP_HEADS>& it,
+                              const Lane& lane) {
+  if (lane.first * sizeof(T) % 128 || !lane.active) return;  // a line is asked for by one lane
+  const int64_t first = it.kv * p.dim + lane.first, stride = p.kv_heads * p.dim;
 #pragma unroll 1
-  for (int index = team.place() * gridDim.x + blockIdx.x;; index += teams * gridDim.x) {
-    const Item it(p, G, min(index, items - 1));
-    const bool mine = index < items && it.has_work();
-    Keys<T, N> first;
-    if (mine) read_keys(p, it, it.begin + team.thread / p.width, workers, first);
-    if (waiting) wait();
-    waiting = false;
-    if (index >= items) break;
-    if (mine) attend<T, G>(p, it, team, first, shared);
-    team.sync();  // everybody has read what was shared
+  for (int key = it.begin + lane.worker + lane.workers * KEYS<T>; key < it.cached;
+       key += lane.workers) {
+    const int64_t at = slot_of(p, it.row, key) * stride + first;
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const T*>(p.k) + at));
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const T*>(p.v) + at));
   }
+>>>>>>> attend
+}
+
+// The fewer items, the more warps have one, but no more than are needed to have its keys at once, and
+// all features of its heads. Of the splits, only those count that the longest row has: `p.splits`
+// allows for the longest that there may ever be.
+template <typename T>
+__device__ int team_warps(const AttentionParams& p) {
+  const int row = threadIdx.x % 32;
+  const int longest = __reduce_max_sync(~0u, row < p.rows ? p.lengths[row] : 1);
+  const int tokens = p.window ? min(longest, p.window) : longest, share = share_of(p, tokens);
+  const int items = p.rows * p.kv_heads * p.chunks * ((tokens + share - 1) / share);
+  int warps = STEP_WARPS;
+  while (warps > 2 && (items > static_cast<int>(gridDim.x) * (STEP_WARPS / warps) ||
+                       (min(share, tokens) <= warps / 2 * 32 / p.width * KEYS<T> &&
+                        2 * p.dim <= warps / 2 * 32))) {
+    warps /= 2;
+  }
+  return warps;
 }
 
 // What of x a block has in shared memory.
@@ -100,10 +122,21 @@ __global__ void __launch_bounds__(STEP_THREADS, 1) step_kernel(const StepParams 
       }
     } else if (phase.work == Work::attention) {
       const AttentionParams& p = phase.attention;
+<<<<<<< HEAD
       attend_all<X, STEP_HEADS, 4 / sizeof(X)>(p, team_warps(p), partial, [&] {
         if (phase.barrier) barrier.wait();
       });
       staged = {};  // it was where attention has its queries
+=======
+      const Team team = Team::of_warps(team_warps<X>(p));
+      const int stride = gridDim.x * (STEP_WARPS / team.warps);
+      float* of_team = partial + team.place() * shared_floats(STEP_HEADS, team.warps, p.dim);
+      attend_all<X, STEP_HEADS, false>(p, team, team.place() * gridDim.x + blockIdx.x, stride, of_team,
+                                [&](const Item<STEP_HEADS>& it, const Lane& lane) {
+                                  prefetch_rest<X>(p, it, lane);
+                                  if (phase.barrier) barrier.wait();
+                                });
+>>>>>>> attend
     } else {
       if (phase.barrier) barrier.wait();
       for (int row = blockIdx.x; row < phase.norm.rows; row += gridDim.x) {
