@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from bisect import bisect_left
 from collections.abc import Callable
@@ -16,10 +17,11 @@ from lmi_multi import interrupts, progress
 from lmi_multi.models.rope import cos_sin
 from lmi_multi.models.spec import ModelSpec, Rope
 from lmi_multi.models.transformer import Transformer
-from lmi_multi.models.weights import Layer
+from lmi_multi.models.weights import Layer, Linear, Norm
+from lmi_multi.ops import Attention, Ops
 from lmi_multi.parallel.collectives import Peers
 
-from .attention import DecodeAttention, splits
+from .attention import DecodeAttention, Projection, splits
 from .beams import BeamInputs, BeamKind
 from .draws import GREEDY, DrawInputs, DrawKind
 from .inputs import StepInputs
@@ -32,6 +34,8 @@ SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024,
 MOST_CHOSEN = 32
 Kind = DrawKind | BeamKind | None
 Made = TypeVar("Made")
+# Where this is 0, attention is always a kernel of its own.
+HEADS = "LMI_MULTI_CUDA_HEADS"
 ALWAYS: tuple[Kind, ...] = (None, GREEDY)
 # torch captures one graph at a time in a process, which may hold several models.
 _CAPTURING = threading.Lock()
@@ -64,8 +68,9 @@ class Angles:
         return self._cos.index_select(0, positions), self._sin.index_select(0, positions)
 
 
-class CapturedAttention:
-    """`lmi_multi.ops.Attention` for the first `rows` rows of `inputs`, by the kernels alone.
+class CapturedAttention(Attention):
+    """`lmi_multi.ops.Attention` for the first `rows` rows of `inputs`, by the kernels alone; with
+    the product before it `in_one` kernel where there is one.
 
     Raises NotCoveredError in the first layer that they cannot do.
     """
@@ -77,10 +82,32 @@ class CapturedAttention:
         rows: int,
         angles: tuple[Tensor, Tensor] | None,
         blocks: int = 2,
+        in_one: bool = False,
     ) -> None:
         parts = splits(kernel.heads, rows, inputs.ids.device, blocks)
-        self._kernel, self._angles = kernel, angles
+        self._kernel, self._angles, self._in_one = kernel, angles, in_one
         self._where, self._cross = inputs.where(rows, parts), inputs.cross_where(rows, parts)
+
+    def project_and_attend(
+        self, layer: Layer, x: Tensor, norm: Norm | None, eps: float, ops: Ops
+    ) -> Tensor:
+        """See `Attention.project_and_attend`."""
+        if self._in_one:
+            made = Projection(x, layer.qkv, norm, eps)
+            out = self._kernel.extend(layer, made, self._where, self._angles)
+            if out is not None:
+                return out
+        return super().project_and_attend(layer, x, norm, eps, ops)
+
+    def project_and_cross_attend(
+        self, layer: Layer, x: Tensor, norm: Norm, linear: Linear, eps: float, ops: Ops
+    ) -> Tensor:
+        """See `Attention.project_and_cross_attend`."""
+        if self._in_one:
+            out = self._kernel.read(layer, Projection(x, linear, norm, eps), self._cross)
+            if out is not None:
+                return out
+        return super().project_and_cross_attend(layer, x, norm, linear, eps, ops)
 
     def attend(self, layer: Layer, qkv: Tensor) -> Tensor:
         """See `Attention.attend`."""
@@ -131,6 +158,7 @@ class StepGraphs:
         self._captured: dict[tuple[int, Kind], Captured | None] = {}
         self._programs: dict[int, StepProgram | None] = {}
         self._angles, self._most_program_rows = angles, most_program_rows
+        self._in_one = os.environ.get(HEADS) != "0"
 
     def logits(self, rows: int) -> Captured | None:
         """A step that ends with the logits: float32 [size >= rows, vocab]. None if it cannot be
@@ -166,7 +194,7 @@ class StepGraphs:
         program = self._program(x, angles)
         if program is not None:
             return network.logits(program.run(x, angles))
-        attention = CapturedAttention(self._kernel, inputs, size, angles)
+        attention = CapturedAttention(self._kernel, inputs, size, angles, in_one=self._in_one)
         return network.logits(network.decode_embedded(x, attention))
 
     def _program(self, x: Tensor, angles: tuple[Tensor, Tensor] | None) -> StepProgram | None:

@@ -223,21 +223,54 @@ inline cudaLaunchAttribute attribute(Start start) {
   return found;
 }
 
+// Attributes of a launch. `cluster` blocks in turn are on neighbouring processors, and may use each
+// other's shared memory.
+struct Attributes {
+  cudaLaunchAttribute list[2];
+  int count = 0;
+
+  Attributes(Start start, int cluster) : list{} {
+    if (start != Start::after_last) list[count++] = attribute(start);
+    if (cluster == 1) return;
+    list[count].id = cudaLaunchAttributeClusterDimension;
+    list[count].val.clusterDim.x = cluster;
+    list[count].val.clusterDim.y = list[count].val.clusterDim.z = 1;
+    ++count;
+  }
+};
+
 template <typename Params>
 void launch(void (*kernel)(Params), const Params& params, dim3 grid, int threads, int shared,
-            Start start, cudaStream_t stream) {
+            Start start, cudaStream_t stream, int cluster = 1) {
   if (shared > 47 * 1024) {  // with what is static, more than what needs no leave
     allow_shared(reinterpret_cast<const void*>(kernel), shared);
   }
-  cudaLaunchAttribute how = attribute(start);
+  Attributes how(start, cluster);
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared;
   config.stream = stream;
-  config.attrs = &how;
-  config.numAttrs = start == Start::after_last ? 0 : 1;
+  config.attrs = how.list;
+  config.numAttrs = how.count;
   check(cudaLaunchKernelEx(&config, kernel, params), "launch");
+}
+
+// Whether a cluster of such blocks finds room on the current device, or the part of it that there is.
+template <typename Params>
+bool has_room(void (*kernel)(Params), dim3 grid, int threads, int shared, int cluster) {
+  allow_shared(reinterpret_cast<const void*>(kernel), shared);
+  Attributes how(Start::after_last, cluster);
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared;
+  config.attrs = how.list;
+  config.numAttrs = how.count;
+  int clusters = 0;
+  if (!cudaOccupancyMaxActiveClusters(&clusters, kernel, &config)) return clusters > 0;
+  cudaGetLastError();  // torch looks at it behind every kernel of its own
+  return false;
 }
 
 // Where the chip can start a kernel before the last one has ended.
