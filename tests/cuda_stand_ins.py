@@ -155,7 +155,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Programs:
     """Put them in place of all that needs a GPU; those of programs are returned."""
     made = Programs()
     kernels = SimpleNamespace(
-        attention=attend, heads=heads, greedy=greedy, linear=lambda *_: False, norm=lambda *_: False,
+        attention=attend, heads=heads, greedy=greedy,
+        linear=lambda *_: False, norm=lambda *_: False,
         activate=lambda *_: False, widen=lambda *_: False, gemm=lambda *_: False,
         record_norm=made.recording(norm),
         record_linear=made.recording(linear), record_attention=made.recording(attend),

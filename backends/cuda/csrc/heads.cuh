@@ -16,7 +16,7 @@ namespace lmi {
 
 constexpr int TEAM_WARPS = 8;           // that attend together
 constexpr int MOST_CLUSTER = 8;         // more is not portable
-constexpr int MOST_WEIGHTS = 64 << 10;  // bytes a block: with more it is reading that takes time
+constexpr int MOST_WEIGHTS = 80 << 10;  // bytes a block: with more it is reading that takes time
 
 #if __CUDA_ARCH__ >= 900  // clusters
 
