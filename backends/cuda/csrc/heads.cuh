@@ -157,7 +157,8 @@ __device__ Item begin_item(const AttentionParams& a, const HeadsParams& p, int k
 
 #endif
 
-template <typename T, int NT>
+// x is of type From.
+template <typename T, typename From, int NT>
 __global__ void __launch_bounds__(NT * TEAM_WARPS * 32)
     heads_kernel(const __grid_constant__ HeadsParams p) {
 #if __CUDA_ARCH__ >= 900  // on others there are no clusters, and no kernel to launch
@@ -190,11 +191,7 @@ __global__ void __launch_bounds__(NT * TEAM_WARPS * 32)
   Item it = begin_item(a, p, kv, index, team, keys);
 
   wait_for_last();
-  if (p.product.x.type == Type::float32) {
-    stage<T, T, float, WARPS>(p.product, 0, p.product.weights.inputs, x, partial);
-  } else {
-    stage<T, T, T, WARPS>(p.product, 0, p.product.weights.inputs, x, partial);
-  }
+  stage<T, T, From, WARPS>(p.product, 0, p.product.weights.inputs, x, partial);
   await<0>();
   __syncthreads();
   multiply_tiles<TensorProduct<T, T, NT>, NT, WARPS>(p, rank, shared, x, partial);
@@ -207,8 +204,9 @@ __global__ void __launch_bounds__(NT * TEAM_WARPS * 32)
 #pragma unroll 1
   while (index < items) {
     if (it.has_work()) attend<T, 1>(a, it, team, keys, of_team);
-    team.sync();  // everybody has read what was shared
     index += NT * p.cluster;
+    if (index >= items) break;
+    team.sync();  // everybody has read what was shared
     it = begin_item(a, p, kv, index, team, keys);
   }
 #endif
@@ -239,20 +237,27 @@ int arrange(HeadsParams& p, const Device& gpu) {
   return covered ? end : 0;
 }
 
-template <typename T, int NT>
+template <typename T, typename From, int NT>
 bool launch_heads(HeadsParams p, const Device& gpu, cudaStream_t stream) {
   const int bytes = arrange<T, NT>(p, gpu), threads = NT * TEAM_WARPS * 32;
   if (!bytes) return false;
   const dim3 grid(p.attention.kv_heads * p.cluster);
-  if (!has_room(&heads_kernel<T, NT>, grid, threads, bytes, p.cluster)) return false;
-  launch(&heads_kernel<T, NT>, p, grid, threads, bytes, early(gpu), stream, p.cluster);
+  const auto kernel = &heads_kernel<T, From, NT>;
+  if (!has_room(kernel, grid, threads, bytes, p.cluster)) return false;
+  launch(kernel, p, grid, threads, bytes, early(gpu), stream, p.cluster);
   return true;
+}
+
+template <typename T, typename From>
+bool launch_rows(const HeadsParams& p, const Device& gpu, cudaStream_t stream) {
+  if (p.product.rows <= 8) return launch_heads<T, From, 1>(p, gpu, stream);
+  return launch_heads<T, From, 2>(p, gpu, stream);
 }
 
 template <typename T>
 bool launch_heads(const HeadsParams& p, const Device& gpu, cudaStream_t stream) {
-  if (p.product.rows <= 8) return launch_heads<T, 1>(p, gpu, stream);
-  return launch_heads<T, 2>(p, gpu, stream);
+  if (p.product.x.type == Type::float32) return launch_rows<T, float>(p, gpu, stream);
+  return launch_rows<T, T>(p, gpu, stream);
 }
 
 }  // namespace lmi
