@@ -118,12 +118,12 @@ def make_case(
     )
     rows, blocks = make_rows(lengths, block := chance.choice((8, 16)), chance)
     device = torch.device("cuda")
-    caches = tuple(PagedCache(Heads(spec, 1), blocks, block, dtype, device) for _ in range(2))
-    for own in (0, 1):
-        (caches[0].k, caches[0].v)[own][0].copy_(randn(*caches[0].k[0].shape, dtype=dtype))
-        (caches[1].k, caches[1].v)[own][0].copy_((caches[0].k, caches[0].v)[own][0])
+    first, second = (PagedCache(Heads(spec, 1), blocks, block, dtype, device) for _ in range(2))
+    for own, other in ((first.k, second.k), (first.v, second.v)):
+        own[0].copy_(randn(*own[0].shape, dtype=dtype))
+        other[0].copy_(own[0])
     cross_q = make_linear(heads * dim, inputs, dtype, False, bias)
-    return Case(layer, cross_q, rows, (caches[0], caches[1]))
+    return Case(layer, cross_q, rows, (first, second))
 
 
 def attentions(case: Case) -> tuple[Any, Any]:
