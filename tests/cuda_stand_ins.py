@@ -118,6 +118,22 @@ def linear(
     out.copy_(y if residual is None else residual + y)
 
 
+def heads(
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm_weight: Tensor | None,
+    norm_bias: Tensor | None, norm_eps: float, *attention: Any,
+) -> bool:  # fmt: skip
+    """The kernel's, which covers few rows: a product, and attention with it."""
+    if len(x) > 4:
+        return False
+    qkv = x.new_empty(len(x), len(weight))
+    scratch = attention[-3:-1]
+    linear(
+        *(x, weight, None, bias, norm_weight, norm_bias, norm_eps),
+        *(None, ACTIVATIONS[None], False, *scratch, qkv),
+    )
+    return attend(qkv, *attention)
+
+
 class Programs:
     """Recorded phases as calls; a program is their numbers, and running it makes them."""
 
@@ -159,7 +175,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Programs:
     """Put them in place of all that needs a GPU; those of programs are returned."""
     made = Programs()
     kernels = SimpleNamespace(
-        attention=attend, embed=embed, greedy=greedy,
+        attention=attend, heads=heads, embed=embed, greedy=greedy,
         linear=lambda *_: False, norm=lambda *_: False,
         activate=lambda *_: False, widen=lambda *_: False, gemm=lambda *_: False,
         record_norm=made.recording(norm),

@@ -1,7 +1,8 @@
 """Steps whose layers are one persistent kernel, against the same steps kernel by kernel.
 
-Those kernels are compared with float64 in test_cuda_kernels.py. The arithmetic is the same but for
-the order of sums, so what differs beyond that is a race or a wrong address.
+Those kernels are compared with float64 in test_cuda_kernels.py and test_cuda_heads.py. The
+arithmetic is the same but for the order of sums, so what differs beyond that is a race or a wrong
+address.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from torch import Tensor
 from lmi_multi.engine.batch import Row
 from lmi_multi.models.bias import relative_buckets
 from lmi_multi.models.spec import RelativeBias
-from lmi_multi.models.weights import Layer
+from lmi_multi.models.weights import Layer, Linear, Norm
 from lmi_multi.ops.heads import Heads
 from lmi_multi.ops.paged import PagedAttention, PagedCache
 
@@ -30,6 +30,23 @@ class Where:
     lengths: Tensor
     table: Tensor
     splits: int
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Queries, and keys and values, that are still to be made: `linear` of x [rows, inputs], which
+    is normalized first if there is a norm."""
+
+    x: Tensor
+    linear: Linear
+    norm: Norm | None
+    eps: float
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """As `lmi_multi::heads` wants them."""
+        norm = (None, None) if self.norm is None else (self.norm.weight, self.norm.bias)
+        return self.x, self.linear.weight, self.linear.bias, *norm, self.eps
 
 
 class DistanceBias:
@@ -50,7 +67,8 @@ class DistanceBias:
 
 
 class DecodeAttention:
-    """The attention kernel over one cache."""
+    """The attention kernel over one cache; and, for few rows of a small network, the kernel that
+    makes what it attends with in the same go."""
 
     def __init__(self, cache: PagedCache, scratch: Scratch) -> None:
         self.cache, self.heads, self._scratch = cache, cache.heads, scratch
@@ -64,7 +82,11 @@ class DecodeAttention:
         return other
 
     def extend(
-        self, layer: Layer, qkv: Tensor, where: Where, angles: tuple[Tensor, Tensor] | None
+        self,
+        layer: Layer,
+        qkv: Tensor | Projection,
+        where: Where,
+        angles: tuple[Tensor, Tensor] | None,
     ) -> Tensor | None:
         """Write the rows' new keys and values, then attend to all. None if it is not covered."""
         cos, sin = (None, None) if angles is None else angles
@@ -79,14 +101,14 @@ class DecodeAttention:
         k_norm = layer.k_norm.weight if layer.k_norm else None
         return self._run(layer, qkv, where, True, q_norm, k_norm, cos, sin, bias, slopes)
 
-    def read(self, layer: Layer, q: Tensor, where: Where) -> Tensor | None:
+    def read(self, layer: Layer, q: Tensor | Projection, where: Where) -> Tensor | None:
         """Attend to what is there: a prompt's keys and values. None if it is not covered."""
         return self._run(layer, q, where, False)
 
     def _run(
         self,
         layer: Layer,
-        q: Tensor,
+        q: Tensor | Projection,
         where: Where,
         write: bool,
         q_norm: Tensor | None = None,
@@ -97,9 +119,14 @@ class DecodeAttention:
         slopes: Tensor | None = None,
     ) -> Tensor | None:
         heads = self.heads
-        out = q.new_empty((len(where.lengths), heads.q * heads.dim))
-        done = self._kernels.attention(
-            q,
+        out = self.cache.k[layer.index].new_empty((len(where.lengths), heads.q * heads.dim))
+        given, kernel = (q,), self._kernels.attention
+        if isinstance(q, Projection):
+            if q.linear.scale is not None:
+                return None
+            given, kernel = q.arguments, self._kernels.heads
+        done = kernel(
+            *given,
             self.cache.k[layer.index],
             self.cache.v[layer.index],
             where.table,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from bisect import bisect_left
 from collections.abc import Callable
@@ -14,10 +15,11 @@ from torch import Tensor
 
 from lmi_multi import interrupts, progress
 from lmi_multi.models.transformer import Transformer
-from lmi_multi.models.weights import Layer
+from lmi_multi.models.weights import Layer, Linear, Norm
+from lmi_multi.ops import Attention, Ops
 from lmi_multi.parallel.collectives import Peers
 
-from .attention import DecodeAttention, splits
+from .attention import DecodeAttention, Projection, splits
 from .beams import BeamInputs, BeamKind
 from .draws import GREEDY, DrawInputs, DrawKind
 from .entry import Angles, Entered, Entry
@@ -31,6 +33,8 @@ SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024,
 MOST_CHOSEN = 32
 Kind = DrawKind | BeamKind | None
 Made = TypeVar("Made")
+# Where this is 0, attention is always a kernel of its own.
+HEADS = "LMI_MULTI_CUDA_HEADS"
 ALWAYS: tuple[Kind, ...] = (None, GREEDY)
 # torch captures one graph at a time in a process, which may hold several models.
 _CAPTURING = threading.Lock()
@@ -45,8 +49,9 @@ def sizes(most: int) -> list[int]:
     return [*SIZES[: bisect_left(SIZES, most)], most]
 
 
-class CapturedAttention:
-    """`lmi_multi.ops.Attention` for rows of `inputs` that have `entered`, by the kernels alone.
+class CapturedAttention(Attention):
+    """`lmi_multi.ops.Attention` for rows of `inputs` that have `entered`, by the kernels alone; with
+    the product before it `in_one` kernel where there is one.
 
     Raises NotCoveredError in the first layer that they cannot do.
     """
@@ -57,11 +62,33 @@ class CapturedAttention:
         inputs: StepInputs,
         entered: Entered,
         blocks: int = 2,
+        in_one: bool = False,
     ) -> None:
         rows = len(entered.x)
         parts = splits(kernel.heads, rows, inputs.ids.device, blocks)
-        self._kernel, self._angles = kernel, entered.angles
+        self._kernel, self._angles, self._in_one = kernel, entered.angles, in_one
         self._where, self._cross = inputs.where(rows, parts), inputs.cross_where(rows, parts)
+
+    def project_and_attend(
+        self, layer: Layer, x: Tensor, norm: Norm | None, eps: float, ops: Ops
+    ) -> Tensor:
+        """See `Attention.project_and_attend`."""
+        if self._in_one:
+            made = Projection(x, layer.qkv, norm, eps)
+            out = self._kernel.extend(layer, made, self._where, self._angles)
+            if out is not None:
+                return out
+        return super().project_and_attend(layer, x, norm, eps, ops)
+
+    def project_and_cross_attend(
+        self, layer: Layer, x: Tensor, norm: Norm, linear: Linear, eps: float, ops: Ops
+    ) -> Tensor:
+        """See `Attention.project_and_cross_attend`."""
+        if self._in_one:
+            out = self._kernel.read(layer, Projection(x, linear, norm, eps), self._cross)
+            if out is not None:
+                return out
+        return super().project_and_cross_attend(layer, x, norm, linear, eps, ops)
 
     def attend(self, layer: Layer, qkv: Tensor) -> Tensor:
         """See `Attention.attend`."""
@@ -112,6 +139,7 @@ class StepGraphs:
         self._captured: dict[tuple[int, Kind], Captured | None] = {}
         self._programs: dict[int, StepProgram | None] = {}
         self._entry, self._most_program_rows = Entry(network, inputs, angles), most_program_rows
+        self._in_one = os.environ.get(HEADS) != "0"
 
     def logits(self, rows: int) -> Captured | None:
         """A step that ends with the logits: float32 [size >= rows, vocab]. None if it cannot be
@@ -149,7 +177,7 @@ class StepGraphs:
         entered = self._entry.enter(size, None if program is None else program.reads)
         if program is not None:
             return self._head(program.run())
-        attention = CapturedAttention(self._kernel, self.inputs, entered)
+        attention = CapturedAttention(self._kernel, self.inputs, entered, in_one=self._in_one)
         return self._head(self._layers(self._network, entered.x, attention))
 
     def _layers(self, network: Transformer, x: Tensor, attention: CapturedAttention) -> Tensor:

@@ -105,7 +105,7 @@ class PrefillKernel:
         return out if done else None
 
 
-class PrefillAttention:
+class PrefillAttention(Attention):
     """`Attention` of one step by the kernel; from the first layer on that it does not cover, by
     what `otherwise` makes. `causal` None: rows over the cache; else packed rows over themselves.
     """

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lmi_multi.models.weights import Layer
+from lmi_multi.ops import Attention
 from lmi_multi.ops.heads import Heads
 
 MASKED = -1e30  # finite: a row of which every key is masked must not become NaN
@@ -56,7 +57,7 @@ def weigh(
     return out.reshape(rows * queries, heads.q * heads.dim)
 
 
-class TableAttention:
+class TableAttention(Attention):
     """A decoder's step: every row over its own tokens, which its block table finds.
 
     `positions` int64 [rows * queries] and `slots`, where their keys and values go, of the same
@@ -105,7 +106,7 @@ class TableAttention:
         return weigh(self._heads, q, keys, values, None, hidden, layer.scale)
 
 
-class PromptAttention:
+class PromptAttention(Attention):
     """An encoder's prompts [rows, tokens], of which the first `lengths` int64 [rows] are real."""
 
     def __init__(self, heads: Heads, positions: Tensor, lengths: Tensor) -> None:

@@ -198,18 +198,20 @@ class Transformer:
     def _pre(self, layer: Layer, x: Tensor, attention: Attention) -> Tensor:
         """Norm before each sub-layer; encoder-decoders attend to the prompt between the two."""
         ops, eps = self.ops, self.spec.norm_eps
-        qkv = ops.norm_linear(x, layer.norm1, eps, layer.qkv)
-        x = self._add(attention.attend(layer, qkv), layer.out, x)
+        attended = attention.project_and_attend(layer, x, layer.norm1, eps, ops)
+        x = self._add(attended, layer.out, x)
         if layer.cross_q is not None and layer.cross_norm is not None and layer.cross_out:
-            q = ops.norm_linear(x, layer.cross_norm, eps, layer.cross_q)
-            x = self._add(attention.cross_attend(layer, q), layer.cross_out, x)
+            attended = attention.project_and_cross_attend(
+                layer, x, layer.cross_norm, layer.cross_q, eps, ops
+            )
+            x = self._add(attended, layer.cross_out, x)
         h = ops.norm_linear(x, layer.norm2, eps, layer.up, self.spec.activation, self.spec.gated)
         return self._add(h.to(self.residual_dtype), layer.down, x)
 
     def _post(self, layer: Layer, x: Tensor, attention: Attention) -> Tensor:
         """Norm after each residual addition (BERT, OPT-350m)."""
         ops, eps = self.ops, self.spec.norm_eps
-        attended = attention.attend(layer, ops.linear(x, layer.qkv))
+        attended = attention.project_and_attend(layer, x, None, eps, ops)
         x = ops.norm(self._add(attended, layer.out, x), layer.norm1, eps)
         h = ops.linear(x, layer.up, self.spec.activation, self.spec.gated)
         return ops.norm(self._add(h, layer.down, x), layer.norm2, eps)
@@ -217,9 +219,9 @@ class Transformer:
     def _parallel(self, layer: Layer, x: Tensor, attention: Attention) -> Tensor:
         """Attention and FFN read the same input and are added to it together (GPT-J, NeoX)."""
         ops, eps = self.ops, self.spec.norm_eps
-        qkv = ops.norm_linear(x, layer.norm1, eps, layer.qkv)
+        attended = attention.project_and_attend(layer, x, layer.norm1, eps, ops)
         h = ops.norm_linear(x, layer.norm2, eps, layer.up, self.spec.activation, self.spec.gated)
-        return self._add(h, layer.down, self._add(attention.attend(layer, qkv), layer.out, x))
+        return self._add(h, layer.down, self._add(attended, layer.out, x))
 
     def _add(self, x: Tensor, linear: Linear, residual: Tensor) -> Tensor:
         """residual + linear(x), where every rank holds a slice of the linear's inputs."""

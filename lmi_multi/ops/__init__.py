@@ -48,8 +48,26 @@ class Attention(Protocol):
     """The attention of one step, bound to what that step attends to.
 
     The network calls it once a layer; how keys and values are stored (paged blocks, fixed slots
-    of a static graph, none at all in an encoder) is its own business.
+    of a static graph, none at all in an encoder) is its own business. Implementations derive from
+    this class, for what the network calls are the methods that project.
     """
+
+    def project_and_attend(
+        self, layer: Layer, x: Tensor, norm: Norm | None, eps: float, ops: Ops
+    ) -> Tensor:
+        """`attend` with the layer's product of x, which is normalized first if there is a norm.
+
+        For an attention to override that has all of it in one operation.
+        """
+        if norm is None:
+            return self.attend(layer, ops.linear(x, layer.qkv))
+        return self.attend(layer, ops.norm_linear(x, norm, eps, layer.qkv))
+
+    def project_and_cross_attend(
+        self, layer: Layer, x: Tensor, norm: Norm, linear: Linear, eps: float, ops: Ops
+    ) -> Tensor:
+        """`cross_attend` with the layer's product of x normalized, likewise."""
+        return self.cross_attend(layer, ops.norm_linear(x, norm, eps, linear))
 
     def attend(self, layer: Layer, qkv: Tensor) -> Tensor:
         """Self-attention of packed qkv [tokens, (heads + 2 kv_heads) * head_dim].

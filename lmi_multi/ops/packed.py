@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from lmi_multi.models.weights import Layer
+from lmi_multi.ops import Attention
 from lmi_multi.ops.heads import Heads
 
 
-class PackedAttention:
+class PackedAttention(Attention):
     """Every packed sequence attends to itself: an encoder's prompts, or, with `causal`, a
     decoder's tokens that are all known (scoring, embeddings). Neighbours of one length are
     attended together.

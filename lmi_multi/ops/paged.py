@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lmi_multi.engine.batch import Row
 from lmi_multi.models.weights import Layer
+from lmi_multi.ops import Attention
 from lmi_multi.ops.heads import Heads
 
 COPIED_BYTES = 64 << 20
@@ -123,7 +124,7 @@ class PagedCache:
         return host.to(self._first.device, non_blocking=True)
 
 
-class PagedAttention:
+class PagedAttention(Attention):
     """One decoder step's attention: every row over its own cached tokens."""
 
     def __init__(self, cache: PagedCache, rows: Sequence[Row], device: torch.device) -> None:

@@ -226,32 +226,52 @@ inline cudaLaunchAttribute attribute(Start start) {
   return found;
 }
 
-inline cudaLaunchAttribute attribute(unsigned cluster) {
-  cudaLaunchAttribute found{};
-  found.id = cudaLaunchAttributeClusterDimension;
-  found.val.clusterDim = {cluster, 1, 1};
-  return found;
-}
+// Attributes of a launch. `cluster` neighbouring blocks run together, and may use each other's shared
+// memory; 0: a kernel that knows of none.
+struct Attributes {
+  cudaLaunchAttribute list[2]{};
+  unsigned count = 0;
 
-// `cluster`: neighbouring blocks that run together; 0: a kernel that knows of none.
+  Attributes(Start start, unsigned cluster) {
+    if (start != Start::after_last) list[count++] = attribute(start);
+    if (!cluster) return;
+    list[count].id = cudaLaunchAttributeClusterDimension;
+    list[count++].val.clusterDim = {cluster, 1, 1};
+  }
+};
+
 template <typename Params>
 void launch(void (*kernel)(Params), const Params& params, dim3 grid, int threads, int shared,
             Start start, cudaStream_t stream, unsigned cluster = 0) {
   if (shared > 47 * 1024) {  // with what is static, more than what needs no leave
     allow_shared(reinterpret_cast<const void*>(kernel), shared);
   }
-  cudaLaunchAttribute how[2];
-  unsigned count = 0;
-  if (start != Start::after_last) how[count++] = attribute(start);
-  if (cluster) how[count++] = attribute(cluster);
+  Attributes how(start, cluster);
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared;
   config.stream = stream;
-  config.attrs = how;
-  config.numAttrs = count;
+  config.attrs = how.list;
+  config.numAttrs = how.count;
   check(cudaLaunchKernelEx(&config, kernel, params), "launch");
+}
+
+// Whether a cluster of such blocks finds room on the current device, or the part of it that there is.
+template <typename Params>
+bool has_room(void (*kernel)(Params), dim3 grid, int threads, int shared, unsigned cluster) {
+  allow_shared(reinterpret_cast<const void*>(kernel), shared);
+  Attributes how(Start::after_last, cluster);
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared;
+  config.attrs = how.list;
+  config.numAttrs = how.count;
+  int clusters = 0;
+  if (!cudaOccupancyMaxActiveClusters(&clusters, kernel, &config)) return clusters > 0;
+  cudaGetLastError();  // torch looks at it behind every kernel of its own
+  return false;
 }
 
 // Where the chip can start a kernel before the last one has ended.

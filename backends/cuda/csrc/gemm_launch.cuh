@@ -27,13 +27,13 @@ const std::array<unsigned, 4>& places(const Device& gpu) {
                                cudaSharedmemCarveoutMaxShared),
           "shared memory");
     for (unsigned i = 0; i < 4; ++i) {
-      cudaLaunchAttribute how = attribute(1u << i);
+      Attributes how(Start::after_last, 1u << i);
       cudaLaunchConfig_t config{};
       config.gridDim = dim3(1u << i);
       config.blockDim = dim3(GEMM_THREADS);
       config.dynamicSmemBytes = shared;
-      config.attrs = &how;
-      config.numAttrs = 1;
+      config.attrs = how.list;
+      config.numAttrs = how.count;
       int clusters = 0;
       check(cudaOccupancyMaxActiveClusters(&clusters, &gemm_kernel<G>, &config), "clusters");
       found[device][i] = std::min(clusters, gpu.processors >> i);

@@ -86,26 +86,37 @@ struct Place {
   }
 };
 
-// What the warps have, added up, for the threads that finish it.
-template <int NT, int WARPS>
-__device__ float2 sum_warps(const float (&own)[NT][4], float* partial) {
+// Leave what the warp has of a tile for others to add up.
+template <int NT>
+__device__ void leave_sums(const float (&own)[NT][4], float* partial) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
   for (int n = 0; n < NT; ++n) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) partial[(warp * NT * 4 + n * 4 + i) * 32 + lane] = own[n][i];
   }
-  __syncthreads();
-  const Place<NT> at(threadIdx.x);
+}
+
+// What the warps have left of a tile, added up.
+template <int NT, int WARPS>
+__device__ float2 add_sums(const Place<NT>& at, const float* partial) {
+  const int lane = threadIdx.x % 32;
   float2 sum = make_float2(0, 0);
-  if (at.mine) {
 #pragma unroll
-    for (int w = 0; w < WARPS; ++w) {
-      sum.x += partial[(w * NT * 4 + at.n * 4 + at.c) * 32 + lane];
-      sum.y += partial[(w * NT * 4 + at.n * 4 + at.c + 2) * 32 + lane];
-    }
+  for (int w = 0; w < WARPS; ++w) {
+    sum.x += partial[(w * NT * 4 + at.n * 4 + at.c) * 32 + lane];
+    sum.y += partial[(w * NT * 4 + at.n * 4 + at.c + 2) * 32 + lane];
   }
   return sum;
+}
+
+// What the warps have, added up, for the threads that finish it.
+template <int NT, int WARPS>
+__device__ float2 sum_warps(const float (&own)[NT][4], float* partial) {
+  leave_sums<NT>(own, partial);
+  __syncthreads();
+  const Place<NT> at(threadIdx.x);
+  return at.mine ? add_sums<NT, WARPS>(at, partial) : make_float2(0, 0);
 }
 
 // Where a split of a tile leaves its sums.

@@ -14,24 +14,6 @@
 
 namespace lmi {
 
-<<<<<<< HEAD
-// The fewer items, the more warps have one.
-__device__ inline int team_warps(const AttentionParams& p) {
-  const int items = items_of(p), blocks = gridDim.x;
-  int warps = STEP_WARPS;
-  while (warps > 2 && items > blocks * (STEP_WARPS / warps)) warps /= 2;
-  return warps;
-=======
-// Ask for what all blocks are about to read, so that it comes from L2 then.
-__device__ inline void prefetch(Operand vector, int count) {
-  if (!vector.data) return;
-  const int line = 128, bytes = count * (vector.type == Type::float32 ? 4 : 2);
-#pragma unroll 1
-  for (int at = threadIdx.x * line; at < bytes; at += STEP_THREADS * line) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(vector.data) + at));
-  }
-}
-
 // Ask for an item's keys and values behind the first ones, which are under way.
 template <typename T>
 __device__ void prefetch_rest(const AttentionParams& p, const Item<STEP_HEADS>& it,
@@ -45,7 +27,6 @@ __device__ void prefetch_rest(const AttentionParams& p, const Item<STEP_HEADS>& 
     asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const T*>(p.k) + at));
     asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const T*>(p.v) + at));
   }
->>>>>>> attend
 }
 
 // The fewer items, the more warps have one, but no more than are needed to have its keys at once, and
@@ -122,12 +103,6 @@ __global__ void __launch_bounds__(STEP_THREADS, 1) step_kernel(const StepParams 
       }
     } else if (phase.work == Work::attention) {
       const AttentionParams& p = phase.attention;
-<<<<<<< HEAD
-      attend_all<X, STEP_HEADS, 4 / sizeof(X)>(p, team_warps(p), partial, [&] {
-        if (phase.barrier) barrier.wait();
-      });
-      staged = {};  // it was where attention has its queries
-=======
       const Team team = Team::of_warps(team_warps<X>(p));
       const int stride = gridDim.x * (STEP_WARPS / team.warps);
       float* of_team = partial + team.place() * shared_floats(STEP_HEADS, team.warps, p.dim);
@@ -136,7 +111,7 @@ __global__ void __launch_bounds__(STEP_THREADS, 1) step_kernel(const StepParams 
                                   prefetch_rest<X>(p, it, lane);
                                   if (phase.barrier) barrier.wait();
                                 });
->>>>>>> attend
+      staged = {};  // it was where attention has its queries
     } else {
       if (phase.barrier) barrier.wait();
       for (int row = blockIdx.x; row < phase.norm.rows; row += gridDim.x) {

@@ -35,6 +35,23 @@ struct Part {
   }
 };
 
+// Where a slot keeps 16 bytes of a tile's row. Rows of one parity keep the halves of their 128 bytes
+// swapped: eight lanes that read together then touch all banks.
+__device__ inline int in_slot(int row, int chunk) { return row * 8 + (chunk ^ (row % 2 * 4)); }
+
+// The lane's chunks of a unit in a slot.
+__device__ inline Chunks read_chunks(const unsigned char* slot) {
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const auto* rows = reinterpret_cast<const uint4*>(slot);
+  Chunks found;
+#pragma unroll
+  for (int c = 0; c < 2; ++c) {
+    found.low[c] = rows[in_slot(g, t + 4 * c)];
+    found.high[c] = rows[in_slot(g + 8, t + 4 * c)];
+  }
+  return found;
+}
+
 // Until the oldest of `slots` - 1 groups of copies is there.
 __device__ inline void await_oldest(int slots) {
   switch (slots) {
@@ -70,24 +87,13 @@ class Stream {
     await_oldest(slots_);
     __syncwarp();  // everybody's copies are there, and everybody has read the slot before
     fetch(slot_ ? slot_ - 1 : slots_ - 1);
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const auto* rows = reinterpret_cast<const uint4*>(ring_ + slot_ * SLOT_BYTES);
-    Chunks found;
-#pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      found.low[c] = rows[place(g, t + 4 * c)];
-      found.high[c] = rows[place(g + 8, t + 4 * c)];
-    }
+    const Chunks found = read_chunks(ring_ + slot_ * SLOT_BYTES);
     slot_ = slot_ + 1 == slots_ ? 0 : slot_ + 1;
     return found;
   }
 
  private:
   static constexpr int CHUNK = 16 / sizeof(W);
-
-  // Rows of one parity keep the halves of their 128 bytes swapped: eight lanes that read together
-  // then touch all banks.
-  static __device__ int place(int row, int chunk) { return row * 8 + (chunk ^ (row % 2 * 4)); }
 
   // The next product that this warp has a share of.
   __device__ void begin_product() {
@@ -126,7 +132,7 @@ class Stream {
       const bool present = at_ + lane % 8 * CHUNK < features_;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int to = slot * SLOT_BYTES + place(i * 4 + lane / 8, lane % 8) * 16;
+        const int to = slot * SLOT_BYTES + in_slot(i * 4 + lane / 8, lane % 8) * 16;
         copy16(shared_ + to, rows_[i] + (present ? at_ : 0), present);
       }
       at_ += WARPS * UNIT<W>;
