@@ -144,14 +144,12 @@ __device__ void send_tiles(const HeadsParams& p, int kv, int rank, Biases biases
 
 // A kv head's item, its first keys under way; beyond the last one, nothing.
 template <typename T, int N>
-__device__ Item begin_item(const AttentionParams& a, const HeadsParams& p, int kv, int number,
-                           const Team& team, Keys<T, N>& keys) {
+__device__ Item<1> begin_item(const AttentionParams& a, const HeadsParams& p, int kv, int number,
+                              const Lane& lane, Keys<T, 1, N>& keys) {
   const int heads = a.kv_heads * p.group, last = a.rows * p.group * a.splits - 1;
   const int of_kv = min(number, last);
-  const Item it(a, 1, of_kv / p.group * heads + kv * p.group + of_kv % p.group);
-  if (number <= last && it.has_work()) {
-    read_keys(a, it, it.begin + team.thread / a.width, TEAM_WARPS * 32 / a.width, keys);
-  }
+  const Item<1> it(a, of_kv / p.group * heads + kv * p.group + of_kv % p.group);
+  if (number <= last && it.has_work()) read_first(a, it, lane, keys);
   return it;
 }
 
@@ -159,10 +157,10 @@ __device__ Item begin_item(const AttentionParams& a, const HeadsParams& p, int k
 
 // x is of type From.
 template <typename T, typename From, int NT>
-__global__ void __launch_bounds__(NT * TEAM_WARPS * 32)
+__global__ void __launch_bounds__(NT * TEAM_WARPS * 32, 1)
     heads_kernel(const __grid_constant__ HeadsParams p) {
 #if __CUDA_ARCH__ >= 900  // on others there are no clusters, and no kernel to launch
-  constexpr int WARPS = TEAM_WARPS * NT, N = KEYS<T, 1> / NT;
+  constexpr int WARPS = TEAM_WARPS * NT, N = KEYS<T> / NT;
   extern __shared__ __align__(128) unsigned char shared[];
   T* made = reinterpret_cast<T*>(shared + p.made_at);
   float* partial = reinterpret_cast<float*>(shared + p.partial_at);
@@ -186,12 +184,16 @@ __global__ void __launch_bounds__(NT * TEAM_WARPS * 32)
   const Team team = {NT == 1 ? 0 : thread / TEAM + 1, thread % TEAM, TEAM_WARPS};
   const int items = a.rows * p.group * a.splits;
   float* of_team = partial + team.place() * shared_floats(1, TEAM_WARPS, dim);
-  Keys<T, N> keys;
+  const Lane lane(a, team);
+  Keys<T, 1, N> keys;
   int index = rank + team.place() * p.cluster;
-  Item it = begin_item(a, p, kv, index, team, keys);
+  Item<1> it = begin_item(a, p, kv, index, lane, keys);
+  const RowShare<WARPS> share(p.product.rows);
+  NormTerms<T> norm;
+  norm.read(p.product, share.own, p.product.weights.inputs, share.width * 8);
 
   wait_for_last();
-  stage<T, T, From, WARPS>(p.product, 0, p.product.weights.inputs, x, partial);
+  stage<T, T, From>(p.product, share, norm, 0, p.product.weights.inputs, x, partial);
   await<0>();
   __syncthreads();
   multiply_tiles<TensorProduct<T, T, NT>, NT, WARPS>(p, rank, shared, x, partial);
@@ -203,11 +205,11 @@ __global__ void __launch_bounds__(NT * TEAM_WARPS * 32)
 
 #pragma unroll 1
   while (index < items) {
-    if (it.has_work()) attend<T, 1>(a, it, team, keys, of_team);
+    if (it.has_work()) attend<T, 1, false>(a, it, index, 0, team, lane, keys, of_team);
     index += NT * p.cluster;
     if (index >= items) break;
     team.sync();  // everybody has read what was shared
-    it = begin_item(a, p, kv, index, team, keys);
+    it = begin_item(a, p, kv, index, lane, keys);
   }
 #endif
 }

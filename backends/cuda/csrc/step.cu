@@ -46,6 +46,15 @@ bool fits(const Program& program, const Phase& phase) {
   }
 }
 
+// Whether every block has put into shared memory for `last` what `next` wants there. No phase writes
+// where another one has, so the same x is what it was.
+bool shares_x(const Phase& last, const Phase& next, const Device& gpu) {
+  if (last.work != Work::linear || next.work != Work::linear) return false;
+  const LinearParams &a = last.linear, &b = next.linear;
+  return a.x.data == b.x.data && a.norm_weight.data == b.norm_weight.data &&
+         a.weights.splits == 1 && b.weights.splits == 1 && a.weights.tiles >= gpu.processors;
+}
+
 // What a phase wants of shared memory beside the rings.
 int beside_rings(const Program& program, const Phase& phase) {
   if (phase.work == Work::linear) {
@@ -77,6 +86,7 @@ bool plan_program(Program& program, Phase* phases, Weights* weights, const Devic
   for (int i = 0; i < program.phases; ++i) {
     Phase& phase = phases[i];
     if (!fits(program, phase)) return false;
+    phase.staged = i > 0 && shares_x(phases[i - 1], phase, gpu);
     beside = std::max(beside, beside_rings(program, phase));
     // Two phases at once may not leave their sums in the same place.
     if (uses_work(phase) && dirty) phase.barrier = true;

@@ -47,16 +47,6 @@ __device__ int team_warps(const AttentionParams& p) {
   return warps;
 }
 
-// What of x a block has in shared memory.
-struct Staged {
-  const void *x = nullptr, *norm = nullptr;
-  int begin = 0;
-
-  __device__ bool operator!=(const Staged& other) const {
-    return x != other.x || norm != other.norm || begin != other.begin;
-  }
-};
-
 template <typename Product>
 __global__ void __launch_bounds__(STEP_THREADS, 1) step_kernel(const StepParams s) {
 #if __CUDA_ARCH__ >= 900  // on others there is too little shared memory, and no kernel to launch
@@ -80,7 +70,6 @@ __global__ void __launch_bounds__(STEP_THREADS, 1) step_kernel(const StepParams 
   __syncthreads();
   Stream<W, STEP_WARPS> weights(products, s.products, shared, s.slots);
   weights.fill();
-  Staged staged;
 #pragma unroll 1
   for (int i = 0; i < s.count; ++i) {
     const Phase& phase = reinterpret_cast<const Phase&>(held[i % 2]);
@@ -94,10 +83,7 @@ __global__ void __launch_bounds__(STEP_THREADS, 1) step_kernel(const StepParams 
       norm.read(p, part.begin + share.own, part.end, share.width * 8);
       if (phase.barrier) barrier.wait();
       if (part.tile < p.weights.tiles) {
-        // No phase writes where another one has: the same x by the same norm is what it was.
-        const Staged wanted{p.x.data, p.norm_weight.data, part.begin};
-        if (staged != wanted) stage<X, W, X>(p, share, norm, part.begin, part.end, x, partial);
-        staged = wanted;
+        if (!phase.staged) stage<X, W, X>(p, share, norm, part.begin, part.end, x, partial);
         __syncthreads();
         multiply<Product, 1, STEP_WARPS>(p, part, weights, x, partial);
       }
@@ -111,7 +97,6 @@ __global__ void __launch_bounds__(STEP_THREADS, 1) step_kernel(const StepParams 
                                   prefetch_rest<X>(p, it, lane);
                                   if (phase.barrier) barrier.wait();
                                 });
-      staged = {};  // it was where attention has its queries
     } else {
       if (phase.barrier) barrier.wait();
       for (int row = blockIdx.x; row < phase.norm.rows; row += gridDim.x) {

@@ -18,6 +18,7 @@ enum class Work : int { linear, attention, norm };
 struct alignas(16) Phase {
   Work work;
   bool barrier;  // everything before it must be done
+  bool staged;   // x lies in shared memory, normalized: the phase before had the same
   int unused[2];
   union {
     LinearParams linear;
@@ -26,7 +27,7 @@ struct alignas(16) Phase {
     char bytes[PHASE_BYTES - 16];
   };
 
-  Phase() : work(Work::norm), barrier(false), unused{}, bytes{} {}
+  Phase() : work(Work::norm), barrier(false), staged(false), unused{}, bytes{} {}
 };
 static_assert(sizeof(Phase) == PHASE_BYTES);
 
