@@ -50,8 +50,8 @@ def sizes(most: int) -> list[int]:
 
 
 class CapturedAttention(Attention):
-    """`lmi_multi.ops.Attention` for rows of `inputs` that have `entered`, by the kernels alone; with
-    the product before it `in_one` kernel where there is one.
+    """`lmi_multi.ops.Attention` for rows of `inputs` that have `entered`, by the kernels alone;
+    with the product before it `in_one` kernel where there is one.
 
     Raises NotCoveredError in the first layer that they cannot do.
     """
