@@ -25,21 +25,17 @@ from lmi_multi.models.weights import Layer, Linear
 from lmi_multi.ops.heads import Heads
 from lmi_multi.ops.paged import PagedAttention, PagedCache
 from lmi_multi.ops.reference import Reference
+from tests.test_cuda_attention import POSITIONS, make_layer, make_rows, make_spec, widened
 from tests.test_cuda_kernels import (
     EPS,
-    POSITIONS,
     TOLERANCE,
     error,
     expected_norm,
-    make_layer,
     make_linear,
     make_norm,
-    make_rows,
-    make_spec,
     ops,
     randn,
     wide,
-    widened,
 )
 from tests.test_cuda_program import TOLERANCE as OF_LOGITS
 from tests.test_cuda_program import logits, opened

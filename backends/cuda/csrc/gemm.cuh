@@ -41,10 +41,7 @@ template <typename G>
 __device__ void copy_steps(const GemmParams& p, const Share& share, const GemmMemory& memory) {
   const int height = p.gated ? HALF : 2 * HALF;
   const auto row = [&](Step step, int half) { return step.tile * height + half * p.upper; };
-  const auto feature = [&](unsigned k) {
-    const unsigned turned = k + share.turned;
-    return (share.first + (turned < share.count ? turned : turned - share.count)) * G::FEATURES;
-  };
+  const auto feature = [&](unsigned k) { return (share.first + k) * G::FEATURES; };
   const auto weights = [&](Step step, int slot, int half) {
     copy_box(memory.steps + slot * p.stride + half * HALF_BYTES, &p.weights, row(step, half),
              feature(step.k), memory.full + slot);

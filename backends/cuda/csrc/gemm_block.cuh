@@ -42,17 +42,11 @@ struct Share {
   unsigned rank, cluster, clusters;
   unsigned first, count;  // steps
   unsigned tiles;
-  unsigned turned;  // its steps begin here and go round: blocks do not all read the same columns
 
   __device__ explicit Share(const GemmParams& p) {
     rank = blockIdx.x % p.splits, cluster = blockIdx.x / p.splits, clusters = gridDim.x / p.splits;
     first = rank * p.steps / p.splits, count = (rank + 1) * p.steps / p.splits - first;
     tiles = (p.tiles - cluster + clusters - 1) / clusters;
-#ifdef LMI_GEMM_LOCKSTEP
-    turned = 0;
-#else
-    turned = cluster * count / clusters;
-#endif
   }
 };
 

@@ -38,8 +38,6 @@ struct Item {
   __device__ Item(const AttentionParams& p, unsigned index) {
     const unsigned chunks = p.kv_heads * p.chunks, rows = p.rows, of_kv = p.chunks;
     row = index / chunks % rows, split = index / chunks / rows;
-    // Under way with the length, which tells how much of it there is.
-    asm volatile("prefetch.global.L1 [%0];" ::"l"(p.table + row * p.table_width));
     kv = index % chunks / of_kv;
     const int chunk = index % chunks - kv * of_kv;
     const int group = G == 1 ? of_kv : static_cast<unsigned>(p.heads) / p.kv_heads;
