@@ -11,6 +11,7 @@
 #include "multiply.cuh"
 #include "normalize.cuh"
 #include "step.h"
+#include "sum.cuh"
 
 namespace lmi {
 
@@ -44,17 +45,9 @@ __device__ void attend_all(const AttentionParams& p, int warps, float* shared, W
   }
 }
 
-// What of x a block has in shared memory.
-struct Staged {
-  const void *x = nullptr, *norm = nullptr;
-  int begin = 0;
-
-  __device__ bool operator!=(const Staged& other) const {
-    return x != other.x || norm != other.norm || begin != other.begin;
-  }
-};
-
-template <typename Product>
+// SUMS: some products' results are summed over GPUs. A kernel of its own, so that the other one has no
+// code for it.
+template <typename Product, bool SUMS>
 __global__ void __launch_bounds__(STEP_THREADS, 1) step_kernel(const StepParams s) {
 #if __CUDA_ARCH__ >= 900  // on others there is too little shared memory, and no kernel to launch
   using X = typename Product::X;
@@ -64,6 +57,7 @@ __global__ void __launch_bounds__(STEP_THREADS, 1) step_kernel(const StepParams 
   extern __shared__ __align__(128) unsigned char shared[];
   constexpr int WORDS = PHASE_BYTES / 16;
   __shared__ uint4 held[2][WORDS];  // this phase and the next
+  [[maybe_unused]] __shared__ Meeting peers;
   const auto* words = reinterpret_cast<const uint4*>(s.phases);
   const bool copies = threadIdx.x < WORDS;
   float* partial = reinterpret_cast<float*>(shared + s.slots * (STEP_WARPS * SLOT_BYTES));
@@ -73,11 +67,13 @@ __global__ void __launch_bounds__(STEP_THREADS, 1) step_kernel(const StepParams 
   auto* products = reinterpret_cast<Weights*>(shared + s.products_at);
 #pragma unroll 1
   for (int i = threadIdx.x; i < s.products; i += STEP_THREADS) products[i] = s.weights[i];
-  GridBarrier barrier(s.barrier);
+  if constexpr (SUMS) {
+    if (threadIdx.x == 0) peers.begin(s.peers);
+  }
+  GridBarrier barrier(s.barrier, SUMS ? s.barrier_patience : BARRIER_PATIENCE);
   __syncthreads();
   Stream<W, STEP_WARPS> weights(products, s.products, shared, s.slots);
   weights.fill();
-  Staged staged;
 #pragma unroll 1
   for (int i = 0; i < s.count; ++i) {
     const Phase& phase = reinterpret_cast<const Phase&>(held[i % 2]);
@@ -91,19 +87,23 @@ __global__ void __launch_bounds__(STEP_THREADS, 1) step_kernel(const StepParams 
       norm.read(p, part.begin + share.own, part.end, share.width * 8);
       if (phase.barrier) barrier.wait();
       if (part.tile < p.weights.tiles) {
-        // No phase writes where another one has: the same x by the same norm is what it was.
-        const Staged wanted{p.x.data, p.norm_weight.data, part.begin};
-        if (staged != wanted) stage<X, W, X>(p, share, norm, part.begin, part.end, x, partial);
-        staged = wanted;
+        if (!phase.staged) stage<X, W, X>(p, share, norm, part.begin, part.end, x, partial);
         __syncthreads();
-        multiply<Product, 1, STEP_WARPS>(p, part, weights, x, partial);
+        if constexpr (SUMS) {
+          const PutOrSend put{peers, phase};
+          multiply<Product, 1, STEP_WARPS>(p, part, weights, x, partial, put);
+        } else {
+          multiply<Product, 1, STEP_WARPS>(p, part, weights, x, partial);
+        }
       }
     } else if (phase.work == Work::attention) {
       const AttentionParams& p = phase.attention;
       attend_all<X, STEP_HEADS, 4 / sizeof(X)>(p, team_warps(p), partial, [&] {
         if (phase.barrier) barrier.wait();
       });
-      staged = {};  // it was where attention has its queries
+    } else if (SUMS && phase.work == Work::sum) {
+      if (phase.barrier) barrier.wait();
+      if constexpr (SUMS) add_up(phase, peers);
     } else {
       if (phase.barrier) barrier.wait();
       for (int row = blockIdx.x; row < phase.norm.rows; row += gridDim.x) {
@@ -115,14 +115,18 @@ __global__ void __launch_bounds__(STEP_THREADS, 1) step_kernel(const StepParams 
     __syncthreads();
     if (reinterpret_cast<const Phase&>(held[(i + 1) % 2]).barrier) barrier.arrive();
   }
+  if constexpr (SUMS) {
+    if (blockIdx.x == 0 && threadIdx.x == 0) peers.end(s.sums);
+  }
 #endif
 }
 
 template <typename Product>
 void launch_step(const Program& program, const StepParams& p, const Device& gpu,
                  cudaStream_t stream) {
-  launch(&step_kernel<Product>, p, dim3(gpu.processors), STEP_THREADS, program.shared_bytes,
-         Start::together, stream);
+  const auto kernel = program.sums ? &step_kernel<Product, true> : &step_kernel<Product, false>;
+  launch(kernel, p, dim3(gpu.processors), STEP_THREADS, program.shared_bytes, Start::together,
+         stream);
 }
 
 }  // namespace lmi
