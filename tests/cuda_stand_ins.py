@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from lmi_multi.backends.cuda import (
     ahead,
     attention,
@@ -140,6 +141,7 @@ class Programs:
     def __init__(self) -> None:
         self.calls: list[Callable[[], object]] = []
         self.runs = 0
+        self._exchanging = False
 
     def recording(self, call: Callable[..., object]) -> Callable[..., bool]:
         def record(*arguments: Any) -> bool:
@@ -150,6 +152,26 @@ class Programs:
             return True
 
         return record
+
+    def add_up(
+        self, product: Tensor, x: Tensor, residual: Tensor, bias: Tensor | None, out: Tensor
+    ) -> None:
+        """The sum over ranks, of which there are several processes."""
+        total = x.float()
+        if self._exchanging:
+            dist.all_reduce(total)
+        out.copy_(residual + (total if bias is None else total + bias))
+
+    def run_of_ranks(
+        self, program: Tensor, on_device: Tensor, barrier: Tensor, inboxes: Tensor, rank: int,
+        patience: int, failed: Tensor,
+    ) -> None:  # fmt: skip
+        assert inboxes[rank] == 100 + rank
+        self._exchanging = True
+        try:
+            self.run(program, on_device, barrier)
+        finally:
+            self._exchanging = False
 
     def run(self, program: Tensor, on_device: Tensor, barrier: Tensor) -> None:
         assert torch.equal(program, on_device)
@@ -180,7 +202,9 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Programs:
         activate=lambda *_: False, widen=lambda *_: False, gemm=lambda *_: False,
         record_norm=made.recording(norm),
         record_linear=made.recording(linear), record_attention=made.recording(attend),
-        finish_program=lambda *_: True, run_program=made.run,
+        record_sum=made.recording(made.add_up), finish_program=lambda *_: True,
+        run_program=made.run, run_program_of_ranks=made.run_of_ranks,
+        all_reduce=lambda *_: False,
         prefill=prefill_kernel.prefill, write_kv=prefill_kernel.write_kv,
     )  # fmt: skip
     event = SimpleNamespace(synchronize=lambda: None, wait=lambda: None)

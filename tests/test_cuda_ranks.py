@@ -71,6 +71,8 @@ def test_tokens_are_those_of_one_gpu(
 class Shelf:
     """A rank's executor on a GPU of its own; its collectives are NCCL's even if it is alone."""
 
+    program_rows: int | None = None
+
     def __init__(self, near: bool, rank: int, size: int) -> None:
         logging.basicConfig(level=logging.INFO)  # whether sums go over peer memory, or why not
         self.rank, self.size = rank, size
@@ -95,7 +97,9 @@ class Shelf:
         loaded = artifact.load_rank(self.rank, self.size)
         tensors = {name: tensor.to(self.device) for name, tensor in loaded.items()}
         scratch = Scratch(self.device)
-        self.executor = CudaExecutor(artifact.spec, tensors, LIMITS, scratch, self.peers)
+        self.executor = CudaExecutor(
+            artifact.spec, tensors, LIMITS, scratch, self.peers, program_rows=self.program_rows
+        )
 
     def use(self, method: str, *arguments: Any) -> Any:
         return getattr(self.executor, method)(*arguments)

@@ -28,7 +28,7 @@ from .inputs import StepInputs, download, upload
 from .ops import CudaOps, Scratch
 from .prefill import Prefill
 from .prefill_graphs import PrefillGraphs
-from .program import NotCoveredError
+from .program import NotCoveredError, can_sum
 from .program import program_rows as best_program_rows
 
 log = logging.getLogger(__name__)
@@ -69,11 +69,12 @@ class CudaExecutor(TorchExecutor):
         if captured and can_capture(self._network, collectives):
             encoded = spec.kind == "encoder-decoder"
             angles = Angles.of(spec, limits.max_tokens, self._device)
-            if not collectives.alone:
-                program_rows = 0  # one kernel cannot wait for other GPUs' sums
+            if not can_sum(collectives):
+                program_rows = 0  # no kernel waits for NCCL's sums
             if program_rows is None:
                 decoder = self._network.weights.decoder
                 program_rows = best_program_rows(decoder.layers if decoder else ())
+            program_rows = collectives.least(program_rows)
             stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
             self._fed, ahead = (
                 StepGraphs(

@@ -26,7 +26,7 @@ from .entry import Angles, Entered, Entry
 from .inputs import StepInputs
 from .ops import MOST_ROWS as OF_ROWS
 from .ops import CudaOps, Scratch
-from .program import FUSED_NORM_ROWS, NotCoveredError, Recorder, StepProgram
+from .program import FUSED_NORM_ROWS, NotCoveredError, RecordedSums, Recorder, StepProgram
 
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 # Clients choose among thousands of kinds, and each graph stops all rows while it is made.
@@ -199,6 +199,27 @@ class StepGraphs:
             self._programs[size] = self._tried(size)
         return self._programs[size]
 
+    def _agree_on_program(self, size: int) -> None:
+        """Make the layers for `size` rows a single kernel on all ranks, or on none: before anything
+        is captured, as one that waits for peers must not wait for those that go kernel by kernel.
+
+        Raises torch.OutOfMemoryError on all ranks."""
+        if self._peers.alone or size > self._most_program_rows or size in self._programs:
+            return
+
+        def prepare() -> bool:
+            with self._peers.muted():
+                run(lambda: self._logits(size), self._stream)
+            return self._programs[size] is not None
+
+        try:
+            made = on_all(prepare, self._peers)
+        except torch.OutOfMemoryError:
+            self._programs.pop(size, None)  # as on the rank that has got none
+            raise
+        if not self._peers.least(made):
+            self._programs[size] = None
+
     def _tried(self, size: int) -> StepProgram | None:
         """A program that has run once: a GPU that is shared may refuse to start all its blocks."""
         try:
@@ -217,12 +238,13 @@ class StepGraphs:
     def _record(self, reads: Entered) -> StepProgram:
         def record(recorder: Recorder) -> Tensor:
             most = dict.fromkeys(OF_ROWS, len(reads.x))  # of every type of weights
-            network = self._network.with_ops(CudaOps(self._scratch, most, recorder))
+            sums = None if self._peers.alone else RecordedSums(recorder, self._peers)
+            network = self._network.with_ops(CudaOps(self._scratch, most, recorder), sums)
             kernel = self._kernel.with_kernels(recorder)
             attention = CapturedAttention(kernel, self.inputs, reads, blocks=1)
             return self._layers(network, reads.x, attention)
 
-        return StepProgram(reads, self._scratch.barrier, record)
+        return StepProgram(reads, self._scratch.barrier, record, self._peers)
 
     def _greedy(self, size: int) -> Tensor:
         inputs, scratch = self.inputs, self._scratch
@@ -259,6 +281,7 @@ class StepGraphs:
             kept = self.inputs.ids.clone()  # a step may be under way, and the next need its tokens
             self.inputs.clear()
             try:
+                self._agree_on_program(size)
                 self._captured[key] = capture_together(body, self._stream, self._pool, self._peers)
             except torch.OutOfMemoryError:
                 log.warning("no memory to capture a step of %d rows: it runs uncaptured", size)

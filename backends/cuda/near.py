@@ -63,6 +63,19 @@ class PeerMemory:
         )
         return done
 
+    def run_program(
+        self, program: Tensor, on_device: Tensor, barrier: Tensor, silent: bool
+    ) -> None:
+        """Run a step program with sums (see `lmi_multi::run_program`), as all ranks do; `silent`:
+        nothing is exchanged, and what it computes is of no use."""
+        if silent:
+            torch.ops.lmi_multi.run_program(program, on_device, barrier)
+            return
+        patience = int(self.seconds * 1e9)
+        torch.ops.lmi_multi.run_program_of_ranks(
+            program, on_device, barrier, self._inboxes, self._rank, patience, self._failed
+        )
+
     def check(self) -> None:
         """See `Peers.check`."""
         if self._failed.item():

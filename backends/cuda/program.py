@@ -14,8 +14,11 @@ import torch
 from torch import Tensor
 
 from lmi_multi.models.weights import Layer, Linear
+from lmi_multi.parallel.collectives import Peers
+from lmi_multi.parallel.pipeline import Pipeline
 
 from .entry import Entered
+from .near import PeerMemory
 
 MOST_ROWS = 8  # of a program
 # Bytes of a product's weights, in the mean, from which on a program is the faster one: it wins by
@@ -44,7 +47,8 @@ def program_rows(layers: Sequence[Layer]) -> int:
 
 
 class Recorder:
-    """Takes the place of the kernels in `CudaOps` and `DecodeAttention`.
+    """Takes the place of the kernels in `CudaOps` and `DecodeAttention`; `RecordedSums`, which
+    uses it, that of a network's `Collectives`.
 
     Raises NotCoveredError for what the step kernel does not do, and where something is read that
     no phase has written: torch computed it, and only once.
@@ -52,6 +56,7 @@ class Recorder:
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         self.phases: list[Tensor] = []
+        self.sums = 0
         self.kept: list[Any] = [inputs]
         self.weight: Tensor | None = None
         self._known = {tensor.data_ptr() for tensor in inputs}
@@ -93,6 +98,18 @@ class Recorder:
             raise NotCoveredError
         return self._add(torch.ops.lmi_multi.record_attention, (q, *others), [q], others[-1])
 
+    def sum(self, residual: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+        """See `Collectives.add_reduced`: x is what the last phase would have written, which sends
+        it to the other ranks instead."""
+        if not self.phases:
+            raise NotCoveredError
+        out = torch.empty_like(residual)
+        op = torch.ops.lmi_multi.record_sum
+        self._add(op, (self.phases[-1], x, residual, bias, out), [residual], out)
+        self._known.discard(x.data_ptr())
+        self.sums += 1
+        return out
+
     def made(self, tensor: Tensor) -> bool:
         """Whether a phase has written it, or it is an input."""
         return tensor.data_ptr() in self._known
@@ -122,15 +139,47 @@ class Recorder:
         return True
 
 
+class RecordedSums:
+    """`Collectives` of a network that is recorded: sums behind products, and nothing else."""
+
+    alone = False
+
+    def __init__(self, recorder: Recorder, peers: Peers) -> None:
+        self.rank, self.size = peers.rank, peers.size
+        self.pipeline: Pipeline = peers.pipeline
+        self._recorder = recorder
+
+    def add_reduced(self, residual: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+        """See `Collectives.add_reduced`."""
+        return self._recorder.sum(residual, x, bias)
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """No phase does that."""
+        raise NotCoveredError
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """No phase does that."""
+        raise NotCoveredError
+
+
+def can_sum(peers: Peers) -> bool:
+    """Whether a program can wait for these peers, if there are any."""
+    return peers.alone or isinstance(peers.near, PeerMemory)
+
+
 class StepProgram:
     """Layers recorded for a number of rows.
 
     `reads` is what every `run` begins with, and `out` what `record` returned, computed anew by
-    each. Raises NotCoveredError.
+    each. Where there are `peers` they all run theirs at the same time. Raises NotCoveredError.
     """
 
     def __init__(
-        self, reads: Entered, barrier: Tensor, record: Callable[[Recorder], Tensor]
+        self,
+        reads: Entered,
+        barrier: Tensor,
+        record: Callable[[Recorder], Tensor],
+        peers: Peers,
     ) -> None:
         recorder = Recorder([reads.x])
         self.out = record(recorder)
@@ -145,8 +194,13 @@ class StepProgram:
         ):
             raise NotCoveredError
         self._on_device = self._program.to(reads.x.device)
+        self._peers, self._memory = peers, peers.near if recorder.sums else None
 
     def run(self) -> Tensor:
         """The layers' output [rows, hidden] for what is in `reads`; the next run overwrites it."""
-        torch.ops.lmi_multi.run_program(self._program, self._on_device, self._barrier)
+        given = self._program, self._on_device, self._barrier
+        if isinstance(self._memory, PeerMemory):
+            self._memory.run_program(*given, self._peers.silent)
+        else:
+            torch.ops.lmi_multi.run_program(*given)
         return self.out

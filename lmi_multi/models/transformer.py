@@ -89,10 +89,10 @@ class Transformer:
         """`decode_embedded` without the norm at the end, which `norm_head` makes up for."""
         return self._layers(self._decoder(), x, attention)
 
-    def with_ops(self, ops: Ops) -> Transformer:
-        """The same network by other operations."""
+    def with_ops(self, ops: Ops, collectives: Collectives | None = None) -> Transformer:
+        """The same network by other operations, and other sums over ranks if any are given."""
         other = copy(self)
-        other.ops = ops
+        other.ops, other.collectives = ops, collectives or self.collectives
         return other
 
     def cross_kv(self, layer: Layer, memory: Tensor) -> Tensor:
@@ -219,13 +219,23 @@ class Transformer:
     def _parallel(self, layer: Layer, x: Tensor, attention: Attention) -> Tensor:
         """Attention and FFN read the same input and are added to it together (GPT-J, NeoX)."""
         ops, eps = self.ops, self.spec.norm_eps
-        attended = attention.project_and_attend(layer, x, layer.norm1, eps, ops)
+        # The FFN first: its product and attention's then follow each other, and have the same x.
         h = ops.norm_linear(x, layer.norm2, eps, layer.up, self.spec.activation, self.spec.gated)
-        return self._add(h, layer.down, self._add(attended, layer.out, x))
+        attended = attention.project_and_attend(layer, x, layer.norm1, eps, ops)
+        if self.collectives.alone or (layer.out.bias is not None and layer.down.bias is not None):
+            return self._add(h, layer.down, self._add(attended, layer.out, x))
+        partial = ops.linear(attended, _unbiased(layer.out))  # one sum over ranks for both
+        partial = ops.linear_residual(h, _unbiased(layer.down), partial)
+        bias = layer.down.bias if layer.out.bias is None else layer.out.bias
+        return self.collectives.add_reduced(x, partial, bias)
 
     def _add(self, x: Tensor, linear: Linear, residual: Tensor) -> Tensor:
         """residual + linear(x), where every rank holds a slice of the linear's inputs."""
         if self.collectives.alone:
             return self.ops.linear_residual(x, linear, residual)
-        partial = self.ops.linear(x, Linear(linear.weight, None, linear.scale))
+        partial = self.ops.linear(x, _unbiased(linear))
         return self.collectives.add_reduced(residual, partial, linear.bias)
+
+
+def _unbiased(linear: Linear) -> Linear:
+    return Linear(linear.weight, None, linear.scale)

@@ -48,12 +48,32 @@ class Collectives(Protocol):
         """Every rank's x [..., n], concatenated in rank order: [..., size * n]."""
 
 
+class Near(Protocol):
+    """A faster way between ranks that are near each other."""
+
+    def sum(self, x: Tensor, residual: Tensor | None = None, bias: Tensor | None = None) -> bool:
+        """Make x the sum of every rank's; or, if there is a residual, make that what
+        `Collectives.add_reduced` says. False, with nothing done, if it does not cover them; as all
+        ranks' have the same shapes and types, they all say the same."""
+
+    def check(self) -> None:
+        """See `Peers.check`."""
+
+
 class Peers(Collectives, Protocol):
     """Collectives of ranks that capture their steps together, and go on by themselves."""
 
     @property
     def capturable(self) -> bool:
         """Whether a CUDA graph can hold what they exchange."""
+
+    @property
+    def near(self) -> Near | None:
+        """A faster way to them, if there is one."""
+
+    @property
+    def silent(self) -> bool:
+        """Whether this is within `muted`."""
 
     def broadcast(self, x: Tensor) -> Tensor:
         """Rank 0's x, which has the same shape and dtype on every rank; x is overwritten."""
@@ -76,6 +96,8 @@ class SingleRank:
     rank = 0
     size = 1
     alone = capturable = True
+    near: Near | None = None
+    silent = False
 
     def __init__(self, pipeline: Pipeline = _ONE_STAGE) -> None:
         self.pipeline = pipeline
@@ -108,18 +130,6 @@ class SingleRank:
         """Nothing can be wrong."""
 
 
-class Near(Protocol):
-    """A faster way between ranks that are near each other."""
-
-    def sum(self, x: Tensor, residual: Tensor | None = None, bias: Tensor | None = None) -> bool:
-        """Make x the sum of every rank's; or, if there is a residual, make that what
-        `Collectives.add_reduced` says. False, with nothing done, if it does not cover them; as all
-        ranks' have the same shapes and types, they all say the same."""
-
-    def check(self) -> None:
-        """See `Peers.check`."""
-
-
 class TorchCollectives:
     """Collectives of a torch.distributed process group (gloo or NCCL); None: the default one.
 
@@ -140,21 +150,21 @@ class TorchCollectives:
         self.capturable = not gloo  # its messages are the host's affair
         self._wide = gloo  # it adds half types in their own precision: sum in float32 there
         self._device = torch.device("cpu" if gloo else "cuda")
-        self._muted = False
+        self.silent = False
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum over ranks, in float32 where the library would round between additions."""
-        if self.near is not None and not self._muted and self.near.sum(x):
+        if self.near is not None and not self.silent and self.near.sum(x):
             return x
         total = x.float() if self._wide else x
-        if not self._muted:
+        if not self.silent:
             with progress.waiting():
                 dist.all_reduce(total, group=self._group)
         return total.to(x.dtype)
 
     def add_reduced(self, residual: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
         """See `Collectives.add_reduced`."""
-        if self.near is not None and not self._muted and self.near.sum(x, residual, bias):
+        if self.near is not None and not self.silent and self.near.sum(x, residual, bias):
             return residual
         total = self.all_reduce(x)
         return residual + (total if bias is None else total + bias)
@@ -162,7 +172,7 @@ class TorchCollectives:
     def all_gather(self, x: Tensor) -> Tensor:
         """Concatenate along the last dimension in rank order."""
         parts = x.new_empty((self.size, *x.shape))
-        if self._muted:
+        if self.silent:
             parts.copy_(x)
         else:
             with progress.waiting():
@@ -171,7 +181,7 @@ class TorchCollectives:
 
     def broadcast(self, x: Tensor) -> Tensor:
         """See `Peers.broadcast`."""
-        if not self._muted:
+        if not self.silent:
             with progress.waiting():
                 dist.broadcast(x, group=self._group, group_src=0)
         return x
@@ -198,8 +208,8 @@ class TorchCollectives:
     @contextmanager
     def muted(self) -> Iterator[None]:
         """See `Peers.muted`."""
-        self._muted = True
+        self.silent = True
         try:
             yield
         finally:
-            self._muted = False
+            self.silent = False

@@ -1,9 +1,7 @@
 // A sum over the GPUs of one host, in one kernel: each writes its part straight into the memory of all
 // the others, and adds up what it has been sent.
 //
-// No flags are apart from the data. A word of 64 bits, which no GPU writes by halves, carries 32 bits of
-// the message and a mark; the reader waits for its mark, and then takes the word away. NCCL's LL
-// protocol does the same. There are two sets of words, used in turns: who sends in the turn after the
+// There are two sets of words (words.cuh), used in turns: who sends in the turn after the
 // next has received everybody's words of the next one, which a peer sends when its kernel of this turn
 // has ended, and so has read them. So nobody overwrites what is still to be read, and nobody has to
 // say that he has read it.
@@ -15,32 +13,10 @@
 // everywhere.
 #include "all_reduce.h"
 
+#include "words.cuh"
+
 namespace lmi {
 namespace {
-
-__device__ inline void send(unsigned long long* to, unsigned bits, unsigned mark) {
-  const unsigned long long word = static_cast<unsigned long long>(mark) << 32 | bits;
-  asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(to), "l"(word) : "memory");
-}
-
-__device__ inline unsigned long long peek(const unsigned long long* from) {
-  unsigned long long word;
-  asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(word) : "l"(from) : "memory");
-  return word;
-}
-
-__device__ inline unsigned mark_of(unsigned long long word) {
-  return static_cast<unsigned>(word >> 32);
-}
-
-__device__ inline unsigned long long now() {
-  unsigned long long nanoseconds;
-  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(nanoseconds)::"memory");
-  return nanoseconds;
-}
-
-// The next mark: never 0, which is no word's, and odd after even, as it says whose turn it is.
-__device__ inline unsigned after(unsigned mark) { return mark == ~0u ? 2 : mark + 1; }
 
 template <typename T>
 constexpr int OF_WORD = 4 / sizeof(T);  // elements

@@ -1,21 +1,9 @@
 #pragma once
 
 #include "common.cuh"
+#include "inbox.h"
 
 namespace lmi {
-
-constexpr int MOST_PEERS = 8;
-constexpr int SUM_THREADS = 512;
-constexpr int MOST_SUM_BLOCKS = 128;
-constexpr int MOST_WORDS = SUM_THREADS * MOST_SUM_BLOCKS;  // of 32 bits: 256 KiB
-
-// What a rank's peers write to: memory of its own, zero at first.
-struct Inbox {
-  // Words of a message with their marks, by turn, sender and place.
-  unsigned long long words[2][MOST_PEERS][MOST_WORDS];
-  unsigned marks[MOST_SUM_BLOCKS];  // each block's last one
-  unsigned broken;                  // a peer was waited for in vain
-};
 
 // Words of x become those of the sum; or, if there is a residual, that becomes residual + (sum + bias).
 struct AllReduceParams {

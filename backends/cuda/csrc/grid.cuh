@@ -5,13 +5,16 @@
 
 namespace lmi {
 
+constexpr long long BARRIER_PATIENCE = 40'000'000'000;  // cycles: some 20 seconds
+
 // It arrives and waits apart, so that what needs nobody else can be done in between. One word serves
 // for ever: its highest bit turns each time the last block arrives, and the rest is then zero again.
 // It cannot turn before this block arrives, so how it stands need only be read once.
 // What any block wrote before it arrived is visible to all threads that have waited.
 class GridBarrier {
  public:
-  __device__ explicit GridBarrier(unsigned* word) : word_(word) {
+  __device__ explicit GridBarrier(unsigned* word, long long patience = BARRIER_PATIENCE)
+      : word_(word), patience_(patience) {
     if (threadIdx.x == 0) before_ = read();
   }
 
@@ -27,7 +30,7 @@ class GridBarrier {
       const long long begun = clock64();
       while (!((before_ ^ read()) & TURN)) {
         // A block that is gone would be waited for for ever, and nobody told.
-        if (clock64() - begun > PATIENCE) __trap();
+        if (clock64() - begun > patience_) __trap();
       }
       before_ ^= TURN;
     }
@@ -36,7 +39,6 @@ class GridBarrier {
 
  private:
   static constexpr unsigned TURN = 0x80000000u;
-  static constexpr long long PATIENCE = 40'000'000'000;  // cycles: some 20 seconds
 
   __device__ unsigned read() const {
     unsigned value;
@@ -45,6 +47,7 @@ class GridBarrier {
   }
 
   unsigned* word_;
+  long long patience_;
   unsigned before_ = 0;
 };
 

@@ -6,10 +6,13 @@
 #include <cstring>
 
 #include "arguments.h"
+#include "grid.cuh"
 #include "step.h"
 
 namespace lmi {
 namespace {
+
+constexpr int CYCLES = 2;  // of a GPU in a nanosecond, at most
 
 bool is_place(const Tensor& phase) {
   return phase.is_cpu() && phase.scalar_type() == ScalarType::Byte && phase.is_contiguous() &&
@@ -45,6 +48,33 @@ bool record_linear(Tensor x, Tensor weight, Maybe scale, Maybe bias, Maybe norm_
   return planned && put_phase(phase, Work::linear, &Phase::linear, *p, barrier);
 }
 
+// The sum over ranks of what `product`, the phase before, has been recorded to find.
+bool record_sum(Tensor product, Tensor x, Tensor residual, Maybe bias, Tensor out, bool barrier,
+                Tensor phase) {
+  if (!is_place(product)) return false;
+  Phase made;
+  std::memcpy(&made, product.data_ptr(), PHASE_BYTES);
+  if (made.work != Work::linear || made.sum) return false;
+  const LinearParams& p = made.linear;
+  const int64_t features = p.weights.outputs, words = p.rows * features;
+  if (p.out != x.data_ptr() || p.weights.gated || p.activation != Activation::none ||
+      p.bias.data || words > MOST_STEP_WORDS || !is_float(residual) || !residual.is_contiguous() ||
+      residual.numel() != words || !is_vector(bias, features) || !is_float(out) ||
+      !out.is_contiguous() || out.numel() != words) {
+    return false;
+  }
+  const SumParams sum{.residual = operand(residual),
+                      .bias = operand(bias),
+                      .out = out.data_ptr(),
+                      .out_type = *type_of(out),
+                      .features = static_cast<int>(features),
+                      .words = static_cast<int>(words)};
+  if (!put_phase(phase, Work::sum, &Phase::sum_params, sum, barrier)) return false;
+  made.sum = 1;  // that it is one of them: plan_program numbers them
+  std::memcpy(product.data_ptr(), &made, PHASE_BYTES);
+  return true;
+}
+
 bool record_attention(Tensor q, Tensor k, Tensor v, Tensor table, Tensor lengths, bool write,
                       int64_t heads, Maybe q_norm, Maybe k_norm, double eps, Maybe cos, Maybe sin,
                       Maybe bias, Maybe slopes, int64_t window, double scale, int64_t splits,
@@ -70,6 +100,7 @@ bool finish_program(Tensor program, Tensor x, Tensor weight) {
                .rows = static_cast<int>(x.size(0)),
                .phases = static_cast<int>(program.size(0)) / 2,
                .products = 0,
+               .sums = 0,
                .slots = 0,
                .shared_bytes = 0};
   char* bytes = static_cast<char*>(program.data_ptr());
@@ -80,8 +111,8 @@ bool finish_program(Tensor program, Tensor x, Tensor weight) {
   return true;
 }
 
-// `barrier`: int32 [1], zero at first, one for each stream.
-void run_program(Tensor program, Tensor on_device, Tensor barrier) {
+void run(const Tensor& program, const Tensor& on_device, const Tensor& barrier,
+         const StepPeers& peers) {
   const torch::stable::accelerator::DeviceGuard guard(on_device.get_device_index());
   Program made;
   std::memcpy(&made, program.data_ptr(), sizeof(made));
@@ -94,7 +125,12 @@ void run_program(Tensor program, Tensor on_device, Tensor barrier) {
                      .slots = made.slots,
                      .products_at = made.shared_bytes -
                                     made.products * static_cast<int>(sizeof(Weights)),
-                     .barrier = static_cast<unsigned*>(barrier.data_ptr())};
+                     .barrier = static_cast<unsigned*>(barrier.data_ptr()),
+                     .sums = made.sums,
+                     // Some blocks wait for peers before they come to a barrier.
+                     .barrier_patience =
+                         BARRIER_PATIENCE + CYCLES * static_cast<long long>(peers.patience),
+                     .peers = peers};
   const Device& gpu = device_of(on_device);
   const cudaStream_t stream = stream_of(on_device);
   switch (made.type) {
@@ -102,6 +138,33 @@ void run_program(Tensor program, Tensor on_device, Tensor barrier) {
     case Type::bfloat16: return step_bfloat16(made, p, gpu, stream);
     default: return step_float32(made, p, gpu, stream);
   }
+}
+
+// `barrier`: int32 [1], zero at first, one for each stream. A program with sums exchanges nothing.
+void run_program(Tensor program, Tensor on_device, Tensor barrier) {
+  run(program, on_device, barrier, StepPeers{});
+}
+
+// The same with `inboxes`, `rank`, `patience` and `failed` as all_reduce has them.
+void run_program_of_ranks(Tensor program, Tensor on_device, Tensor barrier, Tensor inboxes,
+                          int64_t rank, int64_t patience, Tensor failed) {
+  const int64_t ranks = inboxes.numel();
+  if (!inboxes.is_cpu() || !is_row(inboxes, ScalarType::Long, ranks) || ranks < 2 ||
+      ranks > MOST_PEERS || rank < 0 || rank >= ranks || !is_row(failed, ScalarType::Int, 1)) {
+    throw std::runtime_error("inboxes: int64 [ranks] on the CPU of 2 to 8 ranks is wanted");
+  }
+  StepPeers peers{.rank = static_cast<int>(rank),
+                  .ranks = static_cast<int>(ranks),
+                  .patience = static_cast<unsigned long long>(patience),
+                  .failed = static_cast<int*>(failed.data_ptr()),
+                  .own = nullptr,
+                  .inboxes = {}};
+  const auto* addresses = static_cast<const int64_t*>(inboxes.data_ptr());
+  for (int64_t r = 0; r < ranks; ++r) {
+    peers.inboxes[r] = &reinterpret_cast<Inbox*>(static_cast<uintptr_t>(addresses[r]))->step;
+  }
+  peers.own = peers.inboxes[rank];
+  run(program, on_device, barrier, peers);
 }
 
 }  // namespace
@@ -116,18 +179,26 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lmi_multi, m) {
       "Tensor? norm_bias, float eps, Tensor? residual, int activation, bool gated, Tensor work, "
       "Tensor counters, Tensor out, bool barrier, Tensor(a!) phase) -> bool");
   m.def(
+      "record_sum(Tensor(a!) product, Tensor x, Tensor residual, Tensor? bias, Tensor out, "
+      "bool barrier, Tensor(b!) phase) -> bool");
+  m.def(
       "record_attention(Tensor q, Tensor k, Tensor v, Tensor table, Tensor lengths, bool write, "
       "int heads, Tensor? q_norm, Tensor? k_norm, float eps, Tensor? cos, Tensor? sin, "
       "Tensor? bias, Tensor? slopes, int window, float scale, int splits, Tensor work, "
       "Tensor counters, Tensor out, bool barrier, Tensor(a!) phase) -> bool");
   m.def("finish_program(Tensor(a!) program, Tensor x, Tensor weight) -> bool");
   m.def("run_program(Tensor program, Tensor on_device, Tensor(a!) barrier) -> ()");
+  m.def(
+      "run_program_of_ranks(Tensor program, Tensor on_device, Tensor(a!) barrier, Tensor inboxes, "
+      "int rank, int patience, Tensor(b!) failed) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lmi_multi, CUDA, m) {
   m.impl("record_norm", TORCH_BOX(&lmi::record_norm));
   m.impl("record_linear", TORCH_BOX(&lmi::record_linear));
+  m.impl("record_sum", TORCH_BOX(&lmi::record_sum));
   m.impl("record_attention", TORCH_BOX(&lmi::record_attention));
   m.impl("finish_program", TORCH_BOX(&lmi::finish_program));
   m.impl("run_program", TORCH_BOX(&lmi::run_program));
+  m.impl("run_program_of_ranks", TORCH_BOX(&lmi::run_program_of_ranks));
 }

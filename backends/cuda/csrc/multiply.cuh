@@ -71,6 +71,14 @@ static __device__ __noinline__ void put(const LinearParams& p, int tile, int g, 
   }
 }
 
+// What becomes of results: they are stored.
+struct Store {
+  __device__ void operator()(const LinearParams& p, int tile, int g, int m, Terms terms,
+                             float2 product) const {
+    put(p, tile, g, m, terms, product);
+  }
+};
+
 template <int NT, int WARPS>
 constexpr int PARTIALS = WARPS * NT * 4 * 32;  // floats
 
@@ -128,8 +136,9 @@ __device__ float2* work_of(const LinearParams& p, int tile, int split) {
 
 // Finish those of the part's tiles whose other splits are all done. Whether they are is asked for
 // all tiles at once, since each question takes a while.
-template <int NT, int WARPS>
-__device__ __noinline__ void finish_splits(const LinearParams& p, Part part, int* is_last) {
+template <int NT, int WARPS, typename Put>
+__device__ __noinline__ void finish_splits(const LinearParams& p, Part part, int* is_last,
+                                           Put put) {
   const Weights& w = p.weights;
   constexpr int TEAM = NT * 64, THREADS = WARPS * 32;
   const int thread = threadIdx.x % TEAM;
@@ -167,9 +176,9 @@ __device__ __noinline__ void finish_splits(const LinearParams& p, Part part, int
 }
 
 // The part's tiles, with x staged and everybody behind a barrier. `partial`: twice PARTIALS.
-template <typename Product, int NT, int WARPS, typename S>
+template <typename Product, int NT, int WARPS, typename S, typename Put = Store>
 __device__ void multiply(const LinearParams& p, const Part& part, S& weights,
-                         const typename Product::X* x, float* partial) {
+                         const typename Product::X* x, float* partial, Put put = {}) {
   using W = typename Product::W;
   const int features = part.end - part.begin, tiles = p.weights.tiles, splits = p.weights.splits;
   const int stride = row_stride<typename Product::X>(features);
@@ -194,7 +203,7 @@ __device__ void multiply(const LinearParams& p, const Part& part, S& weights,
       work_of<NT>(p, tile, part.split)[threadIdx.x] = sum;
     }
   }
-  if (splits > 1) finish_splits<NT, WARPS>(p, part, reinterpret_cast<int*>(partial));
+  if (splits > 1) finish_splits<NT, WARPS>(p, part, reinterpret_cast<int*>(partial), put);
 }
 
 }  // namespace lmi

@@ -42,17 +42,20 @@ bool fits(const Program& program, const Phase& phase) {
     }
     case Work::norm:
       return phase.norm.x.type == program.type && phase.norm.weight.type == program.type;
+    case Work::sum: return phase.sum_params.words % program.rows == 0;
     default: return phase.attention.rows == program.rows;
   }
 }
 
-// Whether every block has put into shared memory for `last` what `next` wants there. No phase writes
-// where another one has, so the same x is what it was.
-bool shares_x(const Phase& last, const Phase& next, const Device& gpu) {
-  if (last.work != Work::linear || next.work != Work::linear) return false;
-  const LinearParams &a = last.linear, &b = next.linear;
-  return a.x.data == b.x.data && a.norm_weight.data == b.norm_weight.data &&
-         a.weights.splits == 1 && b.weights.splits == 1 && a.weights.tiles >= gpu.processors;
+// Whether all blocks have x in shared memory as a product wants it, since `last` put it there. No phase
+// writes where another one has: the same x by the same norm is what it was.
+bool is_staged(const LinearParams* last, const LinearParams& p, const Device& gpu) {
+  if (!last) return false;
+  const Weights &had = last->weights, &w = p.weights;
+  const int places = gpu.processors / w.splits;
+  return last->x.data == p.x.data && last->norm_weight.data == p.norm_weight.data &&
+         had.slice == w.slice && had.splits == w.splits &&
+         std::min(had.tiles, places) >= std::min(w.tiles, places);
 }
 
 // What a phase wants of shared memory beside the rings.
@@ -60,7 +63,7 @@ int beside_rings(const Program& program, const Phase& phase) {
   if (phase.work == Work::linear) {
     return PARTIAL_BYTES + x_bytes(phase.linear.weights, program.rows, program.type);
   }
-  if (phase.work == Work::norm) return 0;
+  if (phase.work != Work::attention) return 0;
   AttentionParams p = phase.attention;
   return STEP_WARPS / 2 * shared_floats(arrange(p, STEP_HEADS), 2, p.dim) * 4;  // at most
 }
@@ -81,22 +84,35 @@ bool plan_linear(LinearParams& p, Type type, const Device& gpu, int64_t work_flo
 
 bool plan_program(Program& program, Phase* phases, Weights* weights, const Device& gpu) {
   int beside = 0;
-  bool dirty = false;
+  bool dirty = false, summed = false, waits = false;
+  const LinearParams* staged = nullptr;  // whose x is in shared memory
   phases[0].barrier = false;
   for (int i = 0; i < program.phases; ++i) {
     Phase& phase = phases[i];
     if (!fits(program, phase)) return false;
-    phase.staged = i > 0 && shares_x(phases[i - 1], phase, gpu);
     beside = std::max(beside, beside_rings(program, phase));
     // Two phases at once may not leave their sums in the same place.
     if (uses_work(phase) && dirty) phase.barrier = true;
     dirty = uses_work(phase) || (dirty && !phase.barrier);
-    if (phase.work == Work::linear) weights[program.products++] = phase.linear.weights;
+    // Nor may words of a sum be sent before all blocks have those of the last one.
+    if (phase.work == Work::linear && phase.sum) {
+      phase.barrier = phase.barrier || summed;
+      phase.sum = program.sums + 1;
+    }
+    summed = phase.work == Work::sum || (summed && !phase.barrier);
+    if (phase.work == Work::sum) phase.sum = ++program.sums;
+    waits = waits || phase.barrier;
+    if (phase.work == Work::attention) staged = nullptr;  // its queries are there
+    if (phase.work == Work::linear) {
+      phase.staged = is_staged(staged, phase.linear, gpu);
+      if (!phase.staged) staged = &phase.linear;
+      weights[program.products++] = phase.linear.weights;
+    }
   }
   beside += program.products * static_cast<int>(sizeof(Weights));
   program.slots = ring_slots((gpu.shared_per_block - MARGIN - beside) / RING_SLOTS);
   program.shared_bytes = program.slots * RING_SLOTS + beside;
-  return gpu.major >= 9 && program.products > 0 && program.slots > 0;
+  return gpu.major >= 9 && program.products > 0 && program.slots > 0 && (waits || !program.sums);
 }
 
 }  // namespace lmi

@@ -11,6 +11,7 @@
 #include "multiply.cuh"
 #include "normalize.cuh"
 #include "step.h"
+#include "sum.cuh"
 
 namespace lmi {
 
@@ -47,7 +48,9 @@ __device__ int team_warps(const AttentionParams& p) {
   return warps;
 }
 
-template <typename Product>
+// SUMS: some products' results are summed over GPUs. A kernel of its own, so that the other one has no
+// code for it.
+template <typename Product, bool SUMS>
 __global__ void __launch_bounds__(STEP_THREADS, 1) step_kernel(const StepParams s) {
 #if __CUDA_ARCH__ >= 900  // on others there is too little shared memory, and no kernel to launch
   using X = typename Product::X;
@@ -57,6 +60,7 @@ __global__ void __launch_bounds__(STEP_THREADS, 1) step_kernel(const StepParams 
   extern __shared__ __align__(128) unsigned char shared[];
   constexpr int WORDS = PHASE_BYTES / 16;
   __shared__ uint4 held[2][WORDS];  // this phase and the next
+  [[maybe_unused]] __shared__ Meeting peers;
   const auto* words = reinterpret_cast<const uint4*>(s.phases);
   const bool copies = threadIdx.x < WORDS;
   float* partial = reinterpret_cast<float*>(shared + s.slots * (STEP_WARPS * SLOT_BYTES));
@@ -66,7 +70,10 @@ __global__ void __launch_bounds__(STEP_THREADS, 1) step_kernel(const StepParams 
   auto* products = reinterpret_cast<Weights*>(shared + s.products_at);
 #pragma unroll 1
   for (int i = threadIdx.x; i < s.products; i += STEP_THREADS) products[i] = s.weights[i];
-  GridBarrier barrier(s.barrier);
+  if constexpr (SUMS) {
+    if (threadIdx.x == 0) peers.begin(s.peers);
+  }
+  GridBarrier barrier(s.barrier, SUMS ? s.barrier_patience : BARRIER_PATIENCE);
   __syncthreads();
   Stream<W, STEP_WARPS> weights(products, s.products, shared, s.slots);
   weights.fill();
@@ -85,7 +92,12 @@ __global__ void __launch_bounds__(STEP_THREADS, 1) step_kernel(const StepParams 
       if (part.tile < p.weights.tiles) {
         if (!phase.staged) stage<X, W, X>(p, share, norm, part.begin, part.end, x, partial);
         __syncthreads();
-        multiply<Product, 1, STEP_WARPS>(p, part, weights, x, partial);
+        if constexpr (SUMS) {
+          const PutOrSend put{peers, phase};
+          multiply<Product, 1, STEP_WARPS>(p, part, weights, x, partial, put);
+        } else {
+          multiply<Product, 1, STEP_WARPS>(p, part, weights, x, partial);
+        }
       }
     } else if (phase.work == Work::attention) {
       const AttentionParams& p = phase.attention;
@@ -93,10 +105,13 @@ __global__ void __launch_bounds__(STEP_THREADS, 1) step_kernel(const StepParams 
       const int stride = gridDim.x * (STEP_WARPS / team.warps);
       float* of_team = partial + team.place() * shared_floats(STEP_HEADS, team.warps, p.dim);
       attend_all<X, STEP_HEADS, false>(p, team, team.place() * gridDim.x + blockIdx.x, stride, of_team,
-                                [&](const Item<STEP_HEADS>& it, const Lane& lane) {
-                                  prefetch_rest<X>(p, it, lane);
-                                  if (phase.barrier) barrier.wait();
-                                });
+                                       [&](const Item<STEP_HEADS>& it, const Lane& lane) {
+                                         prefetch_rest<X>(p, it, lane);
+                                         if (phase.barrier) barrier.wait();
+                                       });
+    } else if (SUMS && phase.work == Work::sum) {
+      if (phase.barrier) barrier.wait();
+      if constexpr (SUMS) add_up(phase, peers);
     } else {
       if (phase.barrier) barrier.wait();
       for (int row = blockIdx.x; row < phase.norm.rows; row += gridDim.x) {
@@ -108,14 +123,18 @@ __global__ void __launch_bounds__(STEP_THREADS, 1) step_kernel(const StepParams 
     __syncthreads();
     if (reinterpret_cast<const Phase&>(held[(i + 1) % 2]).barrier) barrier.arrive();
   }
+  if constexpr (SUMS) {
+    if (blockIdx.x == 0 && threadIdx.x == 0) peers.end(s.sums);
+  }
 #endif
 }
 
 template <typename Product>
 void launch_step(const Program& program, const StepParams& p, const Device& gpu,
                  cudaStream_t stream) {
-  launch(&step_kernel<Product>, p, dim3(gpu.processors), STEP_THREADS, program.shared_bytes,
-         Start::together, stream);
+  const auto kernel = program.sums ? &step_kernel<Product, true> : &step_kernel<Product, false>;
+  launch(kernel, p, dim3(gpu.processors), STEP_THREADS, program.shared_bytes, Start::together,
+         stream);
 }
 
 }  // namespace lmi

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention.h"
+#include "inbox.h"
 #include "linear.h"
 #include "norm.h"
 
@@ -12,22 +13,32 @@ constexpr int MOST_STEP_ROWS = 8;
 constexpr int STEP_WARPS = 16, STEP_THREADS = STEP_WARPS * 32;  // of a block, one a processor
 constexpr int STEP_HEADS = 1;  // of a chunk: registers are too few for more
 
-enum class Work : int { linear, attention, norm };
+enum class Work : int { linear, attention, norm, sum };
+
+// out = residual + (the sum of what all ranks' product before it has found + bias): see sum.cuh.
+struct SumParams {
+  Operand residual, bias;  // [rows, features]; [features], or none
+  void* out;
+  Type out_type;
+  int features, words;  // rows * features
+};
 
 // One operation.
 struct alignas(16) Phase {
   Work work;
   bool barrier;  // everything before it must be done
-  bool staged;   // x lies in shared memory, normalized: the phase before had the same
-  int unused[2];
+  bool staged;   // a product's x is in shared memory as the product before has had it
+  int sum;  // which of the program's sums, from 1, this is, or this product's results go to; or 0
+  int unused;
   union {
     LinearParams linear;
     AttentionParams attention;
     NormParams norm;
+    SumParams sum_params;
     char bytes[PHASE_BYTES - 16];
   };
 
-  Phase() : work(Work::norm), barrier(false), staged(false), unused{}, bytes{} {}
+  Phase() : work(Work::norm), barrier(false), staged(false), sum(0), unused(0), bytes{} {}
 };
 static_assert(sizeof(Phase) == PHASE_BYTES);
 
@@ -38,8 +49,18 @@ struct Program {
   int rows;
   int phases;
   int products;
+  int sums;
   int slots;         // of a warp's ring
   int shared_bytes;
+};
+
+// Who takes part in a step's sums.
+struct StepPeers {
+  int rank, ranks;              // 0 ranks: nothing is exchanged, and nobody waited for
+  unsigned long long patience;  // nanoseconds to wait for a peer
+  int* failed;                  // in host memory: what `broken` says
+  StepInbox* own;
+  StepInbox* inboxes[MOST_PEERS];  // of every rank, as this GPU sees them
 };
 
 struct StepParams {
@@ -48,6 +69,9 @@ struct StepParams {
   int count, products, slots;
   int products_at;  // where they lie in shared memory, in bytes
   unsigned* barrier;  // see GridBarrier
+  int sums;           // 0: there are no peers
+  long long barrier_patience;  // in cycles, if there are
+  StepPeers peers;
 };
 
 // Share the work of a product among the blocks of a step. False if it cannot be one's.
