@@ -187,11 +187,8 @@ def test_activation(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", [torch.int8, torch.float8_e4m3fn], ids=str)
-def test_widened_codes_are_exact(
-    kind: torch.dtype, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_widened_codes_are_exact(kind: torch.dtype, dtype: torch.dtype) -> None:
     """Every code there is, in sizes that fill blocks of the kernel, and not."""
-    monkeypatch.setenv("LMI_MULTI_CUDA_UNTRIED", "1")
     every = torch.arange(256, device="cuda").to(torch.uint8)
     every = every[every.view(kind).float().isfinite()].repeat(2)[:256]
     fused, plain = ops(), Reference()
@@ -239,9 +236,8 @@ def test_greedy(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("rows", [3, 20])
-def test_kernels_in_a_graph(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_in_a_graph(rows: int) -> None:
     """Captured and replayed on new inputs, with dependent launches between the kernels."""
-    monkeypatch.setenv("LMI_MULTI_CUDA_UNTRIED", "1")
     torch.manual_seed(4)
     fused = ops()
     linears = [make_linear(1024, 1024, torch.bfloat16, False, True) for _ in range(6)]

@@ -39,9 +39,8 @@ HALF = torch.bfloat16
 
 @pytest.mark.parametrize("rows", [1, 5, 17])
 @pytest.mark.parametrize("codes", [None, torch.int8, torch.float8_e4m3fn], ids=str)
-def test_products(rows: int, codes: torch.dtype | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products(rows: int, codes: torch.dtype | None) -> None:
     """With a norm, a gate, a residual; by features shared among blocks; widened."""
-    monkeypatch.setenv("LMI_MULTI_CUDA_UNTRIED", "1")
     torch.manual_seed(0)
     fused = ops()
     linear = make_linear(320, 528, HALF, codes is not None, True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,10 +28,11 @@ ACTIVATIONS: dict[Activation | None, int] = {
     "relu": 3,
     "silu": 4,
 }
-# Rows from which on products of half types are for Hopper's tensor cores, and up to which.
+# Rows of x from which on a kernel for Hopper's tensor cores is the faster one, and up to which: of
+# quantized weights; and of half types, which cuBLAS knows too, of small ones. There it is starting
+# and ending that takes time, which ours does while others are at work.
 GEMM_ROWS, MOST_GEMM_ROWS = 9, 64
-# Kernels that have not run on a GPU yet (`gemm`, `widen`) are used only where this is 1.
-UNTRIED = "LMI_MULTI_CUDA_UNTRIED"
+MOST_SMALL_ROWS, SMALL = 32, 8 << 20  # bytes
 # Activations that cuBLASLt has as epilogues behind a bias; its gelu is the tanh form.
 EPILOGUES = ("gelu_tanh", "relu")
 
@@ -61,9 +61,8 @@ class CudaOps(Reference):
     ) -> None:
         self._scratch, self._most_rows = scratch, most_rows
         self._kernels = torch.ops.lmi_multi if kernels is None else kernels
-        # A step program has no such kernels; it covers no more rows than others do.
-        self._untried = kernels is None and os.environ.get(UNTRIED) == "1"
-        self._hopper = self._untried and _is_hopper(scratch.work.device)
+        # A step program has no `gemm`; it covers no more rows than others do.
+        self._hopper = kernels is None and _is_hopper(scratch.work.device)
 
     def norm(self, x: Tensor, norm: Norm, eps: float) -> Tensor:
         """See `Ops.norm`."""
@@ -109,8 +108,9 @@ class CudaOps(Reference):
         gated: bool = False,
     ) -> Tensor:
         """See `Ops.norm_linear`."""
-        tensor_cores = self._hopper and x.shape[0] >= GEMM_ROWS  # they want x normalized before
-        if x.shape[0] <= self._most_rows[linear.weight.dtype] and not tensor_cores:
+        rows = x.shape[0]
+        # The kernel for tensor cores wants x normalized before.
+        if rows <= self._most_rows[linear.weight.dtype] and not self._by_gemm(rows, linear):
             dtype = (linear if linear.scale is None else norm).weight.dtype
             out = self._fused(x, linear, dtype, norm, eps, activation=activation, gated=gated)
             if out is not None:
@@ -128,8 +128,6 @@ class CudaOps(Reference):
         return super().linear_residual(x, linear, residual)
 
     def _widened(self, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        if not self._untried:
-            return super()._widened(codes, scale, dtype)
         out, unit = torch.empty_like(codes, dtype=dtype), unit_of(codes.dtype, dtype)
         if self._kernels.widen(codes, 1 / unit, out):
             return out, (scale * unit).to(dtype)
@@ -146,11 +144,19 @@ class CudaOps(Reference):
     ) -> Tensor | None:
         """A product, and what follows it, in one kernel; None where none covers it."""
         rows, out = x.shape[0], None
-        if self._hopper and GEMM_ROWS <= rows <= MOST_GEMM_ROWS:
+        if self._by_gemm(rows, linear):
             out = self._gemm(x, linear, dtype, residual, activation, gated)
         if out is None and rows <= self._most_rows[linear.weight.dtype]:
             out = self._fused(x, linear, dtype, None, 0.0, residual, activation, gated)
         return out
+
+    def _by_gemm(self, rows: int, linear: Linear) -> bool:
+        """Whether a product of so many rows is best done by Hopper's tensor cores."""
+        if not self._hopper or not GEMM_ROWS <= rows <= MOST_GEMM_ROWS:
+            return False
+        return linear.scale is not None or (
+            rows <= MOST_SMALL_ROWS and linear.weight.nbytes <= SMALL
+        )
 
     def _gemm(
         self,

@@ -12,10 +12,6 @@
 #include "items.cuh"
 #include "softmax.cuh"
 
-#ifndef LMI_ATTENTION_FEATURES
-#define LMI_ATTENTION_FEATURES 32
-#endif
-
 namespace lmi {
 
 // Keys, and values, that a lane has under way.
@@ -25,7 +21,7 @@ constexpr int KEYS = 8 / sizeof(T);
 template <int G>
 constexpr int RESIDENT = G == 1 ? 16 : 8;
 constexpr int MOST_WARPS = 8;  // of a block
-constexpr int WARP_FEATURES = LMI_ATTENTION_FEATURES;  // of a head, for each warp at most
+constexpr int WARP_FEATURES = 64;  // of a head, for each warp at most
 constexpr float LOG2E = 1.44269504f;
 
 // Of every `step`-th key: it and its value, under way; what its position adds to each head's score;

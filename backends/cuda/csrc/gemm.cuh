@@ -8,14 +8,6 @@
 #include "gemm_finish.cuh"
 #include "product.cuh"
 
-// The best choice depends on the chip: see docs/performance-notes.md.
-#ifndef LMI_GEMM_AHEAD
-#define LMI_GEMM_AHEAD 0  // steps that are brought to L2 before x is there
-#endif
-#ifndef LMI_GEMM_BURST
-#define LMI_GEMM_BURST 1  // steps that are copied together: neighbouring bytes of the same rows
-#endif
-
 namespace lmi {
 
 // Where in the ring a step is, and the phase of its barriers.
@@ -63,12 +55,6 @@ __device__ void copy_steps(const GemmParams& p, const Share& share, const GemmMe
     memory.full[i].arrive_and_expect(p.stride);
     weights(step, i, 0), weights(step, i, 1);
   }
-  Step ahead = step;
-#pragma unroll 1
-  for (unsigned i = begun; i < min(total, begun + LMI_GEMM_AHEAD); ++i, ahead.next(share)) {
-    prefetch_box(&p.weights, row(ahead, 0), feature(ahead.k));
-    prefetch_box(&p.weights, row(ahead, 1), feature(ahead.k));
-  }
   wait_for_last();
 #pragma unroll 1
   for (unsigned k = 0; p.keep && k < share.count; ++k) {
@@ -80,29 +66,11 @@ __device__ void copy_steps(const GemmParams& p, const Share& share, const GemmMe
   for (unsigned i = 0; i < begun; ++i, again.next(share)) x_in_ring(again.k, i);
   RingSlot slot;
 #pragma unroll 1
-  for (unsigned i = begun; i < total; i += LMI_GEMM_BURST) {
-    Step steps[LMI_GEMM_BURST];
-    int at[LMI_GEMM_BURST];
-    const int count = min(total - i, LMI_GEMM_BURST);
-#pragma unroll
-    for (int j = 0; j < LMI_GEMM_BURST; ++j) {
-      if (j == count) break;
-      steps[j] = step, at[j] = slot.at;
-      memory.empty[slot.at].wait(slot.phase);
-      memory.full[slot.at].arrive_and_expect(p.stride);
-      step.next(share), slot.next(p.depth);
-    }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-#pragma unroll
-      for (int j = 0; j < LMI_GEMM_BURST; ++j) {
-        if (j < count) weights(steps[j], at[j], half);
-      }
-    }
-#pragma unroll
-    for (int j = 0; j < LMI_GEMM_BURST; ++j) {
-      if (j < count) x_in_ring(steps[j].k, at[j]);
-    }
+  for (unsigned i = begun; i < total; ++i, step.next(share), slot.next(p.depth)) {
+    memory.empty[slot.at].wait(slot.phase);
+    memory.full[slot.at].arrive_and_expect(p.stride);
+    weights(step, slot.at, 0), weights(step, slot.at, 1);
+    x_in_ring(step.k, slot.at);
   }
 }
 

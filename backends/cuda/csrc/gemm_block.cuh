@@ -4,11 +4,6 @@
 #include "cluster.cuh"
 #include "gemm.h"
 
-// The best choice depends on the chip: see docs/performance-notes.md.
-#ifndef LMI_GEMM_DEEP
-#define LMI_GEMM_DEEP 64  // rows of x that a step has from which on a processor has one block
-#endif
-
 namespace lmi {
 
 constexpr int HALF_WARPS = 4, GEMM_WARPS = 2 * HALF_WARPS;  // a half of a tile is a warpgroup's
@@ -33,7 +28,7 @@ struct Gemm {
   static constexpr int ALIGNED = 1024;
   // Two blocks on a processor where both find room: the next product's weights are then under way
   // while this one's sums are added up.
-  static constexpr int AT_ONCE = X_BOXES * ROWS >= LMI_GEMM_DEEP ? 1 : 2;
+  static constexpr int AT_ONCE = X_BOXES * ROWS >= 64 ? 1 : 2;
   static constexpr int ROOM = (AT_ONCE == 1 ? 224 : 112) * 1024 - PARTS - ALIGNED;
 };
 

@@ -78,13 +78,6 @@ __device__ inline void copy_box(void* to, const CUtensorMap* from, int row, int 
       : "memory");
 }
 
-// Copy a box to L2 alone.
-__device__ inline void prefetch_box(const CUtensorMap* from, int row, int feature) {
-  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(from),
-               "r"(feature), "r"(row)
-               : "memory");
-}
-
 // Have the description itself at hand before the first copy.
 __device__ inline void prefetch(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
