@@ -92,14 +92,15 @@ def arrange(executor: Any, rows: int) -> None:
     """Rows of random lengths, some of them long enough for several splits."""
     chance = random.Random(rows)
     inputs = executor._fed.inputs
-    blocks = chance.sample(range(LIMITS.blocks), inputs.table.numel())
-    table = torch.tensor(blocks, dtype=torch.int32).view(inputs.table.shape)
+    # Prompts have blocks of their own: their keys are read before what is written in a step.
+    blocks = chance.sample(range(LIMITS.blocks), 2 * inputs.table.numel())
+    table, cross_table = torch.tensor(blocks, dtype=torch.int32).view(2, *inputs.table.shape)
     lengths = [chance.choice((1, 2, 16, 17, 129, 300, 639)) for _ in range(LIMITS.max_batch)]
     inputs.table.copy_(table)
     inputs.lengths.copy_(torch.tensor(lengths, dtype=torch.int32))
     inputs.ids.copy_(torch.tensor([chance.randrange(999) for _ in range(LIMITS.max_batch)]))
     if inputs.cross_table.numel():
-        inputs.cross_table.copy_(table.flip(0))
+        inputs.cross_table.copy_(cross_table)
         inputs.cross_lengths.copy_(torch.tensor(lengths, dtype=torch.int32).flip(0))
 
 
