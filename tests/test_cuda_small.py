@@ -4,8 +4,8 @@ gets through in minutes:
     compute-sanitizer --tool racecheck python -m pytest tests/test_cuda_small.py
     compute-sanitizer --tool memcheck python -m pytest tests/test_cuda_small.py
 
-Of the step kernel (`as-one`) racecheck reports pairs of accesses that have a barrier of the whole block
-between them in the machine code: it loses count of barriers there.
+Of the step kernel (`as-one`) racecheck reports pairs of accesses that have a barrier of the whole
+block between them in the machine code: it loses count of barriers there.
 """
 
 from __future__ import annotations
