@@ -87,7 +87,7 @@ class Resolved:
         prompt of an encoder-decoder. Answers to one prompt differ in `stream`.
         """
         if self._is_simple and step >= self.min_new_tokens:
-            return self._simple._replace(step=step, stream=stream)
+            return self._simple.at(step, stream)
         forced = self._forced(step, tokens)
         return self._simple._replace(
             step=step,

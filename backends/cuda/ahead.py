@@ -20,7 +20,7 @@ from lmi_multi import progress
 from lmi_multi.engine.batch import Draw, Row
 from lmi_multi.ops.sampling import SampleRow
 
-from .draws import GREEDY, DrawKind, can_capture, unchanged
+from .draws import GREEDY, DrawKind, can_capture
 from .graphs import StepGraphs
 from .inputs import download, recorded, upload
 
@@ -119,7 +119,7 @@ class Ahead:
     ) -> bool:
         """Whether the rows are those of `last`, in its order, and want what they wanted."""
         return list(places) == list(range(len(last.rows))) and all(
-            unchanged(before, now) for before, now in zip(last.draws, draws, strict=True)
+            now.continues(before) for before, now in zip(last.draws, draws, strict=True)
         )
 
     def _feed(self, tokens: Sequence[int | None], places: Sequence[int | None]) -> None:

@@ -85,11 +85,6 @@ def can_capture(row: SampleRow) -> bool:
     return row.edit is None and row.logprobs is None
 
 
-def unchanged(row: SampleRow, later: SampleRow) -> bool:
-    """Whether two steps draw by the same options."""
-    return row._replace(step=later.step) == later
-
-
 def _sampling(rows: Sequence[SampleRow], count: int) -> Sampling:
     """On the host, filled up to `count` rows."""
     return Sampling.of([*rows, *[SampleRow()] * (count - len(rows))])

@@ -53,6 +53,20 @@ class SampleRow(NamedTuple):
     stream: int = 0
     logprobs: int | None = None
 
+    def at(self, step: int, stream: int) -> SampleRow:
+        """The same for another step and stream: as `_replace`, in a third of its time."""
+        temperature, top_k, top_p, seed, _, banned, min_p, typical_p, edit, _, logprobs = self
+        return SampleRow(
+            temperature, top_k, top_p, seed, step, banned, min_p, typical_p, edit, stream, logprobs
+        )
+
+    def continues(self, before: SampleRow) -> bool:
+        """Whether it differs from `before` in nothing but its step."""
+        return self[:_STEP] == before[:_STEP] and self[_STEP + 1 :] == before[_STEP + 1 :]
+
+
+_STEP = SampleRow._fields.index("step")
+
 
 class Sampled(NamedTuple):
     """`tokens` int64[rows], and `finite` bool[rows]: False where the logits were unusable.
