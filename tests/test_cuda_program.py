@@ -72,6 +72,12 @@ def _available() -> None:
     state = backends.probe("cuda")
     if not state.ok or state.reason != "compiled kernels":
         pytest.skip(f"cuda: {state.reason}")
+    need_programs()
+
+
+def need_programs() -> None:
+    if torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("cuda: there are no step programs for this GPU")
 
 
 def opened(shape: str, dtype: Any, quantize: Any, program_rows: int) -> Any:

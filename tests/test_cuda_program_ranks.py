@@ -29,7 +29,7 @@ from tests import test_cuda_all_reduce, test_cuda_ranks, tiny_models
 from tests.matrix import SharedRanks
 from tests.test_cuda_graphs import LIMITS as TINY_LIMITS
 from tests.test_cuda_graphs import assert_same_as_cpu, cpu_model, prompts
-from tests.test_cuda_program import LIMITS, SHAPES, TOLERANCE, arrange, logits
+from tests.test_cuda_program import LIMITS, SHAPES, TOLERANCE, arrange, logits, need_programs
 from tests.test_cuda_ranks import need
 
 pytestmark = pytest.mark.cuda
@@ -155,8 +155,7 @@ class Shelf(test_cuda_all_reduce.Shelf):
 def group(request: pytest.FixtureRequest) -> Iterator[LocalRanks]:
     count, gpus = request.param
     need(gpus, kernels=True, near=True)
-    if torch.cuda.get_device_capability()[0] < 9:
-        pytest.skip("cuda: there are no step programs for this GPU")
+    need_programs()
     opened = LocalRanks(count, partial(Shelf, gpus))
     assert opened.call("connect"), "see the log of the ranks: why not"
     yield opened
@@ -220,6 +219,7 @@ def own_ranks() -> Iterator[LocalRanks]:
 
 def opened_ranks() -> Iterator[LocalRanks]:
     need(2, kernels=True, near=True)
+    need_programs()
     opened = LocalRanks(2, partial(Programs, True), "nccl")
     yield opened
     opened.close()

@@ -62,6 +62,9 @@ class DistanceBias:
             distance = -torch.arange(position.max_distance + 1, device=table.device)
             buckets = relative_buckets(distance, position, bidirectional=False)
             known = (table, table.float()[buckets].contiguous())
+            if table.is_cuda and not torch.cuda.is_current_stream_capturing():
+                # Kernels read it before they wait for the ones in front of them.
+                torch.cuda.current_stream(table.device).synchronize()
             self._by_distance[id(table)] = known  # holds the table, so that its id stays its own
         return known[1]
 

@@ -166,11 +166,8 @@ class CudaExecutor(TorchExecutor):
     def close(self) -> None:
         """See `TorchExecutor.close`. What a step under way sends to other ranks, they get first;
         and host memory that it writes to becomes nobody else's before it has."""
-        if self._flight is not None and not self._peers.alone:
-            with progress.waiting():
-                self._flight.done.synchronize()
-        elif self._ahead is not None and self._peers.alone:
-            with suppress(RuntimeError):  # a GPU that has failed writes no more
+        if self._ahead is not None:
+            with progress.waiting(), suppress(RuntimeError):  # one that has failed writes no more
                 self._ahead.wait()
         self._flight = self._fed = self._ahead = self._prefill_graphs = None
         for name in ("_kernel", "_prefill"):

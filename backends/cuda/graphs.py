@@ -214,7 +214,7 @@ class StepGraphs:
 
         try:
             made = on_all(prepare, self._peers)
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, NotCoveredError):
             self._programs.pop(size, None)  # as on the rank that has got none
             raise
         if not self._peers.least(made):

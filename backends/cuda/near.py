@@ -22,7 +22,7 @@ from lmi_multi.parallel.collectives import TorchCollectives
 from lmi_multi.parallel.watch import configured
 
 SWITCH = "LMI_MULTI_CUDA_PEER_MEMORY"
-MOST_RANKS = 8  # as in csrc/all_reduce.h
+MOST_RANKS = 8  # as in csrc/inbox.h
 HANDLE_BYTES = 64
 CHECK_SECONDS = 10.0  # for a peer to come to a sum while ranks load
 # Elements of the sums that are checked: one block's and many, with and without a rest; and so often

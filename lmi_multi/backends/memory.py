@@ -94,7 +94,9 @@ def workspace_bytes(
     residual = 4 * spec.hidden * 4  # before and after the norm, the sum and its addend, as float32
     qkv = 2 * (heads + 2 * kv_heads) * spec.head_dim * item_bytes
     up = 2 * (2 if spec.gated else 1) * -(-spec.ffn // ranks) * item_bytes
-    step = rows * (residual + max(qkv, up))
+    # In parallel blocks the FFN waits, half done, while attention runs.
+    held = max(qkv + up // 2, up) if spec.block == "parallel" else max(qkv, up)
+    step = rows * (residual + held)
     # By hand, in the pool of graphs that draw, and in that of those that end with logits or search.
     drawn = 3 * max_batch * spec.vocab * _DRAW_BYTES
     graphs = _GRAPHS * _NODES * layers * _NODE_BYTES
@@ -102,8 +104,8 @@ def workspace_bytes(
     total = _FIXED + step + _bias(spec, heads, max_tokens, item_bytes) + widest * item_bytes
     if spec.decoder_layers:
         total += graphs + (drawn if stage is None or stage.last else 0)
-    alone = ranks == 1 and (stage is None or stage.count == 1)
-    return total + (programs if alone else _RANK)
+    whole = stage is None or stage.count == 1  # a stage has no captured steps
+    return total + (programs if whole else 0) + (0 if whole and ranks == 1 else _RANK)
 
 
 def _bias(spec: ModelSpec, heads: int, tokens: int, item_bytes: int) -> int:

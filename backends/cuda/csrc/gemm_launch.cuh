@@ -35,7 +35,8 @@ const std::array<unsigned, 4>& places(const Device& gpu) {
       config.attrs = how.list;
       config.numAttrs = how.count;
       int clusters = 0;
-      check(cudaOccupancyMaxActiveClusters(&clusters, &gemm_kernel<G>, &config), "clusters");
+      // A part of a GPU may have room for none.
+      if (cudaOccupancyMaxActiveClusters(&clusters, &gemm_kernel<G>, &config)) cudaGetLastError();
       found[device][i] = std::min(clusters, gpu.processors >> i);
     }
   });
@@ -89,6 +90,7 @@ Plan best_plan(const GemmParams& p, const Device& gpu) {
 
 template <typename G>
 bool launch_gemm(GemmParams p, const LinearParams& given, const Resources& use, Type type) {
+  if (!places<G>(use.gpu)[0]) return false;
   const Plan best = best_plan<G>(p, use.gpu);
   p.splits = best.splits, p.depth = best.depth, p.stride = best.stride, p.keep = best.keep;
   p.x = tensor_map(given.x.data, type, given.rows, given.weights.inputs, G::ROWS);

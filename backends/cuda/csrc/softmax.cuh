@@ -56,7 +56,8 @@ struct Softmax {
 struct Feature {
   float top = -INFINITY, sum = 0, value = 0;
 
-  __device__ float result() const { return sum > 0 ? __fdividef(value, sum) : 0; }
+  // Of no tokens nothing; what is not a number stays so, and is noticed in the logits.
+  __device__ float result() const { return sum == 0 ? 0 : __fdividef(value, sum); }
 };
 
 // Feature d from `count` softmaxes, `step` floats apart, N at a time: values, top and sum.

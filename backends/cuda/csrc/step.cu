@@ -54,6 +54,7 @@ bool is_staged(const LinearParams* last, const LinearParams& p, const Device& gp
   const Weights &had = last->weights, &w = p.weights;
   const int places = gpu.processors / w.splits;
   return last->x.data == p.x.data && last->norm_weight.data == p.norm_weight.data &&
+         last->norm_bias.data == p.norm_bias.data && last->eps == p.eps &&
          had.slice == w.slice && had.splits == w.splits &&
          std::min(had.tiles, places) >= std::min(w.tiles, places);
 }
