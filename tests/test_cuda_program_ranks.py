@@ -7,9 +7,7 @@ test_cuda_programs_together.py.
 
 from __future__ import annotations
 
-import os
 import random
-import signal
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -24,13 +22,12 @@ from benchmarks.random_model import random_model
 from lmi_multi.errors import RankError
 from lmi_multi.model import Model
 from lmi_multi.parallel.local import LocalRanks
-from lmi_multi.parallel.ranks import _end
 from tests import test_cuda_all_reduce, test_cuda_ranks, tiny_models
 from tests.matrix import SharedRanks
 from tests.test_cuda_graphs import LIMITS as TINY_LIMITS
 from tests.test_cuda_graphs import assert_same_as_cpu, cpu_model, prompts
 from tests.test_cuda_program import LIMITS, SHAPES, TOLERANCE, arrange, logits, need_programs
-from tests.test_cuda_ranks import need
+from tests.test_cuda_ranks import FAULTS, assert_noticed, need
 
 pytestmark = pytest.mark.cuda
 
@@ -243,13 +240,7 @@ def test_tokens_are_those_of_the_cpu(ranks: LocalRanks, checkpoints: Path, famil
         assert [c.token_ids for c in model.generate(own, max_new_tokens=9)] == expected
 
 
-@pytest.mark.parametrize(
-    ("sent", "message", "seconds"),
-    [
-        (signal.SIGKILL, "rank 1 died: killed by SIGKILL", 2),
-        (signal.SIGSTOP, "rank 1 hangs: nothing was heard for 15 s", 20),
-    ],
-)
+@FAULTS
 def test_a_rank_that_fails(
     monkeypatch: pytest.MonkeyPatch,
     own_ranks: LocalRanks,
@@ -260,23 +251,6 @@ def test_a_rank_that_fails(
 ) -> None:
     """While the other one's GPU waits for it in a program. When the call fails, both are gone,
     which the driver takes its time for."""
-    noticed: list[float] = []
-
-    def noted(*arguments: Any) -> None:
-        noticed.append(time.monotonic())
-        _end(*arguments)
-
-    monkeypatch.setattr("lmi_multi.parallel.ranks._end", noted)
     model = opened_model(own_ranks, checkpoints, "llama")
     assert all(own_ranks.call("programs"))
-    processes, began = [rank.process for rank in own_ranks.ranks], 0.0
-    with pytest.raises(RankError) as caught:
-        for chunk in model.stream([[5, 6, 7]], max_new_tokens=55, ignore_eos=True):
-            if not began and chunk.token_ids:
-                os.kill(processes[1].pid, sent)
-                began = time.monotonic()
-    print(f"noticed in {noticed[0] - began:.2f} s, gone in {time.monotonic() - began:.2f} s")
-    assert not any(process.is_alive() for process in processes)
-    assert str(caught.value) == message
-    assert noticed[0] - began < seconds
-    assert time.monotonic() - began < seconds + 5
+    assert_noticed(monkeypatch, model, own_ranks, 55, sent, message, seconds)

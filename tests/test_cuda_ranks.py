@@ -172,13 +172,47 @@ def test_captured_prefills_over_nccl(
         ranks.close()
 
 
-@pytest.mark.parametrize(
+FAULTS = pytest.mark.parametrize(
     ("sent", "message", "seconds"),
     [
         (signal.SIGKILL, "rank 1 died: killed by SIGKILL", 2),
         (signal.SIGSTOP, "rank 1 hangs: nothing was heard for 15 s", 20),
     ],
 )
+
+
+def assert_noticed(
+    monkeypatch: pytest.MonkeyPatch,
+    model: Model,
+    ranks: LocalRanks,
+    tokens: int,
+    sent: int,
+    message: str,
+    seconds: float,
+) -> None:
+    """Send rank 1 a signal once an answer of so many tokens has begun: the call fails in time, and leaves nobody."""
+    noticed: list[float] = []
+
+    def noted(*arguments: Any) -> None:
+        noticed.append(time.monotonic())
+        _end(*arguments)
+
+    monkeypatch.setattr("lmi_multi.parallel.ranks._end", noted)
+    processes, began = [rank.process for rank in ranks.ranks], 0.0
+    with pytest.raises(RankError) as caught:
+        for chunk in model.stream([[5, 6, 7]], max_new_tokens=tokens, ignore_eos=True):
+            if not began and chunk.token_ids:
+                os.kill(processes[1].pid, sent)
+                began = time.monotonic()
+    gone = time.monotonic() - began
+    print(f"noticed in {noticed[0] - began:.2f} s, gone in {gone:.2f} s")
+    assert not any(process.is_alive() for process in processes)
+    assert str(caught.value) == message
+    assert noticed[0] - began < seconds
+    assert gone < seconds + 5
+
+
+@FAULTS
 @pytest.mark.parametrize("memory", ["1", "0"])
 def test_a_rank_that_fails(
     monkeypatch: pytest.MonkeyPatch,
@@ -191,25 +225,8 @@ def test_a_rank_that_fails(
     """While the other one's GPU waits for it in a graph, in NCCL or in a sum over peer memory. When
     the call fails both are gone, which the driver takes its time for."""
     need(2, kernels=True)
-    noticed: list[float] = []
-
-    def noted(*arguments: Any) -> None:
-        noticed.append(time.monotonic())
-        _end(*arguments)
-
-    monkeypatch.setattr("lmi_multi.parallel.ranks._end", noted)
     monkeypatch.setenv("LMI_MULTI_CUDA_PEER_MEMORY", memory)
     folder = tiny_models.checkpoint(checkpoints, "llama")
     with lmi_multi.load(folder, backend="cuda", tensor_parallel=2, max_batch=2) as model:
-        opened = model.engine.executor._ranks.ranks  # type: ignore[attr-defined]
-        processes, began = [rank.process for rank in opened], 0.0
-        with pytest.raises(RankError) as caught:
-            for chunk in model.stream([[5, 6, 7]], max_new_tokens=100, ignore_eos=True):
-                if not began and chunk.token_ids:
-                    os.kill(processes[1].pid, sent)
-                    began = time.monotonic()
-        print(f"noticed in {noticed[0] - began:.2f} s, gone in {time.monotonic() - began:.2f} s")
-        assert not any(process.is_alive() for process in processes)
-    assert str(caught.value) == message
-    assert noticed[0] - began < seconds
-    assert time.monotonic() - began < seconds + 5
+        ranks = model.engine.executor._ranks  # type: ignore[attr-defined]
+        assert_noticed(monkeypatch, model, ranks, 100, sent, message, seconds)

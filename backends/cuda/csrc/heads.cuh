@@ -9,6 +9,7 @@
 #pragma once
 
 #include "attention.cuh"
+#include "cluster.cuh"
 #include "heads.h"
 #include "multiply.cuh"
 
@@ -41,10 +42,8 @@ __device__ inline void cluster_wait() {
 // Write to where another block of the cluster has what lies at `own` here.
 template <typename T>
 __device__ void store_at(int rank, const T* own, T value) {
-  uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(own));
-  asm("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(address) : "r"(rank));
   const uint16_t bits = reinterpret_cast<const uint16_t&>(value);
-  asm volatile("st.shared::cluster.u16 [%0], %1;" ::"r"(address), "h"(bits) : "memory");
+  asm volatile("st.shared::cluster.u16 [%0], %1;" ::"r"(in_block(own, rank)), "h"(bits) : "memory");
 }
 
 // The first of a tile's rows in the fused weights.
