@@ -189,8 +189,9 @@ def assert_noticed(
     sent: int,
     message: str,
     seconds: float,
-) -> None:
-    """Send rank 1 a signal once an answer of so many tokens has begun: the call fails in time, and leaves nobody."""
+) -> float:
+    """Send rank 1 a signal once an answer of so many tokens has begun: the call fails in time, and
+    leaves nobody. When that was, by `time.monotonic`."""
     noticed: list[float] = []
 
     def noted(*arguments: Any) -> None:
@@ -210,6 +211,7 @@ def assert_noticed(
     assert str(caught.value) == message
     assert noticed[0] - began < seconds
     assert gone < seconds + 5
+    return began
 
 
 @FAULTS
@@ -229,4 +231,5 @@ def test_a_rank_that_fails(
     folder = tiny_models.checkpoint(checkpoints, "llama")
     with lmi_multi.load(folder, backend="cuda", tensor_parallel=2, max_batch=2) as model:
         ranks = model.engine.executor._ranks  # type: ignore[attr-defined]
-        assert_noticed(monkeypatch, model, ranks, 100, sent, message, seconds)
+        began = assert_noticed(monkeypatch, model, ranks, 100, sent, message, seconds)
+    assert time.monotonic() - began < seconds + 5  # the model closed as well
