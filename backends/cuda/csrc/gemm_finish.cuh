@@ -3,6 +3,7 @@
 
 #include "activation.cuh"
 #include "gemm_block.cuh"
+#include "product.cuh"
 
 namespace lmi {
 
@@ -91,9 +92,10 @@ struct Finish {
       const unsigned pair = j * 4 + t, block = pair >> pairs_log2;
       const unsigned its = (share.rank << pairs_log2) + (pair & ((1 << pairs_log2) - 1));
       const int at = its * OF_PAIR + threadIdx.x / 32 * 8;
-      send(in_block(memory.parts + at + lane / 4, block),
-           {sums[j * 4], sums[j * 4 + 1], sums[j * 4 + 2], sums[j * 4 + 3]},
-           in_block(memory.sent, block));
+      float own[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) own[i] = sums[j * 4 + i] / ONE<typename G::T, typename G::W>;
+      send(in_block(memory.parts + at + lane / 4, block), own, in_block(memory.sent, block));
     }
   }
 

@@ -35,7 +35,8 @@ __device__ inline uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) {
   return found;
 }
 
-// Two of the four bytes, those that `selector` puts lowest in either half, as a pair of X.
+// Two of the four bytes, those that `selector` puts lowest in either half, as a pair of X, in units of
+// ONE.
 __device__ inline uint32_t expand(uint32_t bytes, uint32_t selector, int8_t, __half) {
   // 0x6400 is 1024, whose last bit is 1: a byte put below it adds its value.
   const uint32_t biased = __byte_perm(bytes ^ 0x80808080u, 0x64646464u, selector);
@@ -46,14 +47,20 @@ __device__ inline uint32_t expand(uint32_t bytes, uint32_t selector, int8_t, __h
 }
 
 __device__ inline uint32_t expand(uint32_t bytes, uint32_t selector, int8_t, __nv_bfloat16) {
-  // 0x4300 is 128, whose last bit is 1, so seven bits fit below it; the sign's makes it 256.
-  const uint32_t spread = __byte_perm(bytes, 0u, selector);
-  const uint32_t biased = and_or(spread, 0x007f007fu, 0x43004300u);
-  const uint32_t offset = and_or(spread, 0x00800080u, 0x43004300u);
-  const __nv_bfloat162 value = __hsub2(reinterpret_cast<const __nv_bfloat162&>(biased),
+  // A byte alone is a bfloat16 of 2^-133 for each unit, subnormal or not: one fused multiply-add
+  // scales it and takes off the offset that has made it positive.
+  const uint32_t biased = __byte_perm(bytes ^ 0x80808080u, 0u, selector);
+  const uint32_t factor = 0x7f007f00u, offset = 0xc000c000u;  // 2^127, and -128 of ONE
+  const __nv_bfloat162 value = __hfma2(reinterpret_cast<const __nv_bfloat162&>(biased),
+                                       reinterpret_cast<const __nv_bfloat162&>(factor),
                                        reinterpret_cast<const __nv_bfloat162&>(offset));
   return reinterpret_cast<const uint32_t&>(value);
 }
+
+// What a code of 1 becomes by `expand`.
+template <typename X, typename W>
+constexpr float ONE =
+    std::is_same_v<X, __nv_bfloat16> && std::is_same_v<W, int8_t> ? 1 / 64.0f : 1.0f;
 
 // e4m3 has half's layout and bfloat16's but for fewer bits of exponent and mantissa: moved to where
 // theirs are, a value is too small by the difference of the exponents' biases, subnormal or not.
@@ -155,7 +162,10 @@ struct TensorProduct {
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) out[n][i] = sums[0][n][i] + (CHAINS > 1 ? sums[CHAINS - 1][n][i] : 0);
+      for (int i = 0; i < 4; ++i) {
+        out[n][i] = sums[0][n][i] + (CHAINS > 1 ? sums[CHAINS - 1][n][i] : 0);
+        out[n][i] /= ONE<X, W>;  // a power of two: exact, and a multiplication
+      }
     }
   }
 };
