@@ -20,7 +20,7 @@ from lmi_multi.parallel.pipeline import Pipeline
 from .entry import Entered
 from .near import PeerMemory
 
-MOST_ROWS = 8  # of a program
+MOST_ROWS = 16  # of a program; of float32 half as many
 # Bytes of a product's weights, in the mean, from which on a program is the faster one: it wins by
 # not letting memory idle, and loses by its barriers. Measured at 2.7 MB (loses), 38 to 76 (wins).
 LEAST_PRODUCT = 8 << 20
@@ -43,7 +43,9 @@ def program_rows(layers: Sequence[Layer]) -> int:
         if isinstance(value, Linear) and name != "cross_kv"  # of prompts, not of steps
     ]
     total = sum(linear.weight.nbytes for linear in linears)
-    return MOST_ROWS if linears and total / len(linears) >= LEAST_PRODUCT else 0
+    if not linears or total / len(linears) < LEAST_PRODUCT:
+        return 0
+    return MOST_ROWS // 2 if linears[0].weight.dtype == torch.float32 else MOST_ROWS
 
 
 class Recorder:
@@ -76,7 +78,7 @@ class Recorder:
         counters: Tensor, out: Tensor,
     ) -> bool:  # fmt: skip
         """See `lmi_multi::linear`; `splits` is the step's own affair."""
-        if norm_weight is not None and len(x) > FUSED_NORM_ROWS:
+        if norm_weight is not None and FUSED_NORM_ROWS < len(x) <= MOST_ROWS // 2:
             x, norm_weight, norm_bias = self._norm(x, norm_weight, norm_bias, eps), None, None
         reads = [x] if residual is None else [x, residual]
         terms = (scale, bias, norm_weight, norm_bias, eps, residual, activation, gated)

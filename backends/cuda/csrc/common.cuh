@@ -257,21 +257,22 @@ void launch(void (*kernel)(Params), const Params& params, dim3 grid, int threads
   check(cudaLaunchKernelEx(&config, kernel, params), "launch");
 }
 
-// Whether a cluster of such blocks finds room on the current device, or the part of it that there is.
+// How many clusters of such blocks find room at a time on the current device, or the part of it that
+// there is.
 template <typename Params>
-bool has_room(void (*kernel)(Params), dim3 grid, int threads, int shared, unsigned cluster) {
+int most_clusters(void (*kernel)(Params), int threads, int shared, Start start, unsigned cluster) {
   allow_shared(reinterpret_cast<const void*>(kernel), shared);
-  Attributes how(Start::after_last, cluster);
+  Attributes how(start, cluster);
   cudaLaunchConfig_t config{};
-  config.gridDim = grid;
+  config.gridDim = dim3(cluster);
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared;
   config.attrs = how.list;
   config.numAttrs = how.count;
   int clusters = 0;
-  if (!cudaOccupancyMaxActiveClusters(&clusters, kernel, &config)) return clusters > 0;
+  if (!cudaOccupancyMaxActiveClusters(&clusters, kernel, &config)) return clusters;
   cudaGetLastError();  // torch looks at it behind every kernel of its own
-  return false;
+  return 0;
 }
 
 // Where the chip can start a kernel before the last one has ended.

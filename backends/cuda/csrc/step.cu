@@ -3,6 +3,7 @@
 
 #include "attention.cuh"
 #include "multiply.cuh"
+#include "cluster_product.cuh"
 
 namespace lmi {
 namespace {
@@ -47,11 +48,15 @@ bool fits(const Program& program, const Phase& phase) {
   }
 }
 
+// How often a cluster's blocks go through slices until they have been through all features.
+int passes_of(const Weights& w) { return (w.inputs + CLUSTER * w.slice - 1) / (CLUSTER * w.slice); }
+
 // Whether all blocks have x in shared memory as a product wants it, since `last` put it there. No phase
 // writes where another one has: the same x by the same norm is what it was.
 bool is_staged(const LinearParams* last, const LinearParams& p, const Device& gpu) {
   if (!last) return false;
   const Weights &had = last->weights, &w = p.weights;
+  if (by_clusters(p.rows) && passes_of(w) > 1) return false;
   const int places = gpu.processors / w.splits;
   return last->x.data == p.x.data && last->norm_weight.data == p.norm_weight.data &&
          last->norm_bias.data == p.norm_bias.data && last->eps == p.eps &&
@@ -59,10 +64,62 @@ bool is_staged(const LinearParams* last, const LinearParams& p, const Device& gp
          std::min(had.tiles, places) >= std::min(w.tiles, places);
 }
 
+constexpr int PASSES_X = 56 << 10;  // bytes that x may take where several passes are possible
+constexpr int OF_TILE = 32 * static_cast<int>(sizeof(float2));  // bytes of what passes have found
+
+bool plan_slices(LinearParams& p, Type type) {
+  Weights& w = p.weights;
+  w.splits = CLUSTER;
+  for (int parts = CLUSTER; type != Type::float32; parts += CLUSTER) {
+    w.slice = ((w.inputs + parts - 1) / parts + PAD - 1) / PAD * PAD;
+    if (x_bytes(w, MOST_CLUSTER_ROWS, type) <= PASSES_X) break;
+    // A norm wants whole rows.
+    if (p.norm_weight.data || w.slice == PAD) return false;
+  }
+  return type != Type::float32;
+}
+
+// Of 16 warps, as many to a tile as let all be done the soonest.
+int best_team(const Weights& w, int places, Type type) {
+  const int tiles = (w.tiles + places - 1) / places;
+  const int bytes = std::min(w.slice, w.inputs) * (type == Type::float16 || type == Type::bfloat16 ? 2 : 1);
+  const int units = (bytes + UNIT_BYTES - 1) / UNIT_BYTES;
+  int best = 1, least = INT32_MAX;
+  for (int warps = 1; warps <= STEP_WARPS; warps *= 2) {
+    const int teams = STEP_WARPS / warps;
+    const int turns = (tiles + teams - 1) / teams * ((units + warps - 1) / warps);
+    if (turns < least) least = turns, best = warps;
+  }
+  return best;
+}
+
+// Products shared by clusters: how many of these, teams, and the list of weights.
+bool plan_clusters(Program& program, Phase* phases, Weights* weights, int places) {
+  program.blocks = places * CLUSTER;
+  int team = 0;
+  for (int i = 0; i < program.phases; ++i) {
+    Phase& phase = phases[i];
+    if (phase.work != Work::linear) continue;
+    Weights& w = phase.linear.weights;
+    w.warps = static_cast<uint8_t>(best_team(w, places, program.weight_type));
+    // Other teams, which take over places in shared memory.
+    if (team && team != w.warps) phase.barrier = true;
+    team = w.warps;
+    if (phase.passes > 1 && (w.tiles + places - 1) / places > program.held) return false;
+    for (int pass = 0; pass < phase.passes; ++pass) {
+      *weights = w;
+      (weights++)->pass = static_cast<uint8_t>(pass);
+    }
+  }
+  return places > 0;
+}
+
 // What a phase wants of shared memory beside the rings.
 int beside_rings(const Program& program, const Phase& phase) {
   if (phase.work == Work::linear) {
-    return PARTIAL_BYTES + x_bytes(phase.linear.weights, program.rows, program.type);
+    const Weights& w = phase.linear.weights;
+    if (!by_clusters(program.rows)) return PARTIAL_BYTES + x_bytes(w, program.rows, program.type);
+    return TeamSums<2>::BYTES + program.held * OF_TILE + x_bytes(w, MOST_CLUSTER_ROWS, program.type);
   }
   if (phase.work != Work::attention) return 0;
   AttentionParams p = phase.attention;
@@ -73,6 +130,7 @@ int beside_rings(const Program& program, const Phase& phase) {
 
 bool plan_linear(LinearParams& p, Type type, const Device& gpu, int64_t work_floats,
                  int64_t counters) {
+  if (by_clusters(p.rows)) return plan_slices(p, type);
   Weights& w = p.weights;
   for (int splits = 1;; ++splits) {
     split(w, splits);
@@ -88,6 +146,15 @@ bool plan_program(Program& program, Phase* phases, Weights* weights, const Devic
   bool dirty = false, summed = false, waits = false;
   const LinearParams* staged = nullptr;  // whose x is in shared memory
   phases[0].barrier = false;
+  const bool clusters = by_clusters(program.rows);
+  for (int i = 0; i < program.phases; ++i) {
+    Phase& phase = phases[i];
+    if (!clusters || phase.work != Work::linear) continue;
+    const Weights& w = phase.linear.weights;
+    phase.passes = passes_of(w);
+    const int places = gpu.processors / CLUSTER;  // or some less
+    if (phase.passes > 1) program.held = std::max(program.held, (w.tiles + places - 1) / places + 8);
+  }
   for (int i = 0; i < program.phases; ++i) {
     Phase& phase = phases[i];
     if (!fits(program, phase)) return false;
@@ -107,12 +174,19 @@ bool plan_program(Program& program, Phase* phases, Weights* weights, const Devic
     if (phase.work == Work::linear) {
       phase.staged = is_staged(staged, phase.linear, gpu);
       if (!phase.staged) staged = &phase.linear;
-      weights[program.products++] = phase.linear.weights;
+      weights[program.products] = phase.linear.weights;
+      program.products += phase.passes;
     }
   }
   beside += program.products * static_cast<int>(sizeof(Weights));
   program.slots = ring_slots((gpu.shared_per_block - MARGIN - beside) / RING_SLOTS);
   program.shared_bytes = program.slots * RING_SLOTS + beside;
+  if (clusters) {
+    if (gpu.major < 9 || !program.slots || program.sums) return false;
+    const int places = program.type == Type::float16 ? cluster_places_float16(program)
+                                                     : cluster_places_bfloat16(program);
+    if (!plan_clusters(program, phases, weights, places)) return false;
+  }
   return gpu.major >= 9 && program.products > 0 && program.slots > 0 && (waits || !program.sums);
 }
 

@@ -48,6 +48,28 @@ __device__ int team_warps(const AttentionParams& p) {
   return warps;
 }
 
+// The block's share of an attention. `wait`: until its queries are there.
+template <typename X, typename Wait>
+__device__ void attend_phase(const AttentionParams& p, float* shared, Wait wait) {
+  const Team team = Team::of_warps(team_warps<X>(p));
+  const int stride = gridDim.x * (STEP_WARPS / team.warps);
+  float* of_team = shared + team.place() * shared_floats(STEP_HEADS, team.warps, p.dim);
+  attend_all<X, STEP_HEADS, false>(p, team, team.place() * gridDim.x + blockIdx.x, stride, of_team,
+                                   [&](const Item<STEP_HEADS>& it, const Lane& lane) {
+                                     prefetch_rest<X>(p, it, lane);
+                                     wait();
+                                   });
+}
+
+// The block's rows of a norm.
+template <typename X>
+__device__ void normalize_phase(const NormParams& p) {
+  for (int row = blockIdx.x; row < p.rows; row += gridDim.x) {
+    normalize<X, X>(p, row);
+    __syncthreads();
+  }
+}
+
 // SUMS: some products' results are summed over GPUs. A kernel of its own, so that the other one has no
 // code for it.
 template <typename Product, bool SUMS>
@@ -100,24 +122,15 @@ __global__ void __launch_bounds__(STEP_THREADS, 1) step_kernel(const StepParams 
         }
       }
     } else if (phase.work == Work::attention) {
-      const AttentionParams& p = phase.attention;
-      const Team team = Team::of_warps(team_warps<X>(p));
-      const int stride = gridDim.x * (STEP_WARPS / team.warps);
-      float* of_team = partial + team.place() * shared_floats(STEP_HEADS, team.warps, p.dim);
-      attend_all<X, STEP_HEADS, false>(p, team, team.place() * gridDim.x + blockIdx.x, stride, of_team,
-                                       [&](const Item<STEP_HEADS>& it, const Lane& lane) {
-                                         prefetch_rest<X>(p, it, lane);
-                                         if (phase.barrier) barrier.wait();
-                                       });
+      attend_phase<X>(phase.attention, partial, [&] {
+        if (phase.barrier) barrier.wait();
+      });
     } else if (SUMS && phase.work == Work::sum) {
       if (phase.barrier) barrier.wait();
       if constexpr (SUMS) add_up(phase, peers);
     } else {
       if (phase.barrier) barrier.wait();
-      for (int row = blockIdx.x; row < phase.norm.rows; row += gridDim.x) {
-        normalize<X, X>(phase.norm, row);
-        __syncthreads();
-      }
+      normalize_phase<X>(phase.norm);
     }
     if (copies) held[(i + 1) % 2][threadIdx.x] = ahead;
     __syncthreads();

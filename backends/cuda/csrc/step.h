@@ -10,6 +10,8 @@ namespace lmi {
 
 constexpr int PHASE_BYTES = 256;
 constexpr int MOST_STEP_ROWS = 8;
+constexpr int MOST_CLUSTER_ROWS = 16;  // of a step whose products clusters share
+constexpr int CLUSTER = 4;             // blocks
 constexpr int STEP_WARPS = 16, STEP_THREADS = STEP_WARPS * 32;  // of a block, one a processor
 constexpr int STEP_HEADS = 1;  // of a chunk: registers are too few for more
 
@@ -29,7 +31,7 @@ struct alignas(16) Phase {
   bool barrier;  // everything before it must be done
   bool staged;   // a product's x is in shared memory as the product before has had it
   int sum;  // which of the program's sums, from 1, this is, or this product's results go to; or 0
-  int unused;
+  int passes;  // of a product that clusters share
   union {
     LinearParams linear;
     AttentionParams attention;
@@ -38,7 +40,7 @@ struct alignas(16) Phase {
     char bytes[PHASE_BYTES - 16];
   };
 
-  Phase() : work(Work::norm), barrier(false), staged(false), sum(0), unused(0), bytes{} {}
+  Phase() : work(Work::norm), barrier(false), staged(false), sum(0), passes(1), bytes{} {}
 };
 static_assert(sizeof(Phase) == PHASE_BYTES);
 
@@ -52,6 +54,8 @@ struct Program {
   int sums;
   int slots;         // of a warp's ring
   int shared_bytes;
+  int blocks;
+  int held;  // tiles of a cluster's products that take several passes, at most
 };
 
 // Who takes part in a step's sums.
@@ -66,13 +70,16 @@ struct StepPeers {
 struct StepParams {
   const Phase* phases;
   const Weights* weights;  // [products], of those phases that are products
-  int count, products, slots;
+  int count, products, slots, held;
   int products_at;  // where they lie in shared memory, in bytes
   unsigned* barrier;  // see GridBarrier
   int sums;           // 0: there are no peers
   long long barrier_patience;  // in cycles, if there are
   StepPeers peers;
 };
+
+// Whether clusters share the products of so many rows.
+inline bool by_clusters(int rows) { return rows > MOST_STEP_ROWS; }
 
 // Share the work of a product among the blocks of a step. False if it cannot be one's.
 bool plan_linear(LinearParams& p, Type type, const Device& gpu, int64_t work_floats,
@@ -81,6 +88,12 @@ bool plan_linear(LinearParams& p, Type type, const Device& gpu, int64_t work_flo
 // Make what was recorded runnable, and list its products' weights, of which there may be as many as
 // phases. False if it is not runnable: no product, types that differ, too large.
 bool plan_program(Program& program, Phase* phases, Weights* weights, const Device& gpu);
+
+// How many clusters find room at a time for a program whose products they share; and its run.
+int cluster_places_float16(const Program& program);
+int cluster_places_bfloat16(const Program& program);
+void cluster_step_float16(const Program& program, const StepParams& p, cudaStream_t stream);
+void cluster_step_bfloat16(const Program& program, const StepParams& p, cudaStream_t stream);
 
 void step_float32(const Program& program, const StepParams& p, const Device& gpu,
                   cudaStream_t stream);

@@ -31,7 +31,8 @@ struct Part {
       split = block % w.splits, tile = block / w.splits, tile_step = blocks / w.splits;
       if (tile >= tile_step) tile = w.tiles;  // blocks that remain have none
     }
-    begin = split * w.slice, end = min(w.inputs, begin + w.slice);
+    begin = min((w.pass * w.splits + split) * w.slice, w.inputs);
+    end = min(w.inputs, begin + w.slice);
   }
 };
 
@@ -65,8 +66,9 @@ __device__ inline void await_oldest(int slots) {
   }
 }
 
-// Of a block of so many warps, through `count` products, which lie in shared or constant memory.
-template <typename W, int WARPS>
+// Of a block of so many warps, through `count` products, which lie in shared or constant memory. TEAMS:
+// products say how many warps share a tile.
+template <typename W, int WARPS, bool TEAMS = false>
 class Stream {
  public:
   __device__ Stream(const Weights* products, int count, unsigned char* rings, int slots)
@@ -95,6 +97,10 @@ class Stream {
  private:
   static constexpr int CHUNK = 16 / sizeof(W);
 
+  // Warps that share a tile, and the first of its features that this one has.
+  __device__ int team() const { return TEAMS ? now_->warps : WARPS; }
+  __device__ int first() const { return threadIdx.x / 32 % team() * UNIT<W>; }
+
   // The next product that this warp has a share of.
   __device__ void begin_product() {
     live_ = false;
@@ -102,8 +108,9 @@ class Stream {
     while (now_ != last_ && !live_) {
       const Part part(*++now_, blockIdx.x, gridDim.x);
       begin_ = part.begin, features_ = part.end - part.begin;
-      tile_ = part.tile, tile_step_ = part.tile_step;
-      at_ = threadIdx.x / 32 * UNIT<W>;
+      const int teams = WARPS / team();
+      tile_ = part.tile + threadIdx.x / 32 / team() * part.tile_step, tile_step_ = teams * part.tile_step;
+      at_ = first();
       live_ = tile_ < now_->tiles && at_ < features_;
     }
   }
@@ -135,14 +142,14 @@ class Stream {
         const int to = slot * SLOT_BYTES + in_slot(i * 4 + lane / 8, lane % 8) * 16;
         copy16(shared_ + to, rows_[i] + (present ? at_ : 0), present);
       }
-      at_ += WARPS * UNIT<W>;
+      at_ += team() * UNIT<W>;
       if (at_ >= features_) next_tile();
     }
     close_group();
   }
 
   __device__ void next_tile() {
-    at_ = threadIdx.x / 32 * UNIT<W>, tile_ += tile_step_;
+    at_ = first(), tile_ += tile_step_;
     if (tile_ >= now_->tiles) begin_product();
     if (live_) find_rows();
   }
