@@ -62,7 +62,6 @@ inline std::optional<LinearParams> linear_params(
                                   .slice = 0,
                                   .splits = 1,
                                   .gated = gated,
-                                  .warps = 0,
                                   .pass = 0},
                       .x = operand(x),
                       .norm_weight = operand(norm_weight),

@@ -1,9 +1,11 @@
 // A product of up to sixteen rows in a step, shared by the blocks of a cluster.
 //
-// Sixteen rows of x do not fit beside rings of a useful depth. A cluster's blocks therefore have a
-// slice of the features each, of all rows and of the same tiles; where even that is too much, they go
-// through their slices in several passes. A team of warps has a tile. Its sums go to the blocks of the
-// cluster that finish them, each some rows of x, while the next tile is under way.
+// Sixteen rows of x do not fit beside rings of a useful depth. So a tile is shared by a team of warps
+// from all blocks of a cluster, a few of each, which take units of its features in turns, and a block
+// has only that part of x which its warps want: memory is read in pieces as large as where a block has
+// a tile to itself, which makes it fast. Where even that part is too large, a block goes through it in
+// several passes. A team's sums go to the blocks of the cluster that finish them, each some rows of x,
+// while the next tile is under way.
 #pragma once
 
 #include "exchange.cuh"
@@ -11,76 +13,115 @@
 
 namespace lmi {
 
-// Put the block's slice of the rows of x into shared memory, normalized if there is a norm, zeros up to
-// a whole unit. A warp does a row.
+constexpr int TEAM_WARPS = 4;  // of a block
+constexpr int BLOCK_TEAMS = STEP_WARPS / TEAM_WARPS;
+
+// Features that a block's warps of a team take, before it is the next block's turn.
+template <typename W>
+constexpr int TURN = TEAM_WARPS * UNIT<W>;
+
+// Warps that share a tile: some of every block of a cluster. Neighbouring teams have neighbouring
+// tiles.
+struct ClusterTeam {
+  static constexpr int SIZE = CLUSTER * TEAM_WARPS;
+
+  static __device__ int rank() {
+    unsigned found;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(found));
+    return found;
+  }
+  static __device__ int team() { return thread() / 32 / TEAM_WARPS; }   // of the block
+  static __device__ int member() { return thread() / 32 % TEAM_WARPS; }  // of the block's
+  // Read anew where it is wanted: not to be kept in a register all the time.
+  static __device__ int thread() {
+    unsigned found;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(found));
+    return found;
+  }
+  static __device__ int own() { return rank() * TEAM_WARPS + member(); }
+
+  static __device__ Part part(const Weights& w) {
+    Part part;
+    part.split = 0;
+    part.begin = w.pass * CLUSTER * w.slice, part.end = min(w.inputs, part.begin + CLUSTER * w.slice);
+    part.tile = blockIdx.x / CLUSTER * BLOCK_TEAMS + team();
+    part.tile_step = gridDim.x / CLUSTER * BLOCK_TEAMS;
+    return part;
+  }
+};
+
+// Put the block's features of begin to end of the rows of x into shared memory, normalized if there is a
+// norm, zeros up to a whole turn. A warp does a row.
 template <typename X, typename W>
-__device__ void stage_slice(const LinearParams& p, int begin, int end, X* to, Exchange& exchange) {
+__device__ void stage_turns(const LinearParams& p, int begin, int end, X* to, Exchange& exchange) {
   constexpr int N = AT_A_TIME<X>, STEP = 32 * 8;
-  const int row = threadIdx.x / 32, own = threadIdx.x % 32 * 8, rank = blockIdx.x % CLUSTER;
+  const int row = threadIdx.x / 32, own = threadIdx.x % 32 * 8;
   const bool has_norm = p.norm_weight.data;
-  if (row < p.rows) {
-    const X* x = static_cast<const X*>(p.x.data) + static_cast<int64_t>(row) * p.weights.inputs;
-    const int features = end - begin, stride = row_stride<X>(features);
-    const int padded = stride - 64 / static_cast<int>(sizeof(X));
-    const bool again = padded > N * STEP;  // a lane has more features than `some`
-    Raw<X> some[N], weight[N];
-    const auto read = [&](int base) {
+  if (row >= p.rows) return;
+  const X* x = static_cast<const X*>(p.x.data) + static_cast<int64_t>(row) * p.weights.inputs;
+  const int slice = p.weights.slice;
+  const bool again = slice > N * STEP;  // a lane has more features than `some`
+  // Where a feature of the block's is in a row.
+  const auto in_row = [&](int at) {
+    return begin + (at / TURN<W> * CLUSTER + ClusterTeam::rank()) * TURN<W> + at % TURN<W>;
+  };
+  Raw<X> some[N], weight[N];
+  const auto read = [&](Raw<X>(&raw)[N], const void* from, int base) {
 #pragma unroll
-      for (int i = 0; i < N; ++i) {
-        if (base + i * STEP < features) some[i].read(x + begin + base + i * STEP);
-      }
-    };
-    const auto read_weight = [&](int base) {
-#pragma unroll
-      for (int i = 0; has_norm && i < N; ++i) {
-        if (base + i * STEP >= features) continue;
-        weight[i].read(static_cast<const X*>(p.norm_weight.data) + begin + base + i * STEP);
-      }
-    };
-    // Sum `of` each feature, which its mean is taken off.
-    const auto sum_up = [&](float mean, auto of) {
-      float sum = 0;
-#pragma unroll 1
-      for (int base = own; base < features; base += N * STEP) {
-        if (again) read(base);
-#pragma unroll
-        for (int i = 0; i < N; ++i) {
-          float values[8];
-          some[i].unpack(values);
-          if (base + i * STEP >= features) continue;
-#pragma unroll
-          for (float value : values) sum += of(value - mean);
-        }
-      }
-      return warp_sum(sum);
-    };
-    if (!again) read(own), read_weight(own);
-    Normal by;
-    if (has_norm) {
-      Moments found{};
-      if (p.norm_bias.data && features > 0) {
-        found.mean = __fdividef(sum_up(0, [](float x) { return x; }), features);
-      }
-      found.squares = sum_up(found.mean, [](float x) { return x * x; });
-      by = combine(exchange, exchange.norms, row, rank, found, p);
-      if (!p.norm_bias.data) by.shift = 0;
+    for (int i = 0; i < N; ++i) {
+      const int at = in_row(base + i * STEP);
+      if (base + i * STEP < slice && at < end) raw[i].read(static_cast<const X*>(from) + at);
     }
+  };
+  // Sum `of` each feature, which its mean is taken off.
+  const auto sum_up = [&](float mean, auto of) {
+    float sum = 0;
 #pragma unroll 1
-    for (int base = own; base < padded; base += N * STEP) {
-      if (again) read(base), read_weight(base);
+    for (int base = own; base < slice; base += N * STEP) {
+      if (again) read(some, x, base);
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        const int at = base + i * STEP;
-        if (at >= padded) break;
-        float values[8] = {};
-        if (at < features) {
-          some[i].unpack(values);
-          Raw<X> bias;
-          if (p.norm_bias.data) bias.read(static_cast<const X*>(p.norm_bias.data) + begin + at);
-          if (has_norm) apply(by, weight[i], bias, values);
-        }
-        store8(to + row * stride + place<X, W>(at), values);
+        float values[8];
+        some[i].unpack(values);
+        if (base + i * STEP >= slice || in_row(base + i * STEP) >= end) continue;
+#pragma unroll
+        for (float value : values) sum += of(value - mean);
       }
+    }
+    return warp_sum(sum);
+  };
+  if (!again) read(some, x, own);
+  if (!again && has_norm) read(weight, p.norm_weight.data, own);
+  Normal by;
+  if (has_norm) {
+    Moments found{};
+    // The last turn may not be whole, or not the block's.
+    const int turns = (end - begin) / TURN<W>, rest = (end - begin) % TURN<W>;
+    const int whole = (turns + CLUSTER - 1 - ClusterTeam::rank()) / CLUSTER;
+    found.count = whole * TURN<W> + (turns % CLUSTER == ClusterTeam::rank() ? rest : 0);
+    if (p.norm_bias.data && found.count > 0) {
+      found.mean = __fdividef(sum_up(0, [](float x) { return x; }), found.count);
+    }
+    found.squares = sum_up(found.mean, [](float x) { return x * x; });
+    by = combine(exchange, row, ClusterTeam::rank(), found, p);
+    if (!p.norm_bias.data) by.shift = 0;
+  }
+#pragma unroll 1
+  for (int base = own; base < slice; base += N * STEP) {
+    if (again) read(some, x, base);
+    if (again && has_norm) read(weight, p.norm_weight.data, base);
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const int at = base + i * STEP, from = in_row(at);
+      if (at >= slice) break;
+      float values[8] = {};
+      if (from < end) {
+        some[i].unpack(values);
+        Raw<X> bias;
+        if (p.norm_bias.data) bias.read(static_cast<const X*>(p.norm_bias.data) + from);
+        if (has_norm) apply(by, weight[i], bias, values);
+      }
+      store8(to + row * row_stride<X>(slice) + place<X, W>(at), values);
     }
   }
 }
@@ -91,86 +132,77 @@ template <int NT>
 class TeamSums {
  public:
   static constexpr int OF_WARP = NT * 8;  // pieces of four sums that a warp sends to each block
+  static constexpr int OF_TILE = ClusterTeam::SIZE * OF_WARP;  // that a block gets
   // Bytes of shared memory that all teams want.
-  static constexpr int BYTES = 2 * CLUSTER * OF_WARP * STEP_WARPS * static_cast<int>(sizeof(float4));
+  static constexpr int BYTES = 2 * BLOCK_TEAMS * OF_TILE * static_cast<int>(sizeof(float4));
 
   // Before the first of `tiles` tiles.
-  __device__ TeamSums(Exchange& exchange, const Weights& w, float4* parts, int tiles)
+  __device__ TeamSums(Exchange& exchange, float4* parts, int tiles)
       : exchange_(exchange),
-        warps_(w.warps),
-        team_(threadIdx.x / 32 / w.warps),
-        turn_(exchange.turns[team_]),
+        parts_(parts + ClusterTeam::team() * 2 * OF_TILE),
+        turn_(exchange.turns[ClusterTeam::team()]),
         end_(turn_ + tiles) {
-    parts_ = parts + team_ * warps_ * 2 * CLUSTER * OF_WARP;
-    if (tells()) {
+    if (ClusterTeam::member() > 0 || lane() > 0) return;
 #pragma unroll 1
-      for (unsigned i = turn_; i != end_ && i != turn_ + 2; ++i) expect(i);
-    }
+    for (unsigned i = turn_; i != end_ && i != turn_ + 2; ++i) expect(i);
   }
 
-  // Whether this warp finishes the team's tiles; which row of x a lane does, and which weight rows.
-  __device__ bool finishes() const { return own() == 0 && lane() < OF_WARP * 2; }
-  __device__ int m() const { return (rank() * NT + lane() / 2 % NT) * 2 + lane() % 2; }
+  // Whether this lane finishes sums of the last tile sent, whose warps do that in turns; which row of x
+  // it does, and which weight rows.
+  __device__ bool finishes() const { return by_ == ClusterTeam::member() && lane() < OF_WARP * 2; }
+  __device__ int m() const { return (ClusterTeam::rank() * NT + lane() / 2 % NT) * 2 + lane() % 2; }
   __device__ int g() const { return lane() / (2 * NT); }
 
   // Of the last tile sent, once all blocks' parts are here: the lane's two sums.
   __device__ float2 receive() {
     const unsigned turn = turn_ - 1;
-    exchange_.sums[team_][turn % 2].wait_for_cluster(phase_of(turn));
+    arrived(turn).wait_for_cluster(phase_of(turn));
     float2 sum = make_float2(0, 0);
     if (finishes()) {
-      const auto* from = reinterpret_cast<const float*>(place(turn) + lane() / 2 % NT * 8 + g());
-#pragma unroll 2
-      for (int i = 0; i < CLUSTER * warps_; ++i) {
-        sum.x += from[i * OF_WARP * 4 + lane() % 2], sum.y += from[i * OF_WARP * 4 + lane() % 2 + 2];
+      const float4* first = place(turn) + lane() / 2 % NT * 8 + g();
+      const float* from = reinterpret_cast<const float*>(first) + lane() % 2;
+#pragma unroll 4
+      for (int i = 0; i < ClusterTeam::SIZE; ++i) {
+        sum.x += from[i * OF_WARP * 4], sum.y += from[i * OF_WARP * 4 + 2];
       }
     }
     __syncwarp();  // everybody has read what others may now overwrite
-    if (tells() && turn + 2 < end_) expect(turn + 2);
+    if (finishes() && lane() == 0 && turn + 2 < end_) expect(turn + 2);
     return sum;
   }
 
-  // The warp's sums of a tile, behind `receive` of the one before.
-  __device__ void send_all(const float (&sums)[NT][4]) {
+  // The warp's sums of the team's tile number `tile`, behind `receive` of the one before.
+  __device__ void send_all(const float (&sums)[NT][4], int tile) {
     const int t = lane() % 4, g = lane() / 4;
-    float4* to = place(turn_) + (rank() * warps_ + own()) * OF_WARP;
+    float4* to = place(turn_) + ClusterTeam::own() * OF_WARP;
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
       const int pair = n * 4 + t;  // of rows of x
-      send(in_block(to + pair % NT * 8 + g, pair / NT), sums[n],
-           in_block(&exchange_.sums[team_][turn_ % 2], pair / NT));
+      send(in_block(to + pair % NT * 8 + g, pair / NT), sums[n], in_block(&arrived(turn_), pair / NT));
     }
-    ++turn_;
+    ++turn_, by_ = tile % TEAM_WARPS;
   }
 
   // Behind the last `receive`; then the block comes together before its next product.
   __device__ void end() const {
-    if (tells()) exchange_.turns[team_] = turn_;
+    if (ClusterTeam::member() == 0 && lane() == 0) exchange_.turns[ClusterTeam::team()] = turn_;
   }
 
  private:
   static __device__ int lane() { return threadIdx.x % 32; }
-  static __device__ int rank() { return blockIdx.x % CLUSTER; }
-  __device__ int own() const { return threadIdx.x / 32 % warps_; }  // which of its team's warps
-  __device__ bool tells() const { return own() == 0 && lane() == 0; }
-  __device__ float4* place(unsigned turn) const {
-    return parts_ + turn % 2 * (CLUSTER * warps_ * OF_WARP);
+  __device__ float4* place(unsigned turn) const { return parts_ + turn % 2 * OF_TILE; }
+  __device__ Barrier& arrived(unsigned turn) const {
+    return exchange_.sums[ClusterTeam::team()][turn % 2];
   }
-  __device__ void expect(unsigned turn) {
-    exchange_.sums[team_][turn % 2].arrive_and_expect(CLUSTER * warps_ * OF_WARP *
-                                                      static_cast<int>(sizeof(float4)));
+  __device__ void expect(unsigned turn) const {
+    arrived(turn).arrive_and_expect(OF_TILE * static_cast<int>(sizeof(float4)));
   }
 
   Exchange& exchange_;
   float4* parts_;
-  int warps_, team_;
   unsigned turn_, end_;
+  int by_ = 0;  // the warp that finishes the last tile sent
 };
-
-// Where a lane keeps what it has of its tiles from earlier passes.
-__device__ inline float2* kept(float2* held, int tile, int tile_step) {
-  return held + tile / tile_step * 32 + threadIdx.x % 32;
-}
 
 // The block's part of a product. `wait`: until x is there. `parts`: TeamSums' bytes; `held`, for several
 // passes: 32 for each of the cluster's tiles.
@@ -181,11 +213,10 @@ __device__ void multiply_in_cluster(const LinearParams& p, int passes, bool stag
   using X = typename Product::X;
   using W = typename Product::W;
   const Weights& w = p.weights;
-  Part part(w, blockIdx.x, gridDim.x);
-  const int team = threadIdx.x / 32 / w.warps, teams = STEP_WARPS / w.warps;
-  const int first = part.tile + team * part.tile_step, step = teams * part.tile_step;
+  const Part part = ClusterTeam::part(w);
+  const int first = part.tile, step = part.tile_step, stride = row_stride<X>(w.slice);
   const int tiles = first < w.tiles ? (w.tiles - first + step - 1) / step : 0;
-  TeamSums<NT> team_sums(exchange, w, parts, tiles * passes);
+  TeamSums<NT> team_sums(exchange, parts, tiles * passes);
   int last = -1;  // the tile whose sums have been sent
   const auto terms_of_last = [&] {
     Terms terms;
@@ -199,7 +230,8 @@ __device__ void multiply_in_cluster(const LinearParams& p, int passes, bool stag
     float2 sum = team_sums.receive();
     if (!team_sums.finishes()) return;
     if (passes > 1) {
-      float2* of_tile = kept(held, last, part.tile_step);
+      const int tile = (last - first) / step * BLOCK_TEAMS + ClusterTeam::team();
+      float2* of_tile = held + tile * 32 + threadIdx.x % 32;
       if (pass > 0) sum.x += of_tile->x, sum.y += of_tile->y;
       *of_tile = sum;
     }
@@ -208,23 +240,24 @@ __device__ void multiply_in_cluster(const LinearParams& p, int passes, bool stag
   wait();
 #pragma unroll 1
   for (int pass = 0; pass < passes; ++pass) {
-    const int begin = min((pass * CLUSTER + part.split) * w.slice, w.inputs);
-    const int end = min(begin + w.slice, w.inputs), stride = row_stride<X>(end - begin);
+    const int begin = pass * CLUSTER * w.slice, end = min(w.inputs, begin + CLUSTER * w.slice);
     if (pass > 0) __syncthreads();  // the last pass' x has been read
-    if (!staged) stage_slice<X, W>(p, begin, end, x, exchange);
+    if (!staged) stage_turns<X, W>(p, begin, end, x, exchange);
     __syncthreads();
 #pragma unroll 1
     for (int tile = first; tile < w.tiles; tile += step) {
       const Terms terms = terms_of_last();  // they are on their way meanwhile
       Product product;
+      const X* own = x + ClusterTeam::member() * UNIT<W>;
 #pragma unroll 1
-      for (int f = threadIdx.x / 32 % w.warps * UNIT<W>; f < end - begin; f += w.warps * UNIT<W>) {
-        product.add(weights.next(), x + f, stride, NT * 8);  // of rows that are none as well
+      for (int f = begin + ClusterTeam::own() * UNIT<W>; f < end; f += ClusterTeam::SIZE * UNIT<W>) {
+        product.add(weights.next(), own, stride, NT * 8);  // of rows that are none as well
+        own += TURN<W>;
       }
       float sums[NT][4];
       product.finish(sums);
       finish(terms, tile == first ? pass - 1 : pass);
-      team_sums.send_all(sums);
+      team_sums.send_all(sums, (tile - first) / step);
       last = tile;
     }
   }

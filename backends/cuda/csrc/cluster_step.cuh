@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(STEP_THREADS, 1) cluster_step_kernel(const Ste
   GridBarrier barrier(s.barrier);
   __syncthreads();
   arrive_in_cluster();
-  Stream<W, STEP_WARPS, true> weights(products, s.products, shared, s.slots);
+  Stream<W, ClusterTeam> weights(products, s.products, shared, s.slots);
   weights.fill();
   await_cluster();
 #pragma unroll 1

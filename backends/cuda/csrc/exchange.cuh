@@ -8,10 +8,10 @@
 
 namespace lmi {
 
-// A row's features that one block has: their mean (0 where it is not asked for), and the sum of squares
-// of what is left of them.
+// A row's features that one block has: how many, their mean (0 where it is not asked for), and the sum of
+// squares of what is left of them.
 struct Moments {
-  float mean, squares;
+  float count, mean, squares, unused;
 };
 
 struct Exchange {
@@ -35,45 +35,36 @@ struct Exchange {
 // Which phase of its barrier a turn is.
 __device__ inline int phase_of(unsigned turn) { return turn / 2 % 2; }
 
-// Send eight bytes to another block's memory; its barrier counts them when they are there.
-__device__ inline void send(uint32_t to, const Moments& x, uint32_t barrier) {
-  asm volatile(
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(
-          to),
-      "f"(x.mean), "f"(x.squares), "r"(barrier)
-      : "memory");
-}
-
 __device__ inline float warp_sum(float value) {
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(~0u, value, offset);
   return value;
 }
 
-// A whole row's shift and factor, from the moments of this warp's slice of it and of the cluster's
-// other slices ("Updating formulae", Chan et al., 1979). By a whole warp.
-__device__ inline Normal combine(Exchange& exchange, unsigned turn, int row, int rank,
-                                 const Moments& own, const LinearParams& p) {
-  const int lane = threadIdx.x % 32, inputs = p.weights.inputs;
+// A whole row's shift and factor, from the moments of this block's part of it and of the cluster's
+// others' ("Updating formulae", Chan et al., 1979). By a whole warp.
+__device__ inline Normal combine(Exchange& exchange, int row, int rank, const Moments& own,
+                                 const LinearParams& p) {
+  const unsigned lane = threadIdx.x % 32, turn = exchange.norms;
   Barrier& arrived = exchange.moments[row][turn % 2];
   auto& found = exchange.of_rows[turn % 2];
   if (lane == 0) arrived.arrive_and_expect(CLUSTER * sizeof(Moments));
   if (lane < CLUSTER) {
-    send(in_block(&found[rank][row], lane), own, in_block(&arrived, lane));
+    send(in_block(&found[rank][row], lane), {own.count, own.mean, own.squares, 0},
+         in_block(&arrived, lane));
   }
   arrived.wait_for_cluster(phase_of(turn));
-  const auto count = [&](int r) { return min(max(inputs - r * p.weights.slice, 0), p.weights.slice); };
   Normal by;
 #pragma unroll
-  for (int r = 0; r < CLUSTER; ++r) by.shift += found[r][row].mean * count(r);
-  by.shift = __fdividef(by.shift, inputs);
+  for (int r = 0; r < CLUSTER; ++r) by.shift += found[r][row].mean * found[r][row].count;
+  by.shift = __fdividef(by.shift, p.weights.inputs);
   float squares = 0;
 #pragma unroll
   for (int r = 0; r < CLUSTER; ++r) {
     const float apart = found[r][row].mean - by.shift;
-    squares += found[r][row].squares + apart * apart * count(r);
+    squares += found[r][row].squares + apart * apart * found[r][row].count;
   }
-  by.factor = rsqrtf(__fdividef(squares, inputs) + p.eps);
+  by.factor = rsqrtf(__fdividef(squares, p.weights.inputs) + p.eps);
   return by;
 }
 

@@ -18,8 +18,7 @@ struct alignas(16) Weights {
   int slice;            // features of a split
   int splits;
   bool gated;
-  uint8_t warps;  // of a block, that share a tile; 0: all of them
-  uint8_t pass;   // of several that a block's share takes, each a slice further
+  uint8_t pass;  // of several, each a slice further
 };
 
 struct LinearParams {

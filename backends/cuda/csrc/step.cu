@@ -65,49 +65,42 @@ bool is_staged(const LinearParams* last, const LinearParams& p, const Device& gp
 }
 
 constexpr int PASSES_X = 56 << 10;  // bytes that x may take where several passes are possible
-constexpr int OF_TILE = 32 * static_cast<int>(sizeof(float2));  // bytes of what passes have found
+constexpr int HELD_BYTES = 32 * static_cast<int>(sizeof(float2));  // bytes of what passes have found
 
+// A slice's features, of all rows that there may be.
+int turns_bytes(const Weights& w, Type type) {
+  return MOST_CLUSTER_ROWS * (w.slice * item_bytes(type) + 64);
+}
+
+// Of so many clusters: tiles that one has, filled up.
+int tiles_held(const Weights& w, int places) {
+  const int teams = places * BLOCK_TEAMS;
+  return (w.tiles + teams - 1) / teams * BLOCK_TEAMS;
+}
+
+// Into slices for a cluster's blocks and, where these are too long, several passes.
 bool plan_slices(LinearParams& p, Type type) {
   Weights& w = p.weights;
   w.splits = CLUSTER;
+  const int turn = p.weight_type == type ? TURN<__half> : TURN<int8_t>;
   for (int parts = CLUSTER; type != Type::float32; parts += CLUSTER) {
-    w.slice = ((w.inputs + parts - 1) / parts + PAD - 1) / PAD * PAD;
-    if (x_bytes(w, MOST_CLUSTER_ROWS, type) <= PASSES_X) break;
+    w.slice = ((w.inputs + parts - 1) / parts + turn - 1) / turn * turn;
+    if (turns_bytes(w, type) <= PASSES_X) return true;
     // A norm wants whole rows.
-    if (p.norm_weight.data || w.slice == PAD) return false;
+    if (p.norm_weight.data || w.slice == turn) return false;
   }
-  return type != Type::float32;
+  return false;
 }
 
-// Of 16 warps, as many to a tile as let all be done the soonest.
-int best_team(const Weights& w, int places, Type type) {
-  const int tiles = (w.tiles + places - 1) / places;
-  const int bytes = std::min(w.slice, w.inputs) * (type == Type::float16 || type == Type::bfloat16 ? 2 : 1);
-  const int units = (bytes + UNIT_BYTES - 1) / UNIT_BYTES;
-  int best = 1, least = INT32_MAX;
-  for (int warps = 1; warps <= STEP_WARPS; warps *= 2) {
-    const int teams = STEP_WARPS / warps;
-    const int turns = (tiles + teams - 1) / teams * ((units + warps - 1) / warps);
-    if (turns < least) least = turns, best = warps;
-  }
-  return best;
-}
-
-// Products shared by clusters: how many of these, teams, and the list of weights.
+// The list of weights of products that so many clusters share.
 bool plan_clusters(Program& program, Phase* phases, Weights* weights, int places) {
   program.blocks = places * CLUSTER;
-  int team = 0;
   for (int i = 0; i < program.phases; ++i) {
     Phase& phase = phases[i];
     if (phase.work != Work::linear) continue;
-    Weights& w = phase.linear.weights;
-    w.warps = static_cast<uint8_t>(best_team(w, places, program.weight_type));
-    // Other teams, which take over places in shared memory.
-    if (team && team != w.warps) phase.barrier = true;
-    team = w.warps;
-    if (phase.passes > 1 && (w.tiles + places - 1) / places > program.held) return false;
+    if (phase.passes > 1 && tiles_held(phase.linear.weights, places) > program.held) return false;
     for (int pass = 0; pass < phase.passes; ++pass) {
-      *weights = w;
+      *weights = phase.linear.weights;
       (weights++)->pass = static_cast<uint8_t>(pass);
     }
   }
@@ -119,7 +112,7 @@ int beside_rings(const Program& program, const Phase& phase) {
   if (phase.work == Work::linear) {
     const Weights& w = phase.linear.weights;
     if (!by_clusters(program.rows)) return PARTIAL_BYTES + x_bytes(w, program.rows, program.type);
-    return TeamSums<2>::BYTES + program.held * OF_TILE + x_bytes(w, MOST_CLUSTER_ROWS, program.type);
+    return TeamSums<2>::BYTES + program.held * HELD_BYTES + turns_bytes(w, program.type);
   }
   if (phase.work != Work::attention) return 0;
   AttentionParams p = phase.attention;
@@ -152,8 +145,7 @@ bool plan_program(Program& program, Phase* phases, Weights* weights, const Devic
     if (!clusters || phase.work != Work::linear) continue;
     const Weights& w = phase.linear.weights;
     phase.passes = passes_of(w);
-    const int places = gpu.processors / CLUSTER;  // or some less
-    if (phase.passes > 1) program.held = std::max(program.held, (w.tiles + places - 1) / places + 8);
+    if (phase.passes > 1) program.held = std::max(program.held, tiles_held(w, gpu.processors / CLUSTER * 2 / 3));
   }
   for (int i = 0; i < program.phases; ++i) {
     Phase& phase = phases[i];

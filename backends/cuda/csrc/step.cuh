@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(STEP_THREADS, 1) step_kernel(const StepParams 
   }
   GridBarrier barrier(s.barrier, SUMS ? s.barrier_patience : BARRIER_PATIENCE);
   __syncthreads();
-  Stream<W, STEP_WARPS> weights(products, s.products, shared, s.slots);
+  Stream<W, BlockTeam<STEP_WARPS>> weights(products, s.products, shared, s.slots);
   weights.fill();
 #pragma unroll 1
   for (int i = 0; i < s.count; ++i) {

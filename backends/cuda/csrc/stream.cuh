@@ -25,14 +25,14 @@ struct Part {
   int split;
   int tile, tile_step;  // the first tile, and how far it is to the next
 
+  Part() = default;
   __device__ Part(const Weights& w, int block, int blocks) {
     split = 0, tile = block, tile_step = blocks;
     if (w.splits > 1) {
       split = block % w.splits, tile = block / w.splits, tile_step = blocks / w.splits;
       if (tile >= tile_step) tile = w.tiles;  // blocks that remain have none
     }
-    begin = min((w.pass * w.splits + split) * w.slice, w.inputs);
-    end = min(w.inputs, begin + w.slice);
+    begin = split * w.slice, end = min(w.inputs, begin + w.slice);
   }
 };
 
@@ -66,9 +66,17 @@ __device__ inline void await_oldest(int slots) {
   }
 }
 
-// Of a block of so many warps, through `count` products, which lie in shared or constant memory. TEAMS:
-// products say how many warps share a tile.
-template <typename W, int WARPS, bool TEAMS = false>
+// Warps that share a tile: those of a block.
+template <int WARPS>
+struct BlockTeam {
+  static constexpr int SIZE = WARPS;
+
+  static __device__ int own() { return threadIdx.x / 32; }
+  static __device__ Part part(const Weights& w) { return Part(w, blockIdx.x, gridDim.x); }
+};
+
+// Of a team's warp, through `count` products, which lie in shared or constant memory.
+template <typename W, typename Team>
 class Stream {
  public:
   __device__ Stream(const Weights* products, int count, unsigned char* rings, int slots)
@@ -97,19 +105,16 @@ class Stream {
  private:
   static constexpr int CHUNK = 16 / sizeof(W);
 
-  // Warps that share a tile, and the first of its features that this one has.
-  __device__ int team() const { return TEAMS ? now_->warps : WARPS; }
-  __device__ int first() const { return threadIdx.x / 32 % team() * UNIT<W>; }
+  static __device__ int first() { return Team::own() * UNIT<W>; }
 
   // The next product that this warp has a share of.
   __device__ void begin_product() {
     live_ = false;
 #pragma unroll 1
     while (now_ != last_ && !live_) {
-      const Part part(*++now_, blockIdx.x, gridDim.x);
+      const Part part = Team::part(*++now_);
       begin_ = part.begin, features_ = part.end - part.begin;
-      const int teams = WARPS / team();
-      tile_ = part.tile + threadIdx.x / 32 / team() * part.tile_step, tile_step_ = teams * part.tile_step;
+      tile_ = part.tile, tile_step_ = part.tile_step;
       at_ = first();
       live_ = tile_ < now_->tiles && at_ < features_;
     }
@@ -142,7 +147,7 @@ class Stream {
         const int to = slot * SLOT_BYTES + in_slot(i * 4 + lane / 8, lane % 8) * 16;
         copy16(shared_ + to, rows_[i] + (present ? at_ : 0), present);
       }
-      at_ += team() * UNIT<W>;
+      at_ += Team::SIZE * UNIT<W>;
       if (at_ >= features_) next_tile();
     }
     close_group();
