@@ -45,7 +45,7 @@ def _on_own_gpu(
     """Any thread may call, and graphs, streams and events are of the thread's current GPU."""
 
     @wraps(call)
-    def guarded(self: CudaExecutor, *given: P.args, **named: P.kwargs) -> T:
+    def guarded(self: CudaExecutor, /, *given: P.args, **named: P.kwargs) -> T:
         with self._gpu:
             return call(self, *given, **named)
 
