@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import machine, versions
+
+
+def command(module: str) -> str:
+    """What was asked for on the command line, but for where results go."""
+    given, kept = iter(sys.argv[1:]), []
+    for word in given:
+        if word == "--results":
+            next(given, None)
+        elif not word.startswith("--results="):
+            kept.append(word)
+    return shlex.join(["python", "-m", module, *kept])
 
 
 def write(

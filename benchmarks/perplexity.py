@@ -77,7 +77,7 @@ def main(
                 typer.echo(_row(entry))
                 entries.append(entry)
     entries.sort(key=lambda entry: entry.model)  # stable: formats stay in their order
-    command = f"python -m benchmarks.perplexity --device {device} --count {count} --drawn {drawn}"
+    command = page.command("benchmarks.perplexity")
     figures = {
         "largest_ffn_activation": peak,
         "entries": [asdict(entry) for entry in entries],
