@@ -4,6 +4,7 @@ leave behind says where it was measured, but not in which folders."""
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,9 +14,10 @@ import pytest
 import torch
 
 import lmi_multi
-from benchmarks import generate, hollow, newcomers, page, perplexity
+from benchmarks import generate, hollow, memory, newcomers, page, perplexity
 from benchmarks.random_model import check, open_model
 from benchmarks.shapes import SHAPES
+from lmi_multi.backends.memory import Device
 from lmi_multi.models.spec import ModelSpec
 
 TINY = ["tiny-t5", "tiny-gpt2"]
@@ -154,3 +156,46 @@ def test_perplexity_loads_each_format_once(tmp_path: Path, monkeypatch: pytest.M
         (name, *form) for form in formats for name in texts
     ]
     assert [e.relative for e in found[:2]] == [0.0, 0.0] and found[3].drift
+
+
+class FakeMeter:
+    """A GPU of 8 GiB, of which more is taken every time it is asked."""
+
+    def __init__(self) -> None:
+        self.free = 8 * 2**30
+
+    def device(self) -> Device:
+        now, self.free = self.free, self.free - 2**30
+        return Device("cuda:0", 8 * 2**30, now)
+
+    def allocated(self) -> int:
+        return 5
+
+    def peak(self) -> int:
+        return 7 * 2**30
+
+
+def test_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    load = lmi_multi.load
+
+    def logged(*given: Any, **named: Any) -> Any:
+        logging.getLogger("lmi_multi.backends.cuda.backend").info("weights %s", "0.5 GiB")
+        return load(*given, **named)
+
+    monkeypatch.setattr(lmi_multi, "load", logged)
+    case = memory.measure("tiny-t5", "bf16", None, "cpu", 2, 40, FakeMeter())
+    artifact = hollow.hollow_artifact("tiny-t5", "bf16", None, tmp_path)
+    assert case.weights == artifact.tensor_bytes(0, 1) and case.said == "weights 0.5 GiB"
+    # Blocks of 16 tokens of two layers' keys and values, four heads of 16 each, in two bytes.
+    assert case.blocks == 2 * (3 + 3) and case.cache == case.blocks * 16 * 2 * 2 * 64 * 2
+    assert [case.loaded, case.graphs, case.kept] == [2**30, 2 * 2**30, 3 * 2**30]
+    assert case.allocated == 5 and case.workspace > 2**28
+    assert case.spare == case.workspace - (7 * 2**30 - case.weights - case.cache)
+    text = memory._page("x", [case])
+    assert "| tiny-t5 | bf16 | 2 x 40 | 0.00 | 0.00 |" in text and "0.5 GiB" in text
+
+
+def test_memory_on_a_cpu_is_only_tried(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    memory.main(shape=["tiny-gpt2"], max_batch=2, max_tokens=24, results=tmp_path)
+    assert "there is no plan of a workspace to compare" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())

@@ -4,15 +4,18 @@ run, and that each contender is what it is called."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lmi_multi.backends.cuda import executor
+from lmi_multi.backends.cuda import executor, graphs, prefill_graphs
+from lmi_multi.backends.cuda.beams import BeamKind
 
-from benchmarks import prefill, steps
+from benchmarks import memory, prefill, steps
 from tests import prefill_kernel
 from tests.cuda_stand_ins import Programs, stand_in
+from tests.test_cuda_ahead import open_model
 
 CPU = torch.device("cpu")
 
@@ -75,3 +78,25 @@ def test_prefill(
     if shape == "tiny-gpt2":
         for name in ("captured", "kernels"):
             torch.testing.assert_close(found[name], found["torch"])
+
+
+@pytest.mark.parametrize("family", ["t5", "gpt2"])
+def test_memory_makes_every_graph(tmp_path: Path, family: str) -> None:
+    """Steps of every number of rows that end with logits and with tokens, drawn or chosen; searches
+    where rows can be of one; and prefills of all sizes that are captured."""
+    model = open_model(tmp_path, family)
+    own: Any = model.engine.executor
+    memory.make_graphs(model)
+    rows = graphs.sizes(model.limits.max_batch)
+    fed, ahead = own._fed._captured, own._ahead._graphs._captured
+    assert {size for size, kind in fed if kind is None} == set(rows)
+    assert {size for size, kind in fed if isinstance(kind, BeamKind)} == {
+        size for size in rows if size % 4 == 0
+    }
+    for kind in {kind for _, kind in ahead}:
+        assert {size for size, other in ahead if other == kind} == set(rows)
+    assert len({kind for _, kind in ahead}) == 3  # greedy, and sampled in two ways
+    prefills = {size for _, size in own._prefill_graphs._captured}
+    assert prefills >= {size for size in prefill_graphs.SIZES if size < model.limits.max_tokens}
+    memory.fill(model)
+    model.close()
