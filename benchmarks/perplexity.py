@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -70,6 +71,7 @@ def main(
 ) -> None:
     """Measure, print a line for each format, and write DEVICE-perplexity.json and .md."""
     entries: list[Entry] = []
+    start = time.perf_counter()
     with tempfile.TemporaryDirectory() as work:
         peak, random = with_outliers(Path(work), drawn)
         for texts in ({"demo": demo(count), "demo, gaps": demo(count, GAP)}, {"outliers": random}):
@@ -79,6 +81,7 @@ def main(
     entries.sort(key=lambda entry: entry.model)  # stable: formats stay in their order
     command = page.command("benchmarks.perplexity")
     figures = {
+        "seconds": round(time.perf_counter() - start, 1),
         "largest_ffn_activation": peak,
         "entries": [asdict(entry) for entry in entries],
     }
