@@ -176,7 +176,8 @@ def _page(command: str, cases: Sequence[Case], prompt: int, step_tokens: int) ->
     rounds = len(cases[0].generate)
     return f"""# A whole `generate` beside its parts
 
-`{command}` on {{where}}.
+`{command}`
+on {{where}}.
 
 Random weights of the true shapes, prompts of {prompt} token ids, {cases[0].new_tokens} forced new
 tokens, greedy, at most {step_tokens} tokens a step, no tokenizer; milliseconds, medians of

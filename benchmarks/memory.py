@@ -259,7 +259,8 @@ def _page(command: str, cases: Sequence[Case]) -> str:
     said = "\n".join(f"- {case.shape}: {case.said}" for case in cases)
     return f"""# What a model takes of a GPU
 
-`{command}` on {{where}}.
+`{command}`
+on {{where}}.
 
 GiB. Planned: `weights`, `cache`, and `workspace` for all else, which together are the model's share
 of the memory, or, where `limits` (rows x tokens) ask for no more cache, less. Measured by what the

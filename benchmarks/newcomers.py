@@ -235,7 +235,8 @@ def _row(case: Case) -> str:
 def _page(command: str, load: Load, cases: Sequence[Case], rounds: int) -> str:
     return f"""# Rows that run while newcomers prefill
 
-`{command}` on {{where}}.
+`{command}`
+on {{where}}.
 
 Random weights of the true shapes. {load.rows} rows decode, begun by prompts of {load.prompt}
 tokens; then {load.newcomers} prompts of {load.long} tokens come at once. Milliseconds between two

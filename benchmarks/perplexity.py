@@ -162,7 +162,8 @@ def _page(command: str, peak: float, entries: Sequence[Entry]) -> str:
     tokens = {entry.model: entry.tokens for entry in entries}
     return f"""# Perplexity of every format
 
-`{command}` on {{where}}.
+`{command}`
+on {{where}}.
 
 `demo`: the demo model on held-out sentences, {tokens["demo"]} tokens. `demo, gaps`: the same,
 but every {GAP}th word of the prompts is left out, so that it has to guess. `outliers`: a random T5

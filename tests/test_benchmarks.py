@@ -11,8 +11,10 @@ import pytest
 import torch
 from lmi_multi.backends.cuda import executor, graphs, prefill_graphs
 from lmi_multi.backends.cuda.beams import BeamKind
+from lmi_multi.backends.cuda.ops import Scratch
 
-from benchmarks import memory, prefill, steps
+from benchmarks import generate, memory, newcomers, prefill, random_model, steps
+from lmi_multi.parallel.collectives import SingleRank
 from tests import prefill_kernel
 from tests.cuda_stand_ins import Programs, stand_in
 from tests.test_cuda_ahead import open_model
@@ -100,3 +102,21 @@ def test_memory_makes_every_graph(tmp_path: Path, family: str) -> None:
     assert prefills >= {size for size in prefill_graphs.SIZES if size < model.limits.max_tokens}
     memory.fill(model)
     model.close()
+
+
+def test_generate_and_newcomers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By captured steps and prefills, which run ahead: every row gets its tokens."""
+
+    def opened(spec: Any, tensors: Any, limits: Any, device: torch.device) -> Any:
+        scratch = Scratch(device, limits.max_batch * spec.heads)
+        made = executor.CudaExecutor(spec, tensors, limits, scratch, SingleRank())
+        assert made._ahead is not None and made._prefill_graphs is not None
+        return made
+
+    monkeypatch.setattr(random_model, "_executor", opened)
+    for shape in ("tiny-t5", "tiny-gpt2"):
+        cases = list(generate.measure(shape, "fp32", None, CPU, [1, 3], 20, 8, 64, 2))
+        assert [case.rows for case in cases] == [1, 3]
+        load = newcomers.Load(rows=3, prompt=5, newcomers=2, long=70)
+        case = newcomers.measure(shape, "fp32", None, CPU, load, 40, 1)
+        assert case.steps == (3 if shape == "tiny-t5" else 4)
