@@ -7,10 +7,10 @@ Each is scored token by token in every format on one device, beside float32 on t
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -20,8 +20,7 @@ import numpy.typing as npt
 import typer
 
 import lmi_multi
-from benchmarks import outliers
-from benchmarks.machine import machine, versions
+from benchmarks import outliers, page
 from lmi_multi.demo.spoken import HELD_OUT_SEED, pairs
 from lmi_multi.prompts import Prompts
 
@@ -71,28 +70,23 @@ def main(
     results: Annotated[Path, typer.Option(help="folder to write to")] = Path("benchmarks/results"),
 ) -> None:
     """Measure, print a line for each format, and write DEVICE-perplexity.json and .md."""
-    entries = []
+    entries: list[Entry] = []
+    start = time.perf_counter()
     with tempfile.TemporaryDirectory() as work:
         peak, random = with_outliers(Path(work), drawn)
-        texts = {"demo": demo(count), "demo, gaps": demo(count, GAP), "outliers": random}
-        for name, text in texts.items():
-            for entry in compare(name, text, device):
+        for texts in ({"demo": demo(count), "demo, gaps": demo(count, GAP)}, {"outliers": random}):
+            for entry in compare(texts, device):
                 typer.echo(_row(entry))
                 entries.append(entry)
-    command = f"python -m benchmarks.perplexity --device {device} --count {count} --drawn {drawn}"
-    facts = machine(device)
-    page = {
-        "command": command,
-        "machine": facts,
-        "versions": versions(),
+    entries.sort(key=lambda entry: entry.model)  # stable: formats stay in their order
+    command = page.command("benchmarks.perplexity")
+    figures = {
+        "seconds": round(time.perf_counter() - start, 1),
         "largest_ffn_activation": peak,
         "entries": [asdict(entry) for entry in entries],
     }
-    path = results / f"{device}-perplexity.json"
-    path.write_text(json.dumps(page, indent=1) + "\n")
-    path.with_suffix(".md").write_text(
-        _page(command, facts.get("gpu", facts["processor"]), peak, entries)
-    )
+    text = _page(command, peak, entries)
+    page.write(results, f"{device}-perplexity", command, device, figures, text)
 
 
 def demo(count: int, gap: int = 0) -> Text:
@@ -117,30 +111,40 @@ def with_outliers(folder: Path, count: int, length: int = 48) -> tuple[float, Te
 
 
 def compare(
-    name: str, text: Text, device: str, formats: Sequence[tuple[str, str | None]] = FORMATS
+    texts: Mapping[str, Text], device: str, formats: Sequence[tuple[str, str | None]] = FORMATS
 ) -> Iterator[Entry]:
-    """An entry for each format, float32 first: the others are compared with it."""
-    exact: npt.NDArray[np.float64] | None = None
+    """An entry for each format and each of `texts`, which one model is scored on, by their names;
+    float32 first: the others are compared with it."""
+    [source] = {text.source for text in texts.values()}
+    exact: dict[str, npt.NDArray[np.float64]] = {}
     for dtype, quantize in formats:
-        scores = _scores(text, device, dtype, quantize)
-        exact = scores if exact is None else exact
-        if not np.isfinite(scores).all():
-            yield Entry(name, dtype, quantize, len(scores), None, None, None)
-            continue
-        yield Entry(
-            name,
-            dtype,
-            quantize,
-            len(scores),
-            math.exp(-scores.mean()),
-            math.expm1(exact.mean() - scores.mean()),
-            float(np.abs(scores - exact).mean()),
-        )
+        # Scoring needs no rows, and captured steps are made for each number of them.
+        with lmi_multi.load(
+            source, backend=device, dtype=dtype, quantize=quantize, max_batch=1
+        ) as model:
+            for name, text in texts.items():
+                found = np.concatenate(model.score(text.prompts, text.answers)).astype(np.float64)
+                yield _entry(name, dtype, quantize, found, exact.setdefault(name, found))
 
 
-def _scores(text: Text, device: str, dtype: str, quantize: str | None) -> npt.NDArray[np.float64]:
-    with lmi_multi.load(text.source, backend=device, dtype=dtype, quantize=quantize) as model:
-        return np.concatenate(model.score(text.prompts, text.answers)).astype(np.float64)
+def _entry(
+    name: str,
+    dtype: str,
+    quantize: str | None,
+    scores: npt.NDArray[np.float64],
+    exact: npt.NDArray[np.float64],
+) -> Entry:
+    if not np.isfinite(scores).all():
+        return Entry(name, dtype, quantize, len(scores), None, None, None)
+    return Entry(
+        name,
+        dtype,
+        quantize,
+        len(scores),
+        math.exp(-scores.mean()),
+        math.expm1(exact.mean() - scores.mean()),
+        float(np.abs(scores - exact).mean()),
+    )
 
 
 def _row(entry: Entry) -> str:
@@ -154,11 +158,12 @@ def _row(entry: Entry) -> str:
     return f"| {entry.model} | {form} | {figures} |"
 
 
-def _page(command: str, where: object, peak: float, entries: Sequence[Entry]) -> str:
+def _page(command: str, peak: float, entries: Sequence[Entry]) -> str:
     tokens = {entry.model: entry.tokens for entry in entries}
     return f"""# Perplexity of every format
 
-`{command}` on {where}; versions are in the JSON file beside this page.
+`{command}`
+on {{where}}.
 
 `demo`: the demo model on held-out sentences, {tokens["demo"]} tokens. `demo, gaps`: the same,
 but every {GAP}th word of the prompts is left out, so that it has to guess. `outliers`: a random T5

@@ -97,31 +97,48 @@ def models(
     torch.cuda.empty_cache()
 
 
-def _runs(executor: Any, spec: ModelSpec, ids: Sequence[list[int]]) -> dict[str, Run]:
+def own_run(executor: Any, spec: ModelSpec, ids: Sequence[list[int]]) -> Run:
+    """The prefill of prompts as the executor does it by itself: encoded, with all cross-attention
+    keys and values, or decoded, up to the logits of their last tokens."""
     if spec.kind == "decoder":
-        rows = [
-            Row(own, 0, blocks_of(i, len(own) + 1), len(own), sample=SampleRow())
-            for i, own in enumerate(ids)
-        ]
+        return partial(executor._next_logits, _rows(ids))
+    return partial(executor._encode_to_cache, _prompts(ids))
+
+
+def _runs(executor: Any, spec: ModelSpec, ids: Sequence[list[int]]) -> dict[str, Run]:
+    captured = own_run(executor, spec, ids)
+    if spec.kind == "decoder":
+        rows = _rows(ids)
 
         def logits(hidden: Tensor, last: Tensor) -> Tensor:
             return executor._network.logits(hidden[last])  # type: ignore[no-any-return]
 
         return {
-            "captured": lambda: executor._prefill_logits(rows),
+            "captured": captured,
             "kernels": lambda: logits(*executor._prefill.decode(rows)),
             "torch": lambda: logits(
                 TorchExecutor._decode_part(executor, rows), executor._last_tokens(rows)
             ),
         }
-    prompts = [Prompt(own, cross_blocks=blocks_of(i, len(own))) for i, own in enumerate(ids)]
+    prompts = _prompts(ids)
     return {
-        "captured": lambda: executor._encode_to_cache(prompts),
+        "captured": captured,
         "kernels": lambda: executor._prefill.encode_to_cache(prompts),
         "torch": lambda: TorchExecutor._write_cross(
             executor, prompts, TorchExecutor._encode(executor, prompts)
         ),
     }
+
+
+def _rows(ids: Sequence[list[int]]) -> list[Row]:
+    return [
+        Row(own, 0, blocks_of(i, len(own) + 1), len(own), sample=SampleRow())
+        for i, own in enumerate(ids)
+    ]
+
+
+def _prompts(ids: Sequence[list[int]]) -> list[Prompt]:
+    return [Prompt(own, cross_blocks=blocks_of(i, len(own))) for i, own in enumerate(ids)]
 
 
 # Name, heads, kv heads, head dim, position, rows, tokens.

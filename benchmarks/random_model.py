@@ -1,18 +1,26 @@
-"""Our executor over random weights of a true size, made where they are used: no files."""
+"""Our models over random weights of a true size, made where they are used: no files of weights."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benchmarks.shapes import DTYPES, Shape
+from benchmarks.hollow import hollow_artifact, outline
+from benchmarks.shapes import SHAPES, Shape
+from lmi_multi import backends
+from lmi_multi.backends.base import Executor, Limits
+from lmi_multi.backends.limits import row_blocks
+from lmi_multi.backends.torch_executor import TorchExecutor
 from lmi_multi.checkpoint.layout import DtypeName, QuantizeName, stored_tensors
-from lmi_multi.models.config import Config
-from lmi_multi.models.registry import family_of
+from lmi_multi.model import Model
 from lmi_multi.models.spec import ModelSpec
 from lmi_multi.models.weights import LARGEST
+from lmi_multi.ops.cpu import CpuOps
+from lmi_multi.parallel.collectives import SingleRank
 
 
 def random_model(
@@ -24,22 +32,69 @@ def random_model(
 ) -> tuple[ModelSpec, dict[str, Tensor]]:
     """The spec of a shape, and the tensors that an artifact of it would hold for each of `ranks`:
     all have the same ones, as time does not depend on what is in them."""
-    model = shape.build(DTYPES["bf16"], "meta")
-    fields = model.config.to_dict() | {"architectures": [type(model).__name__]}
-    family = family_of(fields["architectures"][0])
-    spec = family.spec(Config(fields))
-    known = {key.removeprefix(family.base) for key in model.state_dict()}
-    names = [
-        f"{module}.{part}"
-        for module, weight in family.weights(spec).items()
-        for part in ("weight", "bias")
-        if all(f"{source}.{part}" in known for source in weight.sources)
-    ]
+    spec, names = outline(shape)
     torch.manual_seed(0)
     return spec, {
         stored.name: _random(stored.local_shape(ranks), stored.dtype, device)
         for stored in stored_tensors(spec, names, dtype, quantize)
     }
+
+
+def check(device: str, shapes: Sequence[str]) -> None:
+    """Exit with what is wrong with them, if anything is."""
+    for name in shapes:
+        if name not in SHAPES:
+            raise SystemExit(f"--shape is {name!r}; allowed: {', '.join(SHAPES)}")
+    if device not in ("cpu", "cuda"):
+        raise SystemExit(f"--device is {device!r}; allowed: cpu, cuda")
+    state = backends.probe(device)
+    if not state.ok or (device == "cuda" and state.reason != "compiled kernels"):
+        raise SystemExit(f"{device}: {state.reason}")
+
+
+def limits_for(spec: ModelSpec, rows: int, longest: int, step_tokens: int) -> Limits:
+    """Limits whose cache has room for `rows` rows of `longest` tokens."""
+    return Limits(
+        max_batch=rows,
+        max_tokens=longest,
+        max_step_tokens=step_tokens,
+        blocks=rows * row_blocks(spec, longest, longest, 16),
+        block_size=16,
+    )
+
+
+def open_model(
+    name: str,
+    dtype: DtypeName,
+    quantize: QuantizeName | None,
+    device: torch.device,
+    folder: Path,
+    rows: int,
+    longest: int,
+    step_tokens: int,
+) -> Model:
+    """A `Model` as `load` gives one, but for its weights and its limits: those of `limits_for`. It
+    has no tokenizer, and no end token. `folder` keeps its manifest."""
+    spec, tensors = random_model(SHAPES[name], dtype, quantize, device)
+    if spec.max_positions and longest > spec.max_positions:
+        raise SystemExit(
+            f"{name}: {longest} tokens wanted, its positions end at {spec.max_positions}"
+        )
+    limits = limits_for(spec, rows, longest, step_tokens)
+    artifact = hollow_artifact(name, dtype, quantize, folder)
+    return Model(artifact, device.type, _executor(spec, tensors, limits, device), False)
+
+
+def _executor(
+    spec: ModelSpec, tensors: dict[str, Tensor], limits: Limits, device: torch.device
+) -> Executor:
+    if device.type == "cpu":
+        return TorchExecutor(spec, tensors, limits, CpuOps(), SingleRank())
+    from lmi_multi.backends.cuda.executor import CudaExecutor
+    from lmi_multi.backends.cuda.ops import Scratch
+
+    scratch = Scratch(device, limits.max_batch * spec.heads)
+    return CudaExecutor(spec, tensors, limits, scratch, SingleRank())
 
 
 def _random(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

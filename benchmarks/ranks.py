@@ -23,11 +23,10 @@ import typer
 from torch import Tensor
 
 from benchmarks.machine import machine, versions
-from benchmarks.random_model import random_model
+from benchmarks.random_model import limits_for, random_model
 from benchmarks.shapes import DTYPES, SHAPES
 from lmi_multi import backends
 from lmi_multi.backends.base import Executor, Limits
-from lmi_multi.backends.limits import row_blocks
 from lmi_multi.engine.batch import Batch, StepResult
 from lmi_multi.engine.engine import Engine
 from lmi_multi.models.spec import ModelSpec
@@ -107,13 +106,7 @@ class Work:
         kind: Any = self.dtype, self.quantize or None
         spec, tensors = random_model(SHAPES[self.shape], *kind, device, peers.size)
         most = self.prompt + self.tokens + 16
-        limits = Limits(
-            max_batch=self.rows,
-            max_tokens=most,
-            max_step_tokens=max(8192, self.prompt + 1),
-            blocks=self.rows * row_blocks(spec, most, most, 16),
-            block_size=16,
-        )
+        limits = limits_for(spec, self.rows, most, max(8192, self.prompt + 1))
         return spec, CudaExecutor(spec, tensors, limits, Scratch(device), peers)
 
     def timings(

@@ -20,11 +20,9 @@ import torch
 import typer
 
 from benchmarks.machine import copy_bandwidth, machine, versions
-from benchmarks.random_model import random_model
+from benchmarks.random_model import limits_for, random_model
 from benchmarks.shapes import DTYPES, SHAPES
 from lmi_multi import backends
-from lmi_multi.backends.base import Limits
-from lmi_multi.backends.limits import row_blocks
 from lmi_multi.checkpoint.layout import DtypeName, QuantizeName
 from lmi_multi.engine.engine import Engine
 from lmi_multi.models.spec import ModelSpec
@@ -106,13 +104,7 @@ def _timings(
     form = cast(DtypeName, dtype), cast("QuantizeName | None", quantize or None)
     spec, tensors = random_model(SHAPES[name], *form, device)
     most = prompt + tokens + 16
-    limits = Limits(
-        max_batch=max(batches),
-        max_tokens=most,
-        max_step_tokens=max(8192, prompt + 1),
-        blocks=max(batches) * row_blocks(spec, most, most, 16),
-        block_size=16,
-    )
+    limits = limits_for(spec, max(batches), most, max(8192, prompt + 1))
     for captured in (True, False) if eager else (True,):
         executor = CudaExecutor(
             spec, tensors, limits, Scratch(device), SingleRank(), captured, program_rows

@@ -9,10 +9,10 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lmi_multi import backends
@@ -22,9 +22,11 @@ from lmi_multi.checkpoint.artifact import Artifact
 from lmi_multi.engine.batch import Batch, Passage, Prompt, StepResult
 from lmi_multi.ops.cpu import CpuOps
 from lmi_multi.parallel.collectives import SingleRank, TorchCollectives
+from lmi_multi.parallel.grid import Grid
 from lmi_multi.parallel.local import LocalRanks
 from tests.families import FAMILIES
 
+OPENING = 2000  # tokens that may take as long as a network's opening: the first one's on a GPU
 LIMITS = Limits(max_batch=4, max_tokens=120, max_step_tokens=64, blocks=96, block_size=8)
 
 
@@ -95,11 +97,11 @@ def _open_cpu(artifact: Artifact, degree: int) -> Executor:
 
 
 def _open_cuda(artifact: Artifact, degree: int) -> Executor:
+    limits = _limits(artifact)
+    if degree > 1:
+        return SharedRanks(_ranks(degree, CudaShelf, "nccl"), artifact.folder, limits)
     return backends.get("cuda").load(
-        artifact,
-        tensor_parallel=degree,
-        max_batch=LIMITS.max_batch,
-        max_tokens=min(LIMITS.max_tokens, artifact.spec.max_positions or LIMITS.max_tokens),
+        artifact, tensor_parallel=1, max_batch=limits.max_batch, max_tokens=limits.max_tokens
     )
 
 
@@ -107,9 +109,13 @@ def _open_neuron(artifact: Artifact, degree: int) -> Executor:
     from lmi_multi.backends.neuron.emulator import EmulatorRuntime
     from lmi_multi.backends.neuron.loading import open_executor
 
+    return open_executor(artifact, degree, _limits(artifact), EmulatorRuntime())
+
+
+def _limits(artifact: Artifact) -> Limits:
+    """`LIMITS` that the network's positions allow."""
     longest = min(LIMITS.max_tokens, artifact.spec.max_positions or LIMITS.max_tokens)
-    limits = replace(LIMITS, max_tokens=longest)
-    return open_executor(artifact, degree, limits, EmulatorRuntime())
+    return replace(LIMITS, max_tokens=longest)
 
 
 OPENERS: dict[str, Callable[[Artifact, int], Executor]] = {
@@ -137,10 +143,31 @@ class Shelf:
         return getattr(self.executor, method)(*arguments)
 
 
-@cache
-def _ranks(size: int) -> LocalRanks:
-    """The session's processes; they end with it."""
-    return LocalRanks(size, Shelf)
+class CudaShelf(Shelf):
+    """The same on a GPU of its own, opened as `load` does it in each of its processes."""
+
+    def open(self, folder: Path) -> None:
+        """See `Shelf.open`."""
+        from lmi_multi.backends.cuda.backend import _open
+
+        if self.executor is not None:
+            self.executor.close()
+        device = torch.device("cuda", self.rank)
+        torch.cuda.set_device(device)
+        artifact = Artifact.open(folder)
+        opened: Any = _open(artifact, Grid(self.size), _limits(artifact), self.rank, device)
+        self.executor = opened
+
+
+_RANKS: dict[tuple[int, str], LocalRanks] = {}
+
+
+def _ranks(size: int, shelf: type[Shelf] = Shelf, process_group: str = "gloo") -> LocalRanks:
+    """The session's processes, which end with it; others once one of them has failed."""
+    known = _RANKS.get((size, process_group))
+    if known is None or any(rank.ended for rank in known.ranks):
+        known = _RANKS[size, process_group] = LocalRanks(size, shelf, process_group)
+    return known
 
 
 @dataclass
@@ -153,7 +180,7 @@ class SharedRanks:
     device: str = "cpu ranks"
 
     def __post_init__(self) -> None:
-        self.ranks.call("open", self.folder)
+        self.ranks.call("open", self.folder, tokens=OPENING)
 
     def step(self, batch: Batch) -> StepResult:
         result: StepResult = self.ranks.call("use", "step", batch)

@@ -4,15 +4,20 @@ run, and that each contender is what it is called."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lmi_multi.backends.cuda import executor
+from lmi_multi.backends.cuda import executor, graphs, prefill_graphs
+from lmi_multi.backends.cuda.beams import BeamKind
+from lmi_multi.backends.cuda.ops import Scratch
 
-from benchmarks import prefill, steps
+from benchmarks import generate, memory, newcomers, prefill, random_model, steps
+from lmi_multi.parallel.collectives import SingleRank
 from tests import prefill_kernel
 from tests.cuda_stand_ins import Programs, stand_in
+from tests.test_cuda_ahead import open_model
 
 CPU = torch.device("cpu")
 
@@ -75,3 +80,43 @@ def test_prefill(
     if shape == "tiny-gpt2":
         for name in ("captured", "kernels"):
             torch.testing.assert_close(found[name], found["torch"])
+
+
+@pytest.mark.parametrize("family", ["t5", "gpt2"])
+def test_memory_makes_every_graph(tmp_path: Path, family: str) -> None:
+    """Steps of every number of rows that end with logits and with tokens, drawn or chosen; searches
+    where rows can be of one; and prefills of all sizes that are captured."""
+    model = open_model(tmp_path, family)
+    own: Any = model.engine.executor
+    memory.make_graphs(model)
+    rows = graphs.sizes(model.limits.max_batch)
+    fed, ahead = own._fed._captured, own._ahead._graphs._captured
+    assert {size for size, kind in fed if kind is None} == set(rows)
+    assert {size for size, kind in fed if isinstance(kind, BeamKind)} == {
+        size for size in rows if size % 4 == 0
+    }
+    for kind in {kind for _, kind in ahead}:
+        assert {size for size, other in ahead if other == kind} == set(rows)
+    assert len({kind for _, kind in ahead}) == 3  # greedy, and sampled in two ways
+    prefills = {size for _, size in own._prefill_graphs._captured}
+    assert prefills >= {size for size in prefill_graphs.SIZES if size < model.limits.max_tokens}
+    memory.fill(model)
+    model.close()
+
+
+def test_generate_and_newcomers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By captured steps and prefills, which run ahead: every row gets its tokens."""
+
+    def opened(spec: Any, tensors: Any, limits: Any, device: torch.device) -> Any:
+        scratch = Scratch(device, limits.max_batch * spec.heads)
+        made = executor.CudaExecutor(spec, tensors, limits, scratch, SingleRank())
+        assert made._ahead is not None and made._prefill_graphs is not None
+        return made
+
+    monkeypatch.setattr(random_model, "_executor", opened)
+    for shape in ("tiny-t5", "tiny-gpt2"):
+        cases = list(generate.measure(shape, "fp32", None, CPU, [1, 3], 20, 8, 64, 2))
+        assert [case.rows for case in cases] == [1, 3]
+        load = newcomers.Load(rows=3, prompt=5, newcomers=2, long=70)
+        case = newcomers.measure(shape, "fp32", None, CPU, load, 40, 1)
+        assert case.steps == (3 if shape == "tiny-t5" else 4)

@@ -33,7 +33,7 @@ def outliers(tmp_path_factory: pytest.TempPathFactory) -> Text:
 def costs(name: str, text: Text, device: str) -> dict[str, float]:
     """The relative change of perplexity by format."""
     found = {}
-    for entry in compare(name, text, device, FORMATS):
+    for entry in compare({name: text}, device, FORMATS):
         assert entry.relative is not None, entry
         found[entry.quantize or entry.dtype] = entry.relative
     return found

@@ -206,6 +206,25 @@ def test_an_encoder_prompt_beyond_the_step_goes_alone() -> None:
     assert tokens == [[3, 1], [8, 1], [2, 3]]
 
 
+def test_what_runs_has_a_step_between_two_that_are_a_newcomers_alone() -> None:
+    scheduler = Scheduler(LIMITS)
+    running = sequence(2, 9, encoder=True)
+    scheduler.add(running)
+    tokens = []
+    for number in range(7):
+        if number == 1:
+            for _ in range(3):
+                scheduler.add(sequence(9, 9, encoder=True))
+        batch, shares = scheduler.plan()
+        sequences = requests(shares)
+        tokens.append(([len(prompt.token_ids) for prompt in batch.prompts], running in sequences))
+        for own in sequences:
+            own.push(5)
+        scheduler.commit(shares)
+    alone, beside = ([9], False), ([], True)
+    assert tokens == [([2], True), alone, beside, alone, beside, alone, beside]
+
+
 def test_what_can_never_fit_is_refused() -> None:
     scheduler = Scheduler(Limits(4, 64, 8, blocks=2, block_size=4))
     scheduler.add(sequence(7, 2))  # the token drawn last needs no place

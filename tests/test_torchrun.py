@@ -27,6 +27,7 @@ from lmi_multi.backends.base import Limits
 from lmi_multi.cli import main as cli
 from lmi_multi.errors import OptionError, RankError
 from lmi_multi.parallel import torchrun
+from tests.test_cuda_ranks import need
 from tests.tiny_models import checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -43,11 +44,12 @@ def say(*parts):  # in one write: others write to the same file
 
 folder, tensor, pipeline, then = sys.argv[1:]
 say("rank", os.environ["RANK"], "pid", os.getpid())
+backend = os.environ["BACKEND"]
 model = lmi_multi.load(
-    folder, backend="cpu", dtype="fp32", tensor_parallel=int(tensor),
+    folder, backend=backend, dtype="fp32", tensor_parallel=int(tensor),
     pipeline_parallel=int(pipeline), max_batch=2, max_tokens=120,
 )
-say("loaded on rank", os.environ["RANK"])
+say("loaded on rank", os.environ["RANK"], "device", model.device)
 prompts, options = json.loads(os.environ["ASKED"])
 answers = [
     [c.token_ids for c in model.generate(prompts, max_new_tokens=12, **own)] for own in options
@@ -57,7 +59,7 @@ if then == "close":
     model.close()
     try:
         lmi_multi.load(
-            folder, backend="cpu", tensor_parallel=int(tensor), pipeline_parallel=int(pipeline)
+            folder, backend=backend, tensor_parallel=int(tensor), pipeline_parallel=int(pipeline)
         )
     except lmi_multi.errors.OptionError as error:
         say("second:", error)
@@ -83,7 +85,9 @@ def _free_port() -> int:
 class Run:
     """torchrun's processes, one for each host, and what all of them print."""
 
-    def __init__(self, folder: Path, nodes: int, per_node: int, arguments: list[str]) -> None:
+    def __init__(
+        self, folder: Path, nodes: int, per_node: int, arguments: list[str], backend: str
+    ) -> None:
         script = folder / "script.py"
         script.write_text(SCRIPT)
         port = _free_port()
@@ -93,11 +97,16 @@ class Run:
             "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
             "ASKED": json.dumps([PROMPTS, OPTIONS]),
+            "BACKEND": backend,
         }
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(8)))
         self.agents = []
         # Appended: no write may lie upon another. Errors are not whole lines at a time.
         with self.log.open("a") as log, self.errors.open("a") as apart:
             for node in range(nodes):
+                if backend == "cuda":  # each host has GPUs of its own
+                    own = visible.split(",")[node * per_node : (node + 1) * per_node]
+                    environ["CUDA_VISIBLE_DEVICES"] = ",".join(own)
                 command = [
                     *(sys.executable, "-m", "torch.distributed.run"),
                     *("--nnodes", str(nodes), "--nproc-per-node", str(per_node)),
@@ -141,9 +150,11 @@ class Run:
 
 
 @contextmanager
-def running(folder: Path, nodes: int, per_node: int, *arguments: str) -> Iterator[Run]:
+def running(
+    folder: Path, nodes: int, per_node: int, *arguments: str, backend: str = "cpu"
+) -> Iterator[Run]:
     """Ended whatever happens, with all that it started."""
-    run = Run(folder, nodes, per_node, list(arguments))
+    run = Run(folder, nodes, per_node, list(arguments), backend)
     try:
         yield run
     finally:
@@ -154,8 +165,8 @@ def running(folder: Path, nodes: int, per_node: int, *arguments: str) -> Iterato
             agent.wait()
 
 
-def _expected(folder: Path) -> list[list[list[int]]]:
-    with lmi_multi.load(folder, backend="cpu", dtype="fp32", max_batch=2, max_tokens=120) as one:
+def _expected(folder: Path, backend: str = "cpu") -> list[list[list[int]]]:
+    with lmi_multi.load(folder, backend=backend, dtype="fp32", max_batch=2, max_tokens=120) as one:
         return [
             [list(c.token_ids) for c in one.generate(PROMPTS, max_new_tokens=12, **own)]
             for own in OPTIONS
@@ -189,6 +200,48 @@ def test_the_same_tokens_as_one_process(
             assert "allowed: one a run" in run.line("second:")
         for rank in range(nodes * per_node):
             assert not psutil.pid_exists(run.pid(rank))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(
+    ("family", "nodes", "per_node", "tensor", "pipeline"),
+    [("t5", 1, 2, 2, 1), ("llama", 1, 2, 1, 2), ("llama", 2, 1, 2, 1), ("t5", 2, 2, 2, 2)],
+)
+def test_the_same_tokens_as_one_gpu(
+    checkpoints: Path,
+    tmp_path: Path,
+    family: str,
+    nodes: int,
+    per_node: int,
+    tensor: int,
+    pipeline: int,
+) -> None:
+    """Over NCCL; two hosts are one, and each sees GPUs of its own."""
+    need(nodes * per_node)
+    folder = checkpoint(checkpoints, family)
+    given = (nodes, per_node, str(folder), str(tensor), str(pipeline), "close")
+    with running(tmp_path, *given, backend="cuda") as run:
+        codes = run.wait(240)
+        assert codes == [0] * nodes, run.everything()
+        assert json.loads(run.line("answers")) == _expected(folder, "cuda"), run.everything()
+
+
+@pytest.mark.parametrize("backend", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_a_model_of_its_own_in_every_process(
+    checkpoints: Path, tmp_path: Path, backend: str
+) -> None:
+    """On the GPU of its number on its host, where there are any."""
+    if backend == "cuda":
+        need(2)
+    folder = checkpoint(checkpoints, "gpt2")
+    with running(tmp_path, 1, 2, str(folder), "1", "1", "end", backend=backend) as run:
+        assert run.wait(240) == [0], run.everything()
+        text = run.log.read_text()
+    answers = [line for line in text.splitlines() if line.startswith("answers")]
+    expected = f"answers {json.dumps(_expected(folder, backend))}"
+    assert answers == [expected, expected]
+    for rank in (0, 1) if backend == "cuda" else ():
+        assert f"loaded on rank {rank} device cuda:{rank}" in text
 
 
 def test_a_rank_on_another_host_that_dies(checkpoints: Path, tmp_path: Path) -> None:

@@ -79,7 +79,8 @@ class CudaBackend:
         sizes = sizes_on(network, gpus, grid, max_batch, max_tokens, memory_share)
         build = partial(_build_rank, artifact.folder, grid, devices, sizes)
         if grid.size == 1:
-            return build(sizes.limits, 0, 1)
+            with torch.cuda.device(devices[0]):  # the caller's current GPU stays what it is
+                return build(sizes.limits, 0, 1)
         names = ", ".join(_describe(devices[rank]) for rank in sizes.ranks)
         return open_ranks(grid, build, sizes.limits, names, "nccl", identity(artifact, grid))
 
@@ -90,12 +91,9 @@ def _devices(grid: Grid) -> dict[int, int]:
     there are too few."""
     count = torch.cuda.device_count()
     if job := torchrun.job(grid.tensor, grid.pipeline):
-        if job.local_rank >= count:
-            raise CapacityError(
-                f"LOCAL_RANK is {job.local_rank}, but this machine has {count} GPUs; allowed: as "
-                "many processes as there are GPUs"
-            )
-        return {job.rank: job.local_rank}
+        return {job.rank: torchrun.numbered_gpu(job, count)}
+    if grid.size == 1 and (own := torchrun.own_gpu(count)) is not None:
+        return {0: own}
     if grid.size > count:
         raise CapacityError(
             f"tensor_parallel {grid.tensor} x pipeline_parallel {grid.pipeline} is {grid.size}, "

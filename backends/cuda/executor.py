@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -31,7 +33,23 @@ from .prefill_graphs import PrefillGraphs
 from .program import NotCoveredError, can_sum
 from .program import program_rows as best_program_rows
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 log = logging.getLogger(__name__)
+
+
+def _on_own_gpu(
+    call: Callable[Concatenate[CudaExecutor, P], T],
+) -> Callable[Concatenate[CudaExecutor, P], T]:
+    """Any thread may call, and graphs, streams and events are of the thread's current GPU."""
+
+    @wraps(call)
+    def guarded(self: CudaExecutor, /, *given: P.args, **named: P.kwargs) -> T:
+        with self._gpu:
+            return call(self, *given, **named)
+
+    return guarded
 
 
 class CudaExecutor(TorchExecutor):
@@ -58,6 +76,8 @@ class CudaExecutor(TorchExecutor):
         program_rows: int | None = None,
     ) -> None:
         super().__init__(spec, tensors, limits, CudaOps(scratch), collectives)
+        own = self._device
+        self._gpu = torch.cuda.device(own) if own.type == "cuda" else nullcontext()
         self._peers = collectives
         self._whole = collectives.pipeline.stage is None
         self._kernel = DecodeAttention(self._cache, scratch)
@@ -92,6 +112,7 @@ class CudaExecutor(TorchExecutor):
             self._ahead = Ahead(ahead)
             self._try_captured(angles, stream)
 
+    @_on_own_gpu
     @torch.inference_mode()
     def step(self, batch: Batch) -> StepResult:
         """See `Executor.step`."""
@@ -136,6 +157,7 @@ class CudaExecutor(TorchExecutor):
         with progress.waiting():
             return [t if t >= 0 else None for t in self._peers.broadcast(own).tolist()]
 
+    @_on_own_gpu
     def logits(self, batch: Batch) -> Tensor:
         """See `Executor.logits`."""
         self._join()
@@ -143,6 +165,7 @@ class CudaExecutor(TorchExecutor):
         self._peers.check()
         return found
 
+    @_on_own_gpu
     def encode(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor | None]:
         """See `Executor.encode`."""
         self._join()
@@ -150,6 +173,7 @@ class CudaExecutor(TorchExecutor):
         self._peers.check()
         return found
 
+    @_on_own_gpu
     def score(self, passages: Sequence[Passage]) -> Tensor:
         """See `Executor.score`."""
         self._join()
@@ -163,6 +187,7 @@ class CudaExecutor(TorchExecutor):
         if self._flight is not None:
             self._flight.done.wait()
 
+    @_on_own_gpu
     def close(self) -> None:
         """See `TorchExecutor.close`. What a step under way sends to other ranks, they get first;
         and host memory that it writes to becomes nobody else's before it has."""

@@ -22,6 +22,7 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self._newcomers: list[Request] = []  # admitted by the last plan, not committed yet
+        self._held_up = False  # whether the last plan was a newcomer's alone
 
     @property
     def idle(self) -> bool:
@@ -50,7 +51,8 @@ class Scheduler:
 
         Running requests come first, so that newcomers' prefill only takes what is left of
         `max_step_tokens`; a prompt that is longer than that is prefilled in slices. Encoders take
-        a prompt whole: one that does not fit beside what runs gets a step for itself.
+        a prompt whole: one that does not fit beside what runs gets a step for itself, and the next
+        one such a step only after one of those that run.
 
         What the last plan admitted goes back to the queue unless `commit` has confirmed it: that
         step has failed, or was interrupted.
@@ -64,7 +66,10 @@ class Scheduler:
         while newcomer := self._admit(budget):
             budget -= len(newcomer.encoder_ids or ())
             budget -= self._share(newcomer, budget, counts)
-        if not self._newcomers and self._too_long() and (newcomer := self._admit()):
+        turn = not (self._held_up and counts)
+        self._held_up = False
+        if turn and not self._newcomers and self._too_long() and (newcomer := self._admit()):
+            self._held_up = True
             counts = [(newcomer, 1)]
         counts.sort(key=lambda share: share[1] > 1)
         shares = [Share(request, request.rows(count)) for request, count in counts]

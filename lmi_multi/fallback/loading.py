@@ -19,6 +19,7 @@ from lmi_multi.checkpoint.reader import CheckpointReader
 from lmi_multi.errors import BackendError, CapacityError, CheckpointError, OptionError
 from lmi_multi.fallback.executor import TransformersExecutor
 from lmi_multi.fallback.foreign import Foreign, first_line
+from lmi_multi.parallel import torchrun
 
 _BLOCK = 16
 
@@ -64,14 +65,16 @@ def _limits(foreign: Foreign, max_tokens: int | None) -> Limits:
 
 
 def _device(backend: str) -> str:
-    """`cuda` or `cpu`."""
-    if backend == "auto":
-        return "cuda" if backends.probe("cuda").ok else "cpu"
-    if backend not in ("cuda", "cpu"):
+    """`cpu`, `cuda` for all GPUs, or, under torchrun, the one of this process."""
+    if backend not in ("auto", "cuda", "cpu"):
         raise BackendError(
             f"backend is {backend!r:.80}; allowed beside fallback='transformers': auto, cuda, cpu"
         )
-    return backends.select(backend).name
+    if backend == "cpu" or (backend == "auto" and not backends.probe("cuda").ok):
+        return "cpu"
+    backends.select("cuda")
+    own = torchrun.own_gpu(torch.cuda.device_count())
+    return "cuda" if own is None else f"cuda:{own}"
 
 
 def _check_memory(needed: int) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -51,9 +54,10 @@ class Heads:
         [rows, heads, queries, keys]; returns [rows * queries, heads * dim].
         """
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(
-            q, k, v, bias, is_causal=causal, scale=scale, enable_gqa=self.q != self.kv
-        )
+        with _cudnn_left_out() if q.is_cuda else nullcontext():
+            out = F.scaled_dot_product_attention(
+                q, k, v, bias, is_causal=causal, scale=scale, enable_gqa=self.q != self.kv
+            )
         return out.transpose(1, 2).reshape(-1, self.q * self.dim)
 
     def bias(
@@ -87,3 +91,22 @@ class Heads:
             raise TypeError(f"{type(position).__name__} has no bias table")
         buckets = relative_buckets(distance, position, bidirectional=not causal)
         return table.float()[buckets].permute(0, 3, 1, 2)
+
+
+@contextmanager
+def _cudnn_left_out() -> Iterator[None]:
+    """torch's attention without cuDNN, which it prefers on Hopper for half types: cuDNN makes a
+    graph for every new pair of lengths, which takes far longer than attention does, and lengths
+    are of all kinds.
+
+    The setting is the process's. A thread that gives it back too early for another only lets that
+    one wait for a graph.
+    """
+    if not torch.backends.cuda.cudnn_sdp_enabled():  # type: ignore[no-untyped-call]
+        yield
+        return
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)

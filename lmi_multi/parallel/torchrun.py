@@ -28,7 +28,7 @@ from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from lmi_multi.backends.base import Executor, Limits
-from lmi_multi.errors import OptionError, RankError
+from lmi_multi.errors import CapacityError, OptionError, RankError
 from lmi_multi.parallel.job import Job, read
 from lmi_multi.parallel.local import COLLECTIVE_TIMEOUT
 from lmi_multi.parallel.ranks import GRACE, Rank, Ranks, bound
@@ -61,6 +61,28 @@ def job(tensor_parallel: int, pipeline_parallel: int) -> Job | None:
             "as all but the first end with it"
         )
     return found
+
+
+def own_gpu(count: int) -> int | None:
+    """Which of this host's `count` GPUs a model of this process's own takes: that of its number
+    here, or the only one that it is shown; None where torchrun has started no others.
+
+    Raises CapacityError if there are more processes than GPUs.
+    """
+    found = read(os.environ)
+    if found is None:
+        return None
+    return 0 if count == 1 else numbered_gpu(found, count)
+
+
+def numbered_gpu(job: Job, count: int) -> int:
+    """The GPU of this process's number on its host, of `count`. Raises CapacityError."""
+    if job.local_rank >= count:
+        raise CapacityError(
+            f"LOCAL_RANK is {job.local_rank}, but this machine has {count} GPUs; allowed: as many "
+            "processes as there are GPUs"
+        )
+    return job.local_rank
 
 
 @dataclass(frozen=True)
