@@ -16,6 +16,13 @@ namespace lmi {
 constexpr int TEAM_WARPS = 4;  // of a block
 constexpr int BLOCK_TEAMS = STEP_WARPS / TEAM_WARPS;
 
+// Tiles of which a cluster of so many keeps what it has found: those of all but the last pass, and those
+// that teams share, in the end.
+inline int held_tiles(const Weights& w, int clusters, int passes) {
+  const int left = w.tiles - w.rounds * clusters * BLOCK_TEAMS;
+  return ((left + clusters - 1) / clusters + (passes > 1 ? w.rounds : 0)) * BLOCK_TEAMS;
+}
+
 // Features that a block's warps of a team take, before it is the next block's turn.
 template <typename W>
 constexpr int TURN = TEAM_WARPS * UNIT<W>;
@@ -40,26 +47,70 @@ struct ClusterTeam {
   }
   static __device__ int own() { return rank() * TEAM_WARPS + member(); }
 
-  static __device__ Part part(const Weights& w) {
-    Part part;
-    part.split = 0;
-    part.begin = w.pass * CLUSTER * w.slice, part.end = min(w.inputs, part.begin + CLUSTER * w.slice);
-    part.tile = blockIdx.x / CLUSTER * BLOCK_TEAMS + team();
-    part.tile_step = gridDim.x / CLUSTER * BLOCK_TEAMS;
-    return part;
-  }
+  static __device__ int cluster() { return blockIdx.x / CLUSTER; }
+  static __device__ int clusters() { return gridDim.x / CLUSTER; }
 };
 
-// Put the block's features of begin to end of the rows of x into shared memory, normalized if there is a
-// norm, zeros up to a whole turn. A warp does a row.
+// A team's tiles in turn. Of those that are left when all teams have as many, all teams of a cluster
+// share each: a cluster then has at most one such tile more than others, in a quarter of the time.
+class ClusterTiles {
+ public:
+  __device__ void begin(const Weights& w) { begin(w, w.pass); }
+  __device__ void begin(const Weights& w, int pass) {
+    begin_ = pass * CLUSTER * w.slice, features_ = min(w.inputs - begin_, CLUSTER * w.slice);
+    tile_ = ClusterTeam::cluster() * BLOCK_TEAMS + ClusterTeam::team();
+    left_ = false;
+    if (!w.rounds) begin_left(w);
+  }
+  __device__ void next(const Weights& w) {
+    if (left_) {
+      tile_ += ClusterTeam::clusters();
+    } else {
+      tile_ += ClusterTeam::clusters() * BLOCK_TEAMS;
+      if (tile_ >= all_have(w)) begin_left(w);
+    }
+  }
+  __device__ bool any(const Weights& w) const { return tile_ < w.tiles; }
+
+  __device__ int tile() const { return tile_; }
+  __device__ bool left() const { return left_; }
+  __device__ int begin() const { return begin_; }
+  __device__ int features() const { return features_; }
+  // Of a tile that is left, teams take turns of units, too.
+  __device__ int first_unit() const {
+    return ClusterTeam::own() + (left_ ? ClusterTeam::team() * ClusterTeam::SIZE : 0);
+  }
+  __device__ int unit_step() const { return ClusterTeam::SIZE * (left_ ? BLOCK_TEAMS : 1); }
+
+  // The first tile that is left, and how many this cluster has of them.
+  static __device__ int all_have(const Weights& w) {
+    return w.rounds * ClusterTeam::clusters() * BLOCK_TEAMS;
+  }
+  static __device__ int count_left(const Weights& w) {
+    const int left = w.tiles - all_have(w) - ClusterTeam::cluster();
+    return left > 0 ? (left + ClusterTeam::clusters() - 1) / ClusterTeam::clusters() : 0;
+  }
+
+ private:
+  __device__ void begin_left(const Weights& w) {
+    left_ = true, tile_ = all_have(w) + ClusterTeam::cluster();
+  }
+
+  int begin_, features_, tile_;
+  bool left_;
+};
+
+// Put the block's features of a pass over the rows of x into shared memory, normalized if there is a norm,
+// zeros up to a whole turn. A warp does a row.
 template <typename X, typename W>
-__device__ void stage_turns(const LinearParams& p, int begin, int end, X* to, Exchange& exchange) {
+__device__ void stage_turns(const LinearParams& p, int pass, X* to, Exchange& exchange) {
   constexpr int N = AT_A_TIME<X>, STEP = 32 * 8;
   const int row = threadIdx.x / 32, own = threadIdx.x % 32 * 8;
   const bool has_norm = p.norm_weight.data;
   if (row >= p.rows) return;
   const X* x = static_cast<const X*>(p.x.data) + static_cast<int64_t>(row) * p.weights.inputs;
   const int slice = p.weights.slice;
+  const int begin = pass * CLUSTER * slice, end = min(p.weights.inputs, begin + CLUSTER * slice);
   const bool again = slice > N * STEP;  // a lane has more features than `some`
   // Where a feature of the block's is in a row.
   const auto in_row = [&](int at) {
@@ -204,8 +255,8 @@ class TeamSums {
   int by_ = 0;  // the warp that finishes the last tile sent
 };
 
-// The block's part of a product. `wait`: until x is there. `parts`: TeamSums' bytes; `held`, for several
-// passes: 32 for each of the cluster's tiles.
+// The block's part of a product. `wait`: until x is there. `parts`: TeamSums' bytes. `held`: see
+// `held_tiles`.
 template <typename Product, int NT, typename S, typename Wait>
 __device__ void multiply_in_cluster(const LinearParams& p, int passes, bool staged, S& weights,
                                     typename Product::X* x, float4* parts, float2* held,
@@ -213,11 +264,14 @@ __device__ void multiply_in_cluster(const LinearParams& p, int passes, bool stag
   using X = typename Product::X;
   using W = typename Product::W;
   const Weights& w = p.weights;
-  const Part part = ClusterTeam::part(w);
-  const int first = part.tile, step = part.tile_step, stride = row_stride<X>(w.slice);
-  const int tiles = first < w.tiles ? (w.tiles - first + step - 1) / step : 0;
-  TeamSums<NT> team_sums(exchange, parts, tiles * passes);
-  int last = -1;  // the tile whose sums have been sent
+  const int left = ClusterTiles::count_left(w), stride = row_stride<X>(w.slice);
+  TeamSums<NT> team_sums(exchange, parts, (w.rounds + left) * passes);
+  // What a lane has of a tile that it cannot finish yet: by their number in a pass.
+  const auto held_of = [&](int number, int team) {
+    const int kept = passes > 1 ? number : number - w.rounds;
+    return held + (kept * BLOCK_TEAMS + team) * 32 + threadIdx.x % 32;
+  };
+  int last = -1, number = 0;  // the tile whose sums have been sent, and the next one's
   const auto terms_of_last = [&] {
     Terms terms;
     if (last >= 0 && team_sums.finishes()) {
@@ -225,45 +279,63 @@ __device__ void multiply_in_cluster(const LinearParams& p, int passes, bool stag
     }
     return terms;
   };
-  const auto finish = [&](const Terms& terms, int pass) {
+  const auto finish = [&](const Terms& terms, int pass, int number) {
     if (last < 0) return;
     float2 sum = team_sums.receive();
     if (!team_sums.finishes()) return;
-    if (passes > 1) {
-      const int tile = (last - first) / step * BLOCK_TEAMS + ClusterTeam::team();
-      float2* of_tile = held + tile * 32 + threadIdx.x % 32;
+    const bool is_left = number >= w.rounds;
+    if (passes > 1 || is_left) {
+      float2* of_tile = held_of(number, ClusterTeam::team());
       if (pass > 0) sum.x += of_tile->x, sum.y += of_tile->y;
       *of_tile = sum;
     }
-    if (pass == passes - 1) put(p, last, team_sums.g(), team_sums.m(), terms, sum);
+    if (pass == passes - 1 && !is_left) put(p, last, team_sums.g(), team_sums.m(), terms, sum);
   };
   wait();
 #pragma unroll 1
   for (int pass = 0; pass < passes; ++pass) {
-    const int begin = pass * CLUSTER * w.slice, end = min(w.inputs, begin + CLUSTER * w.slice);
     if (pass > 0) __syncthreads();  // the last pass' x has been read
-    if (!staged) stage_turns<X, W>(p, begin, end, x, exchange);
+    if (!staged) stage_turns<X, W>(p, pass, x, exchange);
     __syncthreads();
+    ClusterTiles tiles;
+    tiles.begin(w, pass);
 #pragma unroll 1
-    for (int tile = first; tile < w.tiles; tile += step) {
+    for (number = 0; tiles.any(w); tiles.next(w), ++number) {
       const Terms terms = terms_of_last();  // they are on their way meanwhile
       Product product;
-      const X* own = x + ClusterTeam::member() * UNIT<W>;
+      // In the block's part of x units lie as its warps of a team take them.
+      const int first = tiles.first_unit(), step = tiles.unit_step();
+      const X* own = x + first / ClusterTeam::SIZE * TURN<W> + ClusterTeam::member() * UNIT<W>;
 #pragma unroll 1
-      for (int f = begin + ClusterTeam::own() * UNIT<W>; f < end; f += ClusterTeam::SIZE * UNIT<W>) {
+      for (int f = first * UNIT<W>; f < tiles.features(); f += step * UNIT<W>) {
         product.add(weights.next(), own, stride, NT * 8);  // of rows that are none as well
-        own += TURN<W>;
+        own += step / ClusterTeam::SIZE * TURN<W>;
       }
       float sums[NT][4];
       product.finish(sums);
-      finish(terms, tile == first ? pass - 1 : pass);
-      team_sums.send_all(sums, (tile - first) / step);
-      last = tile;
+      finish(terms, number ? pass : pass - 1, number ? number - 1 : w.rounds + left - 1);
+      team_sums.send_all(sums, number);
+      last = tiles.tile();
     }
   }
-  finish(terms_of_last(), passes - 1);
+  finish(terms_of_last(), passes - 1, number - 1);
   team_sums.end();
   if (threadIdx.x == 0 && !staged && p.norm_weight.data) ++exchange.norms;
+  if (!left) return;
+  __syncthreads();
+#pragma unroll 1
+  for (int i = threadIdx.x / 32; i < left; i += STEP_WARPS) {
+    const int tile = ClusterTiles::all_have(w) + ClusterTeam::cluster() + i * ClusterTeam::clusters();
+    if (threadIdx.x % 32 >= TeamSums<NT>::OF_WARP * 2) continue;
+    const Terms terms = read_terms(p, tile, team_sums.g(), team_sums.m());
+    float2 sum = make_float2(0, 0);
+#pragma unroll
+    for (int team = 0; team < BLOCK_TEAMS; ++team) {
+      const float2 found = *held_of(w.rounds + i, team);
+      sum.x += found.x, sum.y += found.y;
+    }
+    put(p, tile, team_sums.g(), team_sums.m(), terms, sum);
+  }
 }
 
 }  // namespace lmi

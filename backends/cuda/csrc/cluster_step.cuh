@@ -7,6 +7,12 @@
 
 namespace lmi {
 
+// Not inlined: there are registers for it, but not where products' are kept as well.
+template <typename X, typename Wait>
+static __device__ __noinline__ void attend_apart(const AttentionParams& p, float* shared, Wait wait) {
+  attend_phase<X, false>(p, shared, wait);
+}
+
 template <typename Product, int NT>
 __global__ void __launch_bounds__(STEP_THREADS, 1) cluster_step_kernel(const StepParams s) {
 #if __CUDA_ARCH__ >= 900
@@ -29,7 +35,7 @@ __global__ void __launch_bounds__(STEP_THREADS, 1) cluster_step_kernel(const Ste
   GridBarrier barrier(s.barrier);
   __syncthreads();
   arrive_in_cluster();
-  Stream<W, ClusterTeam> weights(products, s.products, shared, s.slots);
+  Stream<W, ClusterTiles> weights(products, s.products, shared, s.slots);
   weights.fill();
   await_cluster();
 #pragma unroll 1
@@ -47,7 +53,7 @@ __global__ void __launch_bounds__(STEP_THREADS, 1) cluster_step_kernel(const Ste
                                        reinterpret_cast<X*>(held + s.held * 32),
                                        reinterpret_cast<float4*>(beside), held, exchange, wait);
     } else if (phase.work == Work::attention) {
-      attend_phase<X>(phase.attention, reinterpret_cast<float*>(beside), wait);
+      attend_apart<X>(phase.attention, reinterpret_cast<float*>(beside), wait);
     } else {
       wait();
       normalize_phase<X>(phase.norm);

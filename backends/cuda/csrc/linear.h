@@ -18,7 +18,8 @@ struct alignas(16) Weights {
   int slice;            // features of a split
   int splits;
   bool gated;
-  uint8_t pass;  // of several, each a slice further
+  uint8_t pass;     // of several, each a slice further
+  uint16_t rounds;  // of tiles that all clusters' teams have; the rest is shared otherwise
 };
 
 struct LinearParams {

@@ -72,12 +72,6 @@ int turns_bytes(const Weights& w, Type type) {
   return MOST_CLUSTER_ROWS * (w.slice * item_bytes(type) + 64);
 }
 
-// Of so many clusters: tiles that one has, filled up.
-int tiles_held(const Weights& w, int places) {
-  const int teams = places * BLOCK_TEAMS;
-  return (w.tiles + teams - 1) / teams * BLOCK_TEAMS;
-}
-
 // Into slices for a cluster's blocks and, where these are too long, several passes.
 bool plan_slices(LinearParams& p, Type type) {
   Weights& w = p.weights;
@@ -92,19 +86,23 @@ bool plan_slices(LinearParams& p, Type type) {
   return false;
 }
 
-// The list of weights of products that so many clusters share.
-bool plan_clusters(Program& program, Phase* phases, Weights* weights, int places) {
-  program.blocks = places * CLUSTER;
+// How many clusters share a program's products, and how their tiles.
+bool plan_clusters(Program& program, Phase* phases, const Device& gpu) {
+  if (gpu.major < 9 || program.type == Type::float32) return false;
+  program.shared_bytes = gpu.shared_per_block - MARGIN;  // or some less
+  const int clusters = program.type == Type::float16 ? cluster_places_float16(program)
+                                                     : cluster_places_bfloat16(program);
+  if (!clusters) return false;
+  program.blocks = clusters * CLUSTER;
   for (int i = 0; i < program.phases; ++i) {
     Phase& phase = phases[i];
     if (phase.work != Work::linear) continue;
-    if (phase.passes > 1 && tiles_held(phase.linear.weights, places) > program.held) return false;
-    for (int pass = 0; pass < phase.passes; ++pass) {
-      *weights = phase.linear.weights;
-      (weights++)->pass = static_cast<uint8_t>(pass);
-    }
+    Weights& w = phase.linear.weights;
+    phase.passes = passes_of(w);
+    w.rounds = static_cast<uint16_t>(w.tiles / (clusters * BLOCK_TEAMS));
+    program.held = std::max(program.held, held_tiles(w, clusters, phase.passes));
   }
-  return places > 0;
+  return true;
 }
 
 // What a phase wants of shared memory beside the rings.
@@ -139,14 +137,7 @@ bool plan_program(Program& program, Phase* phases, Weights* weights, const Devic
   bool dirty = false, summed = false, waits = false;
   const LinearParams* staged = nullptr;  // whose x is in shared memory
   phases[0].barrier = false;
-  const bool clusters = by_clusters(program.rows);
-  for (int i = 0; i < program.phases; ++i) {
-    Phase& phase = phases[i];
-    if (!clusters || phase.work != Work::linear) continue;
-    const Weights& w = phase.linear.weights;
-    phase.passes = passes_of(w);
-    if (phase.passes > 1) program.held = std::max(program.held, tiles_held(w, gpu.processors / CLUSTER * 2 / 3));
-  }
+  if (by_clusters(program.rows) && !plan_clusters(program, phases, gpu)) return false;
   for (int i = 0; i < program.phases; ++i) {
     Phase& phase = phases[i];
     if (!fits(program, phase)) return false;
@@ -166,19 +157,15 @@ bool plan_program(Program& program, Phase* phases, Weights* weights, const Devic
     if (phase.work == Work::linear) {
       phase.staged = is_staged(staged, phase.linear, gpu);
       if (!phase.staged) staged = &phase.linear;
-      weights[program.products] = phase.linear.weights;
-      program.products += phase.passes;
+      for (int pass = 0; pass < phase.passes; ++pass) {
+        weights[program.products] = phase.linear.weights;
+        weights[program.products++].pass = static_cast<uint8_t>(pass);
+      }
     }
   }
   beside += program.products * static_cast<int>(sizeof(Weights));
   program.slots = ring_slots((gpu.shared_per_block - MARGIN - beside) / RING_SLOTS);
   program.shared_bytes = program.slots * RING_SLOTS + beside;
-  if (clusters) {
-    if (gpu.major < 9 || !program.slots || program.sums) return false;
-    const int places = program.type == Type::float16 ? cluster_places_float16(program)
-                                                     : cluster_places_bfloat16(program);
-    if (!plan_clusters(program, phases, weights, places)) return false;
-  }
   return gpu.major >= 9 && program.products > 0 && program.slots > 0 && (waits || !program.sums);
 }
 

@@ -48,15 +48,16 @@ __device__ int team_warps(const AttentionParams& p) {
   return warps;
 }
 
-// The block's share of an attention. `wait`: until its queries are there.
-template <typename X, typename Wait>
+// The block's share of an attention. `wait`: until its queries are there. PREFETCH: so long, ask for
+// what will be wanted.
+template <typename X, bool PREFETCH, typename Wait>
 __device__ void attend_phase(const AttentionParams& p, float* shared, Wait wait) {
   const Team team = Team::of_warps(team_warps<X>(p));
   const int stride = gridDim.x * (STEP_WARPS / team.warps);
   float* of_team = shared + team.place() * shared_floats(STEP_HEADS, team.warps, p.dim);
   attend_all<X, STEP_HEADS, false>(p, team, team.place() * gridDim.x + blockIdx.x, stride, of_team,
                                    [&](const Item<STEP_HEADS>& it, const Lane& lane) {
-                                     prefetch_rest<X>(p, it, lane);
+                                     if (PREFETCH) prefetch_rest<X>(p, it, lane);
                                      wait();
                                    });
 }
@@ -97,7 +98,7 @@ __global__ void __launch_bounds__(STEP_THREADS, 1) step_kernel(const StepParams 
   }
   GridBarrier barrier(s.barrier, SUMS ? s.barrier_patience : BARRIER_PATIENCE);
   __syncthreads();
-  Stream<W, BlockTeam<STEP_WARPS>> weights(products, s.products, shared, s.slots);
+  Stream<W, BlockTiles<STEP_WARPS>> weights(products, s.products, shared, s.slots);
   weights.fill();
 #pragma unroll 1
   for (int i = 0; i < s.count; ++i) {
@@ -122,7 +123,7 @@ __global__ void __launch_bounds__(STEP_THREADS, 1) step_kernel(const StepParams 
         }
       }
     } else if (phase.work == Work::attention) {
-      attend_phase<X>(phase.attention, partial, [&] {
+      attend_phase<X, true>(phase.attention, partial, [&] {
         if (phase.barrier) barrier.wait();
       });
     } else if (SUMS && phase.work == Work::sum) {

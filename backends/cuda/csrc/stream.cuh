@@ -25,7 +25,6 @@ struct Part {
   int split;
   int tile, tile_step;  // the first tile, and how far it is to the next
 
-  Part() = default;
   __device__ Part(const Weights& w, int block, int blocks) {
     split = 0, tile = block, tile_step = blocks;
     if (w.splits > 1) {
@@ -66,23 +65,37 @@ __device__ inline void await_oldest(int slots) {
   }
 }
 
-// Warps that share a tile: those of a block.
+// A block's tiles in turn, whose warps take their units in turns.
 template <int WARPS>
-struct BlockTeam {
-  static constexpr int SIZE = WARPS;
+class BlockTiles {
+ public:
+  __device__ void begin(const Weights& w) {
+    const Part part(w, blockIdx.x, gridDim.x);
+    begin_ = part.begin, end_ = part.end, tile_ = part.tile, step_ = part.tile_step;
+  }
+  __device__ void next(const Weights&) { tile_ += step_; }
+  __device__ bool any(const Weights& w) const { return tile_ < w.tiles; }
 
-  static __device__ int own() { return threadIdx.x / 32; }
-  static __device__ Part part(const Weights& w) { return Part(w, blockIdx.x, gridDim.x); }
+  __device__ int tile() const { return tile_; }
+  // Features, from `begin` to before `end`; the warp's first unit, and how many units it is to the next.
+  __device__ int begin() const { return begin_; }
+  __device__ int features() const { return end_ - begin_; }
+  __device__ int first_unit() const { return threadIdx.x / 32; }
+  __device__ int unit_step() const { return WARPS; }
+
+ private:
+  int begin_, end_, tile_, step_;
 };
 
-// Of a team's warp, through `count` products, which lie in shared or constant memory.
-template <typename W, typename Team>
+// Of a warp, through `count` products, which lie in shared or constant memory. `Tiles`: which of their
+// tiles it has a share of.
+template <typename W, typename Tiles>
 class Stream {
  public:
   __device__ Stream(const Weights* products, int count, unsigned char* rings, int slots)
-      : now_(products - 1), last_(products + count - 1), slots_(slots) {
-    ring_ = rings + threadIdx.x / 32 * slots * SLOT_BYTES;
-    shared_ = static_cast<uint32_t>(__cvta_generic_to_shared(ring_));
+      : products_(products), count_(count), slots_(slots) {
+    ring_ = static_cast<uint32_t>(__cvta_generic_to_shared(rings)) +
+            threadIdx.x / 32 * slots * SLOT_BYTES;
     begin_product();
     if (live_) find_rows();
   }
@@ -97,7 +110,8 @@ class Stream {
     await_oldest(slots_);
     __syncwarp();  // everybody's copies are there, and everybody has read the slot before
     fetch(slot_ ? slot_ - 1 : slots_ - 1);
-    const Chunks found = read_chunks(ring_ + slot_ * SLOT_BYTES);
+    const void* slot = __cvta_shared_to_generic(ring_ + slot_ * SLOT_BYTES);
+    const Chunks found = read_chunks(static_cast<const unsigned char*>(slot));
     slot_ = slot_ + 1 == slots_ ? 0 : slot_ + 1;
     return found;
   }
@@ -105,19 +119,27 @@ class Stream {
  private:
   static constexpr int CHUNK = 16 / sizeof(W);
 
-  static __device__ int first() { return Team::own() * UNIT<W>; }
+  __device__ const Weights& now() const { return products_[now_]; }
 
   // The next product that this warp has a share of.
   __device__ void begin_product() {
     live_ = false;
 #pragma unroll 1
-    while (now_ != last_ && !live_) {
-      const Part part = Team::part(*++now_);
-      begin_ = part.begin, features_ = part.end - part.begin;
-      tile_ = part.tile, tile_step_ = part.tile_step;
-      at_ = first();
-      live_ = tile_ < now_->tiles && at_ < features_;
+    while (!live_ && ++now_ < count_) {
+      tiles_.begin(now());
+      find_share();
     }
+  }
+
+  // The warp's share of this tile, or of the next one of which it has some.
+  __device__ void find_share() {
+#pragma unroll 1
+    for (; tiles_.any(now()); tiles_.next(now())) {
+      at_ = tiles_.first_unit() * UNIT<W>;
+      live_ = at_ < tiles_.features();
+      if (live_) return;
+    }
+    live_ = false;
   }
 
   // Where the lane's features of the tile's rows begin: it copies a chunk of every fourth row. A
@@ -125,15 +147,15 @@ class Stream {
   // beyond the end, the last one again.
   __device__ void find_rows() {
     const int lane = threadIdx.x % 32;
-    const int outputs = now_->gated ? now_->outputs / 2 : now_->outputs;
-    const int first = tile_ * (now_->gated ? 8 : 16), upper = now_->gated ? 0 : 8;
-    const int moved = now_->gated ? outputs : 0;
-    const W* chunk = static_cast<const W*>(now_->data) + begin_ + lane % 8 * CHUNK;
+    const int outputs = now().gated ? now().outputs / 2 : now().outputs;
+    const int first = tiles_.tile() * (now().gated ? 8 : 16), upper = now().gated ? 0 : 8;
+    const int moved = now().gated ? outputs : 0;
+    const W* chunk = static_cast<const W*>(now().data) + tiles_.begin() + lane % 8 * CHUNK;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int r = first + i % 2 * 4 + lane / 8 + (i < 2 ? 0 : upper);
       const int64_t row = min(r, outputs - 1) + (i < 2 ? 0 : moved);
-      rows_[i] = chunk + row * now_->inputs;
+      rows_[i] = chunk + row * now().inputs;
     }
   }
 
@@ -141,29 +163,31 @@ class Stream {
   __device__ void fetch(int slot) {
     if (live_) {
       const int lane = threadIdx.x % 32;
-      const bool present = at_ + lane % 8 * CHUNK < features_;
+      const bool present = at_ + lane % 8 * CHUNK < tiles_.features();
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int to = slot * SLOT_BYTES + in_slot(i * 4 + lane / 8, lane % 8) * 16;
-        copy16(shared_ + to, rows_[i] + (present ? at_ : 0), present);
+        copy16(ring_ + to, rows_[i] + (present ? at_ : 0), present);
       }
-      at_ += Team::SIZE * UNIT<W>;
-      if (at_ >= features_) next_tile();
+      at_ += tiles_.unit_step() * UNIT<W>;
+      if (at_ >= tiles_.features()) next_tile();
     }
     close_group();
   }
 
   __device__ void next_tile() {
-    at_ = first(), tile_ += tile_step_;
-    if (tile_ >= now_->tiles) begin_product();
+    tiles_.next(now());
+    find_share();
+    if (!live_) begin_product();
     if (live_) find_rows();
   }
 
-  const Weights *now_, *last_;  // the product whose weights are fetched, and the last one
+  const Weights* products_;
   const W* rows_[4];
-  const unsigned char* ring_;
-  uint32_t shared_;
-  int slots_, begin_, features_, tile_, tile_step_;
+  uint32_t ring_;  // where it lies in shared memory
+  Tiles tiles_;
+  int count_, slots_;
+  int now_ = -1;  // the product whose weights are fetched
   int at_;  // of the part's features, the next unit's first
   int slot_ = 0;
   bool live_;
