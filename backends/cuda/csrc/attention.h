@@ -7,6 +7,9 @@ namespace lmi {
 
 constexpr int MOST_HEAD_DIM = 256;
 
+// Warps that at least do a head in a step: with fewer it takes its query by turns.
+__host__ __device__ constexpr int least_team(int dim) { return dim > 64 ? 2 : 1; }
+
 struct AttentionParams {
   const void* q;      // [rows, heads, dim], rows `q_stride` elements apart; unrotated
   const void* new_k;  // [rows, kv_heads, dim], likewise; null: everything is in the cache

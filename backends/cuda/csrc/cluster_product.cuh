@@ -13,9 +13,6 @@
 
 namespace lmi {
 
-constexpr int TEAM_WARPS = 4;  // of a block
-constexpr int BLOCK_TEAMS = STEP_WARPS / TEAM_WARPS;
-
 // Tiles of which a cluster of so many keeps what it has found: those of all but the last pass, and those
 // that teams share, in the end.
 inline int held_tiles(const Weights& w, int clusters, int passes) {
@@ -51,29 +48,24 @@ struct ClusterTeam {
   static __device__ int clusters() { return gridDim.x / CLUSTER; }
 };
 
-// A team's tiles in turn. Of those that are left when all teams have as many, all teams of a cluster
-// share each: a cluster then has at most one such tile more than others, in a quarter of the time.
+// A team's tiles in turn. Those that are left over when all teams have as many come first, and all teams
+// of a cluster share each: a cluster then has at most one such tile more than others, in a quarter of
+// the time.
 class ClusterTiles {
  public:
   __device__ void begin(const Weights& w) { begin(w, w.pass); }
   __device__ void begin(const Weights& w, int pass) {
     begin_ = pass * CLUSTER * w.slice, features_ = min(w.inputs - begin_, CLUSTER * w.slice);
-    tile_ = ClusterTeam::cluster() * BLOCK_TEAMS + ClusterTeam::team();
-    left_ = false;
-    if (!w.rounds) begin_left(w);
+    tile_ = all_have(w) + ClusterTeam::cluster(), left_ = tile_ < w.tiles;
+    if (!left_) begin_own();
   }
   __device__ void next(const Weights& w) {
-    if (left_) {
-      tile_ += ClusterTeam::clusters();
-    } else {
-      tile_ += ClusterTeam::clusters() * BLOCK_TEAMS;
-      if (tile_ >= all_have(w)) begin_left(w);
-    }
+    tile_ += ClusterTeam::clusters() * (left_ ? 1 : BLOCK_TEAMS);
+    if (left_ && tile_ >= w.tiles) begin_own();
   }
-  __device__ bool any(const Weights& w) const { return tile_ < w.tiles; }
+  __device__ bool any(const Weights& w) const { return left_ || tile_ < all_have(w); }
 
   __device__ int tile() const { return tile_; }
-  __device__ bool left() const { return left_; }
   __device__ int begin() const { return begin_; }
   __device__ int features() const { return features_; }
   // Of a tile that is left, teams take turns of units, too.
@@ -82,18 +74,18 @@ class ClusterTiles {
   }
   __device__ int unit_step() const { return ClusterTeam::SIZE * (left_ ? BLOCK_TEAMS : 1); }
 
-  // The first tile that is left, and how many this cluster has of them.
-  static __device__ int all_have(const Weights& w) {
-    return w.rounds * ClusterTeam::clusters() * BLOCK_TEAMS;
-  }
+  // How many tiles this cluster has of those that are left.
   static __device__ int count_left(const Weights& w) {
     const int left = w.tiles - all_have(w) - ClusterTeam::cluster();
     return left > 0 ? (left + ClusterTeam::clusters() - 1) / ClusterTeam::clusters() : 0;
   }
 
  private:
-  __device__ void begin_left(const Weights& w) {
-    left_ = true, tile_ = all_have(w) + ClusterTeam::cluster();
+  static __device__ int all_have(const Weights& w) {
+    return w.rounds * ClusterTeam::clusters() * BLOCK_TEAMS;
+  }
+  __device__ void begin_own() {
+    left_ = false, tile_ = ClusterTeam::cluster() * BLOCK_TEAMS + ClusterTeam::team();
   }
 
   int begin_, features_, tile_;
@@ -266,10 +258,9 @@ __device__ void multiply_in_cluster(const LinearParams& p, int passes, bool stag
   const Weights& w = p.weights;
   const int left = ClusterTiles::count_left(w), stride = row_stride<X>(w.slice);
   TeamSums<NT> team_sums(exchange, parts, (w.rounds + left) * passes);
-  // What a lane has of a tile that it cannot finish yet: by their number in a pass.
+  // What a lane has of a tile that it cannot finish yet.
   const auto held_of = [&](int number, int team) {
-    const int kept = passes > 1 ? number : number - w.rounds;
-    return held + (kept * BLOCK_TEAMS + team) * 32 + threadIdx.x % 32;
+    return held + (number * BLOCK_TEAMS + team) * 32 + threadIdx.x % 32;
   };
   int last = -1, number = 0;  // the tile whose sums have been sent, and the next one's
   const auto terms_of_last = [&] {
@@ -283,13 +274,23 @@ __device__ void multiply_in_cluster(const LinearParams& p, int passes, bool stag
     if (last < 0) return;
     float2 sum = team_sums.receive();
     if (!team_sums.finishes()) return;
-    const bool is_left = number >= w.rounds;
-    if (passes > 1 || is_left) {
+    const bool shared = number < left;
+    if (passes > 1 || shared) {
       float2* of_tile = held_of(number, ClusterTeam::team());
       if (pass > 0) sum.x += of_tile->x, sum.y += of_tile->y;
       *of_tile = sum;
     }
-    if (pass == passes - 1 && !is_left) put(p, last, team_sums.g(), team_sums.m(), terms, sum);
+    if (pass < passes - 1) return;
+    if (shared) {
+      if (!exchange.is_last_team(number)) return;
+      sum = make_float2(0, 0);
+#pragma unroll 1
+      for (int team = 0; team < BLOCK_TEAMS; ++team) {
+        const float2 found = *held_of(number, team);
+        sum.x += found.x, sum.y += found.y;
+      }
+    }
+    put(p, last, team_sums.g(), team_sums.m(), terms, sum);
   };
   wait();
 #pragma unroll 1
@@ -321,21 +322,6 @@ __device__ void multiply_in_cluster(const LinearParams& p, int passes, bool stag
   finish(terms_of_last(), passes - 1, number - 1);
   team_sums.end();
   if (threadIdx.x == 0 && !staged && p.norm_weight.data) ++exchange.norms;
-  if (!left) return;
-  __syncthreads();
-#pragma unroll 1
-  for (int i = threadIdx.x / 32; i < left; i += STEP_WARPS) {
-    const int tile = ClusterTiles::all_have(w) + ClusterTeam::cluster() + i * ClusterTeam::clusters();
-    if (threadIdx.x % 32 >= TeamSums<NT>::OF_WARP * 2) continue;
-    const Terms terms = read_terms(p, tile, team_sums.g(), team_sums.m());
-    float2 sum = make_float2(0, 0);
-#pragma unroll
-    for (int team = 0; team < BLOCK_TEAMS; ++team) {
-      const float2 found = *held_of(w.rounds + i, team);
-      sum.x += found.x, sum.y += found.y;
-    }
-    put(p, tile, team_sums.g(), team_sums.m(), terms, sum);
-  }
 }
 
 }  // namespace lmi

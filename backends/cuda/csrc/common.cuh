@@ -171,6 +171,7 @@ struct Team {
   __device__ int place() const { return barrier ? barrier - 1 : 0; }
 
   __device__ void sync() const {
+    if (warps == 1) return __syncwarp();  // there are not as many barriers as such teams
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(warps * 32) : "memory");
   }
 };
@@ -178,7 +179,7 @@ struct Team {
 // True in every thread of the last of `parts` teams that come here for one `counter`, which is
 // zero again afterwards. What the others wrote before is then visible.
 __device__ inline bool is_last_part(const Team& team, int* counter, int parts) {
-  __shared__ bool last_part[9];
+  __shared__ bool last_part[17];
   bool& last = last_part[team.barrier];
   team.sync();
   if (team.thread == 0) {

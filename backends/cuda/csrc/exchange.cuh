@@ -8,6 +8,9 @@
 
 namespace lmi {
 
+constexpr int TEAM_WARPS = 4;  // of a block, that share a tile with as many of the cluster's others
+constexpr int BLOCK_TEAMS = STEP_WARPS / TEAM_WARPS;
+
 // A row's features that one block has: how many, their mean (0 where it is not asked for), and the sum of
 // squares of what is left of them.
 struct Moments {
@@ -22,13 +25,30 @@ struct Exchange {
   Moments of_rows[2][CLUSTER][MOST_CLUSTER_ROWS];
   unsigned turns[STEP_WARPS];  // tiles that a team has sent, in all products
   unsigned norms;              // that have been staged
+  int teams[BLOCK_TEAMS];      // that are done with a tile that all share
 
   // By one thread, before the cluster's first barrier.
   __device__ void begin() {
     for (int i = 0; i < STEP_WARPS; ++i) sums[i][0].init(1), sums[i][1].init(1), turns[i] = 0;
     for (auto& of_row : moments) of_row[0].init(1), of_row[1].init(1);
+    for (int& done : teams) done = 0;
     norms = 0;
     fence_barriers();
+  }
+
+  // Whether this warp's team is the last one that has held what it found of a shared tile. By a whole
+  // warp.
+  __device__ bool is_last_team(int number) {
+    __threadfence_block();
+    __syncwarp();
+    int before = 0;
+    if (threadIdx.x % 32 == 0) {
+      before = atomicAdd(&teams[number], 1);
+      if (before == BLOCK_TEAMS - 1) teams[number] = 0;
+    }
+    const bool last = __shfl_sync(~0u, before, 0) == BLOCK_TEAMS - 1;
+    __threadfence_block();
+    return last;
   }
 };
 

@@ -114,7 +114,8 @@ int beside_rings(const Program& program, const Phase& phase) {
   }
   if (phase.work != Work::attention) return 0;
   AttentionParams p = phase.attention;
-  return STEP_WARPS / 2 * shared_floats(arrange(p, STEP_HEADS), 2, p.dim) * 4;  // at most
+  const int warps = least_team(p.dim);
+  return STEP_WARPS / warps * shared_floats(arrange(p, STEP_HEADS), warps, p.dim) * 4;  // at most
 }
 
 }  // namespace

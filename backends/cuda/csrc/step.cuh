@@ -40,7 +40,7 @@ __device__ int team_warps(const AttentionParams& p) {
   const int tokens = p.window ? min(longest, p.window) : longest, share = share_of(p, tokens);
   const int items = p.rows * p.kv_heads * p.chunks * ((tokens + share - 1) / share);
   int warps = STEP_WARPS;
-  while (warps > 2 && (items > static_cast<int>(gridDim.x) * (STEP_WARPS / warps) ||
+  while (warps > least_team(p.dim) && (items > static_cast<int>(gridDim.x) * (STEP_WARPS / warps) ||
                        (min(share, tokens) <= warps / 2 * 32 / p.width * KEYS<T> &&
                         2 * p.dim <= warps / 2 * 32))) {
     warps /= 2;
