@@ -190,7 +190,7 @@ class StepProgram:
         if (
             recorder.weight is None
             or not recorder.made(self.out)
-            or not finish(self._program, reads.x, recorder.weight)
+            or not finish(self._program, reads.x, recorder.weight, peers.size)
         ):
             raise NotCoveredError
         self._on_device = self._program.to(reads.x.device)

@@ -12,6 +12,7 @@
 #include "normalize.cuh"
 #include "step.h"
 #include "sum.cuh"
+#include "take.cuh"
 
 namespace lmi {
 
@@ -59,6 +60,7 @@ __global__ void __launch_bounds__(STEP_THREADS, 1) step_kernel(const StepParams 
   // products' weights are.
   extern __shared__ __align__(128) unsigned char shared[];
   constexpr int WORDS = PHASE_BYTES / 16;
+  constexpr bool TAKES = SUMS && sizeof(X) == 2;  // a float32 product leaves it no registers
   __shared__ uint4 held[2][WORDS];  // this phase and the next
   [[maybe_unused]] __shared__ Meeting peers;
   const auto* words = reinterpret_cast<const uint4*>(s.phases);
@@ -87,10 +89,18 @@ __global__ void __launch_bounds__(STEP_THREADS, 1) step_kernel(const StepParams 
       const Part part(p.weights, blockIdx.x, gridDim.x);
       const RowShare<STEP_WARPS> share(p.rows);
       NormTerms<X> norm;
-      norm.read(p, part.begin + share.own, part.end, share.width * 8);
+      const bool takes = TAKES && phase.taken;
+      if (!takes) norm.read(p, part.begin + share.own, part.end, share.width * 8);
       if (phase.barrier) barrier.wait();
+      if constexpr (TAKES) {
+        if (takes) forget(peers, phase.taken, s.words);
+      }
       if (part.tile < p.weights.tiles) {
-        if (!phase.staged) stage<X, W, X>(p, share, norm, part.begin, part.end, x, partial);
+        if (takes) {
+          if constexpr (TAKES) take<X, W>(phase, peers, x, partial);
+        } else if (!phase.staged) {
+          stage<X, W, X>(p, share, norm, part.begin, part.end, x, partial);
+        }
         __syncthreads();
         if constexpr (SUMS) {
           const PutOrSend put{peers, phase};
@@ -111,7 +121,10 @@ __global__ void __launch_bounds__(STEP_THREADS, 1) step_kernel(const StepParams 
                                        });
     } else if (SUMS && phase.work == Work::sum) {
       if (phase.barrier) barrier.wait();
-      if constexpr (SUMS) add_up(phase, peers);
+      if constexpr (SUMS) {
+        forget(peers, phase.sum, s.words);
+        add_up(phase, peers);
+      }
     } else {
       if (phase.barrier) barrier.wait();
       for (int row = blockIdx.x; row < phase.norm.rows; row += gridDim.x) {
@@ -124,7 +137,7 @@ __global__ void __launch_bounds__(STEP_THREADS, 1) step_kernel(const StepParams 
     if (reinterpret_cast<const Phase&>(held[(i + 1) % 2]).barrier) barrier.arrive();
   }
   if constexpr (SUMS) {
-    if (blockIdx.x == 0 && threadIdx.x == 0) peers.end(s.sums);
+    if (blockIdx.x == 0 && threadIdx.x == 0) peers.end(s.sums, s.words);
   }
 #endif
 }

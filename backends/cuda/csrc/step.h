@@ -23,22 +23,27 @@ struct SumParams {
   int features, words;  // rows * features
 };
 
+// A product, and the sum that it takes itself, if any, as its x: see take.cuh.
+struct ProductParams : LinearParams {
+  SumParams added;
+};
+
 // One operation.
 struct alignas(16) Phase {
   Work work;
   bool barrier;  // everything before it must be done
   bool staged;   // a product's x is in shared memory as the product before has had it
-  int sum;  // which of the program's sums, from 1, this is, or this product's results go to; or 0
-  int unused;
+  int sum;    // which of the program's sums, from 1, this is, or this product's results go to; or 0
+  int taken;  // which of them a product takes itself, as its x; or 0
   union {
-    LinearParams linear;
+    ProductParams linear;
     AttentionParams attention;
     NormParams norm;
     SumParams sum_params;
     char bytes[PHASE_BYTES - 16];
   };
 
-  Phase() : work(Work::norm), barrier(false), staged(false), sum(0), unused(0), bytes{} {}
+  Phase() : work(Work::norm), barrier(false), staged(false), sum(0), taken(0), bytes{} {}
 };
 static_assert(sizeof(Phase) == PHASE_BYTES);
 
@@ -50,6 +55,7 @@ struct Program {
   int phases;
   int products;
   int sums;
+  int words;         // of each sum: rows * features
   int slots;         // of a warp's ring
   int shared_bytes;
 };
@@ -69,7 +75,7 @@ struct StepParams {
   int count, products, slots;
   int products_at;  // where they lie in shared memory, in bytes
   unsigned* barrier;  // see GridBarrier
-  int sums;           // 0: there are no peers
+  int sums, words;    // 0 sums: there are no peers
   long long barrier_patience;  // in cycles, if there are
   StepPeers peers;
 };
@@ -78,9 +84,10 @@ struct StepParams {
 bool plan_linear(LinearParams& p, Type type, const Device& gpu, int64_t work_floats,
                  int64_t counters);
 
-// Make what was recorded runnable, and list its products' weights, of which there may be as many as
-// phases. False if it is not runnable: no product, types that differ, too large.
-bool plan_program(Program& program, Phase* phases, Weights* weights, const Device& gpu);
+// Make what was recorded runnable by so many ranks, and list its products' weights, of which there may
+// be as many as phases; of these fewer may be left. False if it is not runnable: no product, types that
+// differ, too large.
+bool plan_program(Program& program, Phase* phases, Weights* weights, int ranks, const Device& gpu);
 
 void step_float32(const Program& program, const StepParams& p, const Device& gpu,
                   cudaStream_t stream);
