@@ -70,7 +70,7 @@ bool can_take(const Program& program, const Phase& sum, const Phase& product, in
   const SumParams& s = sum.sum_params;
   const LinearParams& p = product.linear;
   return p.x.data == s.out && p.norm_weight.data && !p.residual.data && !product.sum &&
-         p.weights.splits == 1 && !sum.barrier && s.out_type == program.type &&
+         p.weights.splits == 1 && s.out_type == program.type &&
          s.residual.type == program.type && (!s.bias.data || s.bias.type == program.type) &&
          s.features % 8 == 0 && s.words * ranks <= MOST_TAKEN / 4;
 }
@@ -80,6 +80,10 @@ void join_sums(Program& program, Phase* phases, int ranks) {
   int count = 0;
   for (int i = 0; i < program.phases; ++i) {
     Phase phase = phases[i];
+    if (phase.work == Work::sum && phase.barrier) {  // of the product before, which does not write
+      phases[count - 1].barrier = true;              // what the sum reads
+      phase.barrier = false;
+    }
     if (count && can_take(program, phases[count - 1], phase, ranks)) {
       phase.linear.added = phases[--count].sum_params;
       phase.taken = 1;  // that it takes one: they are numbered later
