@@ -63,6 +63,16 @@ bool is_staged(const LinearParams* last, const LinearParams& p, const Device& gp
          std::min(had.tiles, places) >= std::min(w.tiles, places);
 }
 
+// Whether a product waits for nothing but its residual, and the very threads that read that have written
+// it in the phase before, which has waited for all else: both share their tiles among blocks alike.
+bool reads_own(const Phase& before, const Phase& phase) {
+  if (before.work != Work::linear || phase.work != Work::linear) return false;
+  const LinearParams &had = before.linear, &p = phase.linear;
+  const Weights &a = had.weights, &b = p.weights;
+  return before.barrier && !before.sum && p.residual.data == had.out && p.x.data != had.out &&
+         a.splits == 1 && b.splits == 1 && a.outputs == b.outputs && !a.gated && !b.gated;
+}
+
 // Whether the blocks of a product can take the sum in front of it themselves.
 bool can_take(const Program& program, const Phase& sum, const Phase& product, int ranks) {
   if (sum.work != Work::sum || product.work != Work::linear) return false;
@@ -138,6 +148,7 @@ bool plan_program(Program& program, Phase* phases, Weights* weights, int ranks, 
       if (!phase.staged) staged = &phase.linear;
       weights[program.products++] = phase.linear.weights;
     }
+    if (i > 0 && reads_own(phases[i - 1], phase)) phase.barrier = false;
     // Two phases at once may not leave their sums in the same place.
     if (uses_work(phase) && dirty) phase.barrier = true;
     // Nor may words of a sum be sent before all blocks have those of the last one.
