@@ -13,26 +13,69 @@
 
 namespace lmi {
 
-// Eight neighbouring results from place `at` on: what all ranks have sent, added up in the order of
-// ranks. Two ranks' words are asked for at once.
-__device__ inline void receive8(const Meeting& peers, int sum, int at, float (&to)[8]) {
-  const unsigned* from = peers.own->words[peers.set(sum)][0] + at;
+// What a thread has of a row at a time: two fours, whose neighbours its neighbours have, so that a
+// warp's reads of words have no gaps.
+struct Fours {
+  int at[2], features;
+
+  __device__ bool has(int i) const { return at[i] < features; }
+};
+
+// Eight elements of a half type as two fours that lie apart.
+template <typename X>
+__device__ inline Raw<X> read_fours(const X* row, const Fours& fours) {
+  static_assert(sizeof(X) == 2);
+  uint2 found[2] = {};
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    if (fours.has(i)) found[i] = *reinterpret_cast<const uint2*>(row + fours.at[i]);
+  }
+  return {{make_uint4(found[0].x, found[0].y, found[1].x, found[1].y)}};
+}
+
+template <typename X>
+__device__ inline uint2 four_of(const Raw<X>& raw, int i) {
+  return i ? make_uint2(raw.bits[0].z, raw.bits[0].w) : make_uint2(raw.bits[0].x, raw.bits[0].y);
+}
+
+// Where a four lies in shared memory: see `place`.
+template <typename X, typename W>
+__device__ inline uint2* staged_four(X* row, int at) {
+  return reinterpret_cast<uint2*>(row + place<X, W>(at & ~7) + (at & 4));
+}
+
+template <typename X, typename W>
+__device__ inline Raw<X> staged_fours(X* row, const Fours& fours) {
+  uint2 found[2] = {};
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    if (fours.has(i)) found[i] = *staged_four<X, W>(row, fours.at[i]);
+  }
+  return {{make_uint4(found[0].x, found[0].y, found[1].x, found[1].y)}};
+}
+
+// What all ranks have sent of a row's two fours, added up in the order of ranks. Two ranks' words are
+// asked for at once. `row`: where the row begins.
+__device__ inline void receive_fours(const Meeting& peers, int sum, int row, const Fours& fours,
+                                     float (&to)[8]) {
+  const unsigned* from = peers.own->words[peers.set(sum)][0] + row;
 #pragma unroll 1
   for (int r = 0; r < peers.ranks; r += 2, from += 2 * MOST_STEP_WORDS) {
     uint4 found[4] = {};
-    const int fours = min(peers.ranks - r, 2) * 2;
+    bool complete, wanted[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) wanted[i] = r + i / 2 < peers.ranks && fours.has(i % 2);
     Late late;
-    bool complete;
     do {
       complete = true;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {  // those that are missing
-        if (i < fours && !are_there(found[i])) {
-          found[i] = peek_parts(from + i / 2 * MOST_STEP_WORDS + i % 2 * 4);
+        if (wanted[i] && !are_there(found[i])) {
+          found[i] = peek_parts(from + i / 2 * MOST_STEP_WORDS + fours.at[i % 2]);
         }
       }
 #pragma unroll
-      for (int i = 0; i < 4; ++i) complete &= i >= fours || are_there(found[i]);
+      for (int i = 0; i < 4; ++i) complete &= !wanted[i] || are_there(found[i]);
     } while (!complete && !late(peers));
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -66,44 +109,45 @@ static __device__ __noinline__ void take(const Phase& phase, const Meeting& peer
   const ProductParams& p = phase.linear;
   const SumParams& s = p.added;
   const RowShare<STEP_WARPS> share(p.rows);
-  const int stride = row_stride<X>(s.features), step = share.width * 8;
+  const int stride = row_stride<X>(s.features), step = share.width * 4;
   const bool present = share.index < p.rows;
   const int features = present ? s.features : 0;
   const int padded = present ? stride - 64 / static_cast<int>(sizeof(X)) : 0;
-  const int row = share.index * s.features;
-  // A power of two of the blocks that come here.
+  const int row = share.index * s.features, own = share.own / 2;
+  // Of blocks that come here, a power of two; each writes whole sectors.
   const int writers = 1 << (31 - __clz(min(p.weights.tiles, static_cast<int>(gridDim.x))));
   const auto* weights = static_cast<const X*>(p.norm_weight.data);
   const auto* biases = static_cast<const X*>(p.norm_bias.data);
-  Raw<X> weight, bias;  // of the norm, the thread's first: read while words are awaited
-  if (share.own < features) {
-    weight.read(weights + share.own);
-    if (biases) bias.read(biases + share.own);
-  }
+  const auto fours_at = [=](int at) { return Fours{{at, at + step}, features}; };
+  // Of the norm, the thread's first: read while words are awaited.
+  Raw<X> weight = read_fours(weights, fours_at(own)), bias;
+  if (biases) bias = read_fours(biases, fours_at(own));
   to += share.index * stride;
   float total = 0, squares = 0;
 #pragma unroll 1
-  for (int at = share.own; at < padded; at += step) {
-    float x[8] = {};
-    Raw<X> made;
-    if (at < features) {
-      Raw<X> residual, added;
-      residual.read(static_cast<const X*>(s.residual.data) + row + at);
-      if (s.bias.data) added.read(static_cast<const X*>(s.bias.data) + at);
-      receive8(peers, phase.taken, row + at, x);
-      float more[8];
-      added.unpack(more);
+  for (int at = own; at < padded; at += 2 * step) {
+    const Fours fours = fours_at(at);
+    const Raw<X> residual = read_fours(static_cast<const X*>(s.residual.data) + row, fours);
+    Raw<X> added, made;
+    if (s.bias.data) added = read_fours(static_cast<const X*>(s.bias.data), fours);
+    float x[8] = {}, more[8];
+    receive_fours(peers, phase.taken, row, fours, x);
+    added.unpack(more);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) x[i] += more[i];
-      residual.unpack(more);
+    for (int i = 0; i < 8; ++i) x[i] += more[i];
+    residual.unpack(more);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) x[i] += more[i];
-      made.pack(x);
-      if (((row + at) / 8 & (writers - 1)) == static_cast<int>(blockIdx.x)) {
-        made.write(static_cast<X*>(s.out) + row + at);
+    for (int i = 0; i < 8; ++i) x[i] += more[i];
+    made.pack(x);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint2 four = four_of(made, i);
+      if (fours.at[i] < padded) *staged_four<X, W>(to, fours.at[i]) = four;
+      const int place = row + fours.at[i];
+      if (fours.has(i) && (place / 16 & (writers - 1)) == static_cast<int>(blockIdx.x)) {
+        *reinterpret_cast<uint2*>(static_cast<X*>(s.out) + place) = four;
       }
     }
-    made.write(to + place<X, W>(at));
     made.unpack(x);
 #pragma unroll
     for (int i = 0; i < 8; ++i) total += x[i];
@@ -111,24 +155,33 @@ static __device__ __noinline__ void take(const Phase& phase, const Meeting& peer
   Normal by;
   if (biases) by.shift = __fdividef(quick_row_sum(total, share.width, scratch), s.features);
 #pragma unroll 1
-  for (int at = share.own; at < features; at += step) {
+  for (int at = own; at < features; at += 2 * step) {
     float x[8];
-    load8(to + place<X, W>(at), x);
+    const Fours fours = fours_at(at);
+    staged_fours<X, W>(to, fours).unpack(x);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) squares += (x[i] - by.shift) * (x[i] - by.shift);
+    for (int i = 0; i < 8; ++i) {
+      if (fours.has(i / 4)) squares += (x[i] - by.shift) * (x[i] - by.shift);
+    }
   }
   squares = quick_row_sum(squares, share.width, scratch + STEP_WARPS);
   by.factor = rsqrtf(__fdividef(squares, s.features) + p.eps);
 #pragma unroll 1
-  for (int at = share.own; at < features; at += step) {
-    if (at > share.own) {
-      weight.read(weights + at);
-      if (biases) bias.read(biases + at);
+  for (int at = own; at < features; at += 2 * step) {
+    const Fours fours = fours_at(at);
+    if (at > own) {
+      weight = read_fours(weights, fours);
+      if (biases) bias = read_fours(biases, fours);
     }
     float x[8];
-    load8(to + place<X, W>(at), x);
+    staged_fours<X, W>(to, fours).unpack(x);
     apply(by, weight, bias, x);
-    store8(to + place<X, W>(at), x);
+    Raw<X> made;
+    made.pack(x);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (fours.has(i)) *staged_four<X, W>(to, fours.at[i]) = four_of(made, i);
+    }
   }
 }
 
