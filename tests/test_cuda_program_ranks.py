@@ -43,9 +43,16 @@ SHAPES = test_cuda_program.SHAPES | {
         | {"num_key_value_heads": 8, "intermediate_size": 2752, "vocab_size": 999},
     ),
 }
-# Of those that have a norm in front of products, not behind sums.
-WIDTHS = {"flan": 1024, "gptj": 2048, "gpt2": 768, "neox": 768, "llama-gqa": 1024, "wide": 5120}
+WIDTHS = {
+    **{"flan": 1024, "gptj": 2048, "gpt2": 768, "neox": 768, "opt-350m": 1024},
+    **{"llama-gqa": 1024, "wide": 5120},
+}
+ATTENTIONS = {
+    **{"flan": 4, "gptj": 2, "gpt2": 3, "neox": 3, "opt-350m": 3},
+    **{"llama-gqa": 3, "wide": 2},
+}
 MOST_TAKEN = 64 << 10  # bytes of a sum's words up to which products take them themselves
+MOST_HANDED = 8192  # results up to which attention hands them over
 
 
 class Capturable(test_cuda_all_reduce.ThroughHost):
@@ -103,7 +110,7 @@ class Shelf(test_cuda_all_reduce.Shelf):
         self, shape: str, dtype: str, quantize: str | None, nothing: bool = False
     ) -> dict[str, Any]:
         """How far logits of programs are from those of single kernels, at most; whether ranks have
-        the same bits; of how many rows there are programs, and how many sums products take."""
+        the same bits; of how many rows there are programs, and what waits in them."""
         ours, theirs = (self.opened(shape, dtype, quantize, rows, nothing) for rows in (8, 0))
         errors, own = [], []
         for rows in ROWS:
@@ -120,7 +127,7 @@ class Shelf(test_cuda_all_reduce.Shelf):
                 torch.equal(a, b) for own in every[1:] for a, b in zip(every[0], own, strict=True)
             ),
             "programs": sorted(size for size, made in ours._fed._programs.items() if made),
-            "sums": {size: sums(made) for size, made in ours._fed._programs.items() if made},
+            "waits": {size: waits(made) for size, made in ours._fed._programs.items() if made},
             "counters": ours._fed._scratch.counters.any().item(),
         }
 
@@ -173,21 +180,28 @@ class Shelf(test_cuda_all_reduce.Shelf):
         return said, time.monotonic() - began
 
 
-def sums(program: Any) -> tuple[int, int]:
-    """How many a program has, and how many of these products take, as `Program` of csrc/step.h has
-    it: their phases are gone."""
+def waits(program: Any) -> tuple[int, int, int]:
+    """How many sums a program has; how many of these products take, whose phases are gone; and how
+    many attentions hand their results over: as `Program` of csrc/step.h has it."""
     made = program._program
-    phases, _, count = made[0].view(torch.int32)[3:6].tolist()
-    return count, (len(made) - 1) // 2 - phases
+    phases, _, sums, _, hands = made[0].view(torch.int32)[3:8].tolist()
+    return sums, (len(made) - 1) // 2 - phases, hands
 
 
 def taken(shape: str, dtype: str, rows: int, count: int, ranks: int) -> int:
     """Of so many sums those that products take: all behind which a norm and a product come."""
-    if dtype == "fp32" or shape not in WIDTHS or rows > FUSED_NORM_ROWS:
+    if dtype == "fp32" or shape == "opt-350m" or rows > FUSED_NORM_ROWS:
         return 0
     if rows * WIDTHS[shape] * ranks * 4 > MOST_TAKEN:
         return 0
     return (count // 2 if shape == "neox" else count) - 1  # NeoX: two sums a layer, one behind both
+
+
+def handed(shape: str, dtype: str, rows: int, ranks: int) -> int:
+    """Attentions that hand their results over: all but the last."""
+    if dtype == "fp32" or rows * WIDTHS[shape] // ranks > MOST_HANDED:
+        return 0
+    return ATTENTIONS[shape] - 1
 
 
 @contextmanager
@@ -211,10 +225,10 @@ def assert_right(found: dict[str, Any], shape: str, dtype: str, ranks: int) -> N
     assert found["alike"] and not found["counters"]
     assert found["programs"] == [1, 2, 4, 8]  # none was refused
     expected = {
-        rows: (count, taken(shape, dtype, rows, count, ranks))
-        for rows, (count, _) in found["sums"].items()
+        rows: (sums, taken(shape, dtype, rows, sums, ranks), handed(shape, dtype, rows, ranks))
+        for rows, (sums, _, _) in found["waits"].items()
     }
-    assert found["sums"] == expected
+    assert found["waits"] == expected
 
 
 CASES = [

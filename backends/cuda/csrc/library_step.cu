@@ -105,6 +105,8 @@ bool finish_program(Tensor program, Tensor x, Tensor weight, int64_t ranks) {
                .products = 0,
                .sums = 0,
                .words = 0,
+               .hands = 0,
+               .handed = 0,
                .slots = 0,
                .shared_bytes = 0};
   char* bytes = static_cast<char*>(program.data_ptr());
@@ -132,6 +134,8 @@ void run(const Tensor& program, const Tensor& on_device, const Tensor& barrier,
                      .barrier = static_cast<unsigned*>(barrier.data_ptr()),
                      .sums = made.sums,
                      .words = made.words,
+                     .hands = made.hands,
+                     .handed = made.handed,
                      // Some blocks wait for peers before they come to a barrier.
                      .barrier_patience =
                          BARRIER_PATIENCE + CYCLES * static_cast<long long>(peers.patience),

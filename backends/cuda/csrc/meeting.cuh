@@ -101,18 +101,22 @@ __device__ inline float receive(const Meeting& peers, const unsigned* from) {
   return __uint_as_float(word);
 }
 
-// Take away the words of the sum before the launch's sum number `sum`, where the program's sums have so
-// many words of each rank. The block's share; the places are free behind a barrier.
-static __device__ __noinline__ void forget(const Meeting& peers, int sum, int words) {
-  const int fours = ((sum > 1 ? words : peers.last) + 3) / 4;
+// Take away so many words: the block's share. Their places are free behind a barrier.
+static __device__ __noinline__ void forget(unsigned* from, int words) {
+#pragma unroll 1
+  for (int at = (blockIdx.x * blockDim.x + threadIdx.x) * 4; at < words;
+       at += gridDim.x * blockDim.x * 4) {
+    asm volatile("st.relaxed.sys.global.v4.u32 [%0], {%1, %1, %1, %1};" ::"l"(from + at), "r"(0)
+                 : "memory");
+  }
+}
+
+// Those of the sum before the launch's sum number `sum`, where the program's sums have so many words of
+// each rank.
+__device__ inline void forget_sum(const Meeting& peers, int sum, int words) {
 #pragma unroll 1
   for (int r = 0; r < peers.ranks; ++r) {
-    unsigned* from = peers.own->words[peers.set(sum - 1)][r];
-#pragma unroll 1
-    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < fours; i += gridDim.x * blockDim.x) {
-      asm volatile("st.relaxed.sys.global.v4.u32 [%0], {%1, %1, %1, %1};" ::"l"(from + i * 4), "r"(0)
-                   : "memory");
-    }
+    forget(peers.own->words[peers.set(sum - 1)][r], sum > 1 ? words : peers.last);
   }
 }
 

@@ -63,13 +63,50 @@ bool is_staged(const LinearParams* last, const LinearParams& p, const Device& gp
          std::min(had.tiles, places) >= std::min(w.tiles, places);
 }
 
+// Whether nothing but the product behind attention reads what that writes, and it can be handed over.
+bool can_hand(const Program& program, const Phase* phases, int at) {
+  const Phase &phase = phases[at], &product = phases[at + 1];
+  if (!phase.barrier || product.work != Work::linear) return false;
+  const void* out = phase.attention.out;
+  const LinearParams& p = product.linear;
+  if (p.x.data != out || p.norm_weight.data || p.residual.data == out || p.weights.splits > 1 ||
+      p.weights.inputs % 4 || p.rows * p.weights.inputs > MOST_HANDED) {
+    return false;
+  }
+  return std::none_of(phases, phases + program.phases, [&](const Phase& other) {
+    switch (other.work) {
+      case Work::norm: return other.norm.x.data == out;
+      case Work::sum: return other.sum_params.residual.data == out;
+      case Work::linear:
+        return other.linear.residual.data == out || (other.linear.x.data == out && &other != &product);
+      default: return false;
+    }
+  });
+}
+
+// Let attention hand its results over where there are peers. Not the last one: words are taken away
+// behind a barrier that follows.
+void hand_over(Program& program, Phase* phases) {
+  const auto sums = [](const Phase& phase) { return phase.work == Work::sum; };
+  if (program.type == Type::float32 || std::none_of(phases, phases + program.phases, sums)) return;
+  int last = program.phases - 1;
+  while (last > 0 && !(phases[last].work == Work::attention && phases[last].barrier)) --last;
+  for (int i = 0; i < last; ++i) {
+    if (phases[i].work != Work::attention || !can_hand(program, phases, i)) continue;
+    const LinearParams& p = phases[i + 1].linear;
+    phases[i].hand = phases[i + 1].hand = static_cast<short>(++program.hands);
+    phases[i + 1].barrier = false;
+    program.handed = std::max(program.handed, p.rows * p.weights.inputs);
+  }
+}
+
 // Whether a product waits for nothing but its residual, and the very threads that read that have written
-// it in the phase before, which has waited for all else: both share their tiles among blocks alike.
+// it in the phase before, in front of which all else was waited for: both share their tiles among blocks alike.
 bool reads_own(const Phase& before, const Phase& phase) {
   if (before.work != Work::linear || phase.work != Work::linear) return false;
   const LinearParams &had = before.linear, &p = phase.linear;
   const Weights &a = had.weights, &b = p.weights;
-  return before.barrier && !before.sum && p.residual.data == had.out && p.x.data != had.out &&
+  return (before.barrier || before.hand) && !before.sum && p.residual.data == had.out && p.x.data != had.out &&
          a.splits == 1 && b.splits == 1 && a.outputs == b.outputs && !a.gated && !b.gated;
 }
 
@@ -133,6 +170,7 @@ bool plan_program(Program& program, Phase* phases, Weights* weights, int ranks, 
   bool dirty = false, summed = false, taken = false, waits = false;
   const LinearParams* staged = nullptr;  // whose x is in shared memory
   phases[0].barrier = false;
+  hand_over(program, phases);
   join_sums(program, phases, ranks);
   for (int i = 0; i < program.phases; ++i) {
     Phase& phase = phases[i];

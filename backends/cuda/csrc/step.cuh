@@ -8,11 +8,11 @@
 
 #include "attention.cuh"
 #include "grid.cuh"
+#include "hand.cuh"
 #include "multiply.cuh"
 #include "normalize.cuh"
 #include "step.h"
 #include "sum.cuh"
-#include "take.cuh"
 
 namespace lmi {
 
@@ -89,15 +89,22 @@ __global__ void __launch_bounds__(STEP_THREADS, 1) step_kernel(const StepParams 
       const Part part(p.weights, blockIdx.x, gridDim.x);
       const RowShare<STEP_WARPS> share(p.rows);
       NormTerms<X> norm;
-      const bool takes = TAKES && phase.taken;
+      const bool takes = TAKES && (phase.taken || phase.hand);
       if (!takes) norm.read(p, part.begin + share.own, part.end, share.width * 8);
       if (phase.barrier) barrier.wait();
       if constexpr (TAKES) {
-        if (takes) forget(peers, phase.taken, s.words);
+        if (phase.taken) forget_sum(peers, phase.taken, s.words);
+        if (phase.hand) forget_handed(peers, phase.hand - 1, s.handed);
       }
       if (part.tile < p.weights.tiles) {
         if (takes) {
-          if constexpr (TAKES) take<X, W>(phase, peers, x, partial);
+          if constexpr (TAKES) {
+            if (phase.taken) {
+              take<X, W>(phase, peers, x, partial);
+            } else {
+              take_handed<X, W>(phase, peers, x);
+            }
+          }
         } else if (!phase.staged) {
           stage<X, W, X>(p, share, norm, part.begin, part.end, x, partial);
         }
@@ -114,15 +121,21 @@ __global__ void __launch_bounds__(STEP_THREADS, 1) step_kernel(const StepParams 
       const Team team = Team::of_warps(team_warps<X>(p));
       const int stride = gridDim.x * (STEP_WARPS / team.warps);
       float* of_team = partial + team.place() * shared_floats(STEP_HEADS, team.warps, p.dim);
-      attend_all<X, STEP_HEADS, false>(p, team, team.place() * gridDim.x + blockIdx.x, stride, of_team,
-                                       [&](const Item<STEP_HEADS>& it, const Lane& lane) {
-                                         prefetch_rest<X>(p, it, lane);
-                                         if (phase.barrier) barrier.wait();
-                                       });
+      const auto wait = [&](const Item<STEP_HEADS>& it, const Lane& lane) {
+        prefetch_rest<X>(p, it, lane);
+        if (phase.barrier) barrier.wait();
+      };
+      const int first = team.place() * gridDim.x + blockIdx.x;
+      if constexpr (TAKES) {
+        const StoreOrHand put{peers, phase};
+        attend_all<X, STEP_HEADS, false>(p, team, first, stride, of_team, wait, put);
+      } else {
+        attend_all<X, STEP_HEADS, false>(p, team, first, stride, of_team, wait);
+      }
     } else if (SUMS && phase.work == Work::sum) {
       if (phase.barrier) barrier.wait();
       if constexpr (SUMS) {
-        forget(peers, phase.sum, s.words);
+        forget_sum(peers, phase.sum, s.words);
         add_up(phase, peers);
       }
     } else {
@@ -136,6 +149,7 @@ __global__ void __launch_bounds__(STEP_THREADS, 1) step_kernel(const StepParams 
     __syncthreads();
     if (reinterpret_cast<const Phase&>(held[(i + 1) % 2]).barrier) barrier.arrive();
   }
+  if constexpr (TAKES) forget_handed(peers, s.hands, s.handed);
   if constexpr (SUMS) {
     if (blockIdx.x == 0 && threadIdx.x == 0) peers.end(s.sums, s.words);
   }

@@ -33,6 +33,7 @@ struct alignas(16) Phase {
   Work work;
   bool barrier;  // everything before it must be done
   bool staged;   // a product's x is in shared memory as the product before has had it
+  short hand;    // which of the program's hand-overs, from 1, attention and the product behind it do; or 0
   int sum;    // which of the program's sums, from 1, this is, or this product's results go to; or 0
   int taken;  // which of them a product takes itself, as its x; or 0
   union {
@@ -43,7 +44,7 @@ struct alignas(16) Phase {
     char bytes[PHASE_BYTES - 16];
   };
 
-  Phase() : work(Work::norm), barrier(false), staged(false), sum(0), taken(0), bytes{} {}
+  Phase() : work(Work::norm), barrier(false), staged(false), hand(0), sum(0), taken(0), bytes{} {}
 };
 static_assert(sizeof(Phase) == PHASE_BYTES);
 
@@ -56,6 +57,8 @@ struct Program {
   int products;
   int sums;
   int words;         // of each sum: rows * features
+  int hands;         // of attention's results: see hand.cuh
+  int handed;        // words of each, at most
   int slots;         // of a warp's ring
   int shared_bytes;
 };
@@ -76,6 +79,7 @@ struct StepParams {
   int products_at;  // where they lie in shared memory, in bytes
   unsigned* barrier;  // see GridBarrier
   int sums, words;    // 0 sums: there are no peers
+  int hands, handed;
   long long barrier_patience;  // in cycles, if there are
   StepPeers peers;
 };

@@ -54,17 +54,16 @@ __device__ inline Raw<X> staged_fours(X* row, const Fours& fours) {
   return {{make_uint4(found[0].x, found[0].y, found[1].x, found[1].y)}};
 }
 
-// What all ranks have sent of a row's two fours, added up in the order of ranks. Two ranks' words are
-// asked for at once. `row`: where the row begins.
-__device__ inline void receive_fours(const Meeting& peers, int sum, int row, const Fours& fours,
-                                     float (&to)[8]) {
-  const unsigned* from = peers.own->words[peers.set(sum)][0] + row;
+// What so many ranks have sent of a row's two fours, added up in the order of ranks. Two ranks' words
+// are asked for at once. `from`: where the row of the first one begins.
+__device__ inline void receive_fours(const Meeting& peers, const unsigned* from, int ranks,
+                                     const Fours& fours, float (&to)[8]) {
 #pragma unroll 1
-  for (int r = 0; r < peers.ranks; r += 2, from += 2 * MOST_STEP_WORDS) {
+  for (int r = 0; r < ranks; r += 2, from += 2 * MOST_STEP_WORDS) {
     uint4 found[4] = {};
     bool complete, wanted[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) wanted[i] = r + i / 2 < peers.ranks && fours.has(i % 2);
+    for (int i = 0; i < 4; ++i) wanted[i] = r + i / 2 < ranks && fours.has(i % 2);
     Late late;
     do {
       complete = true;
@@ -131,7 +130,7 @@ static __device__ __noinline__ void take(const Phase& phase, const Meeting& peer
     Raw<X> added, made;
     if (s.bias.data) added = read_fours(static_cast<const X*>(s.bias.data), fours);
     float x[8] = {}, more[8];
-    receive_fours(peers, phase.taken, row, fours, x);
+    receive_fours(peers, peers.own->words[peers.set(phase.taken)][0] + row, peers.ranks, fours, x);
     added.unpack(more);
 #pragma unroll
     for (int i = 0; i < 8; ++i) x[i] += more[i];
