@@ -20,7 +20,10 @@ from lmi_multi.parallel.pipeline import Pipeline
 from .entry import Entered
 from .near import PeerMemory
 
-MOST_ROWS = 16  # of a program; of float32 half as many
+MOST_ROWS = 8  # of a program
+# The same for quantized weights, where clusters of blocks share products (csrc/cluster_product.cuh). For
+# half types cuBLAS is the faster one by 3 to 7% at 16 rows.
+MOST_QUANTIZED_ROWS = 16
 # Bytes of a product's weights, in the mean, from which on a program is the faster one: it wins by
 # not letting memory idle, and loses by its barriers. Measured at 2.7 MB (loses), 38 to 76 (wins).
 LEAST_PRODUCT = 8 << 20
@@ -45,7 +48,8 @@ def program_rows(layers: Sequence[Layer]) -> int:
     total = sum(linear.weight.nbytes for linear in linears)
     if not linears or total / len(linears) < LEAST_PRODUCT:
         return 0
-    return MOST_ROWS // 2 if linears[0].weight.dtype == torch.float32 else MOST_ROWS
+    quantized = all(linear.scale is not None for linear in linears)
+    return MOST_QUANTIZED_ROWS if quantized else MOST_ROWS
 
 
 class Recorder:
@@ -78,7 +82,7 @@ class Recorder:
         counters: Tensor, out: Tensor,
     ) -> bool:  # fmt: skip
         """See `lmi_multi::linear`; `splits` is the step's own affair."""
-        if norm_weight is not None and FUSED_NORM_ROWS < len(x) <= MOST_ROWS // 2:
+        if norm_weight is not None and FUSED_NORM_ROWS < len(x) <= MOST_ROWS:
             x, norm_weight, norm_bias = self._norm(x, norm_weight, norm_bias, eps), None, None
         reads = [x] if residual is None else [x, residual]
         terms = (scale, bias, norm_weight, norm_bias, eps, residual, activation, gated)
@@ -192,7 +196,7 @@ class StepProgram:
         if (
             recorder.weight is None
             or not recorder.made(self.out)
-            or not finish(self._program, reads.x, recorder.weight)
+            or not finish(self._program, reads.x, recorder.weight, peers.size)
         ):
             raise NotCoveredError
         self._on_device = self._program.to(reads.x.device)

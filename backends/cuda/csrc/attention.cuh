@@ -195,12 +195,16 @@ __device__ void share_heads(const AttentionParams& p, const Item<G>& it, const T
   }
 }
 
+// What becomes of results: they are stored, by a plain assignment. Through a call ptxas makes other code
+// of the kernels that do nothing else.
+struct Stored {};
+
 // An item, whose first keys are under way. AHEAD: returns the next one, the first with work from
 // `index` on, with its first keys under way; it takes some registers more.
-template <typename T, int G, bool AHEAD, int N>
+template <typename T, int G, bool AHEAD, int N, typename Put = Stored>
 __device__ Item<G> attend(const AttentionParams& p, const Item<G>& it, int& index, int stride,
-                          const Team& team, const Lane& lane, Keys<T, G, N>& keys,
-                          float* shared) {
+                          const Team& team, const Lane& lane, Keys<T, G, N>& keys, float* shared,
+                          Put put = {}) {
   const int threads = team.warps * 32, record = p.dim + 2, of_warp = team.thread % 32;
   // The first lanes of the last warp take the new token: that warp has the fewest others. All of its
   // lanes come along, since they shuffle.
@@ -300,7 +304,11 @@ __device__ Item<G> attend(const AttentionParams& p, const Item<G>& it, int& inde
     const Feature of_team = merge<AT_ONCE>(records + g * record, team.warps, G * record, p.dim, d,
                                            [](const float* from) { return *from; });
     if (it.splits == 1) {
-      out[i] = narrow<T>(of_team.result());
+      if constexpr (std::is_same_v<Put, Stored>) {
+        out[i] = narrow<T>(of_team.result());
+      } else {
+        put(out + i, of_team.result());
+      }
       continue;
     }
     float* to = work + (g * p.splits + it.split) * record;
@@ -314,16 +322,20 @@ __device__ Item<G> attend(const AttentionParams& p, const Item<G>& it, int& inde
     // Past the L1 cache: what other blocks wrote may not come from a stale line.
     const Feature found = merge<2>(work + g * p.splits * record, it.splits, record, p.dim, d,
                                    [](const float* from) { return __ldcg(from); });
-    out[i] = narrow<T>(found.result());
+    if constexpr (std::is_same_v<Put, Stored>) {
+      out[i] = narrow<T>(found.result());
+    } else {
+      put(out + i, found.result());
+    }
   }
   return next;
 }
 
 // A team's items: the one at `index`, and every `stride`-th behind it. `wait(item, lane)` until what
-// is not in the cache is there. AHEAD: see `attend`.
-template <typename T, int G, bool AHEAD, typename Wait>
+// is not in the cache is there; `put(place, result)` each result. AHEAD: see `attend`.
+template <typename T, int G, bool AHEAD, typename Wait, typename Put = Stored>
 __device__ void attend_all(const AttentionParams& p, const Team& team, int index, int stride,
-                           float* shared, Wait wait) {
+                           float* shared, Wait wait, Put put = {}) {
   const Lane lane(p, team);
   Keys<T, G, KEYS<T>> keys;
   Item<G> it;
@@ -336,7 +348,7 @@ __device__ void attend_all(const AttentionParams& p, const Team& team, int index
     if (first) wait(it, lane);
     if (index >= items_of(p)) return;
     index += stride;
-    it = attend<T, G, AHEAD>(p, it, index, stride, team, lane, keys, shared);
+    it = attend<T, G, AHEAD>(p, it, index, stride, team, lane, keys, shared, put);
   }
 }
 

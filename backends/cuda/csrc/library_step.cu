@@ -45,7 +45,7 @@ bool record_linear(Tensor x, Tensor weight, Maybe scale, Maybe bias, Maybe norm_
   const bool planned = p && p->rows <= MOST_CLUSTER_ROWS &&
                        plan_linear(*p, computed_in(x, weight, norm_weight), device_of(x),
                                    work.numel(), counters.numel());
-  return planned && put_phase(phase, Work::linear, &Phase::linear, *p, barrier);
+  return planned && put_phase(phase, Work::linear, &Phase::linear, ProductParams{*p, {}}, barrier);
 }
 
 // The sum over ranks of what `product`, the phase before, has been recorded to find.
@@ -92,15 +92,21 @@ bool is_program(const Tensor& program) {
          program.size(0) > 1 && program.size(0) % 2 == 1;
 }
 
-// `x`: what the program begins with, [rows, features].
-bool finish_program(Tensor program, Tensor x, Tensor weight) {
+// How many phases were recorded into a program: their list has room for as many.
+int recorded(const Tensor& program) { return static_cast<int>(program.size(0)) / 2; }
+
+// `x`: what the program begins with, [rows, features]; `ranks`: how many run it together.
+bool finish_program(Tensor program, Tensor x, Tensor weight, int64_t ranks) {
   if (!is_program(program) || !is_float(x) || !type_of(weight)) return false;
   Program made{.type = *type_of(x),
                .weight_type = *type_of(weight),
                .rows = static_cast<int>(x.size(0)),
-               .phases = static_cast<int>(program.size(0)) / 2,
+               .phases = recorded(program),
                .products = 0,
                .sums = 0,
+               .words = 0,
+               .hands = 0,
+               .handed = 0,
                .slots = 0,
                .shared_bytes = 0,
                .blocks = 0,
@@ -109,7 +115,7 @@ bool finish_program(Tensor program, Tensor x, Tensor weight) {
   char* bytes = static_cast<char*>(program.data_ptr());
   auto* phases = reinterpret_cast<Phase*>(bytes + PHASE_BYTES);
   auto* weights = reinterpret_cast<Weights*>(phases + made.phases);
-  if (!plan_program(made, phases, weights, device_of(x))) return false;
+  if (!plan_program(made, phases, weights, static_cast<int>(ranks), device_of(x))) return false;
   std::memcpy(bytes, &made, sizeof(made));
   return true;
 }
@@ -122,7 +128,7 @@ void run(const Tensor& program, const Tensor& on_device, const Tensor& barrier,
   const char* bytes = static_cast<const char*>(on_device.data_ptr());
   const auto* phases = reinterpret_cast<const Phase*>(bytes + PHASE_BYTES);
   const StepParams p{.phases = phases,
-                     .weights = reinterpret_cast<const Weights*>(phases + made.phases),
+                     .weights = reinterpret_cast<const Weights*>(phases + recorded(program)),
                      .count = made.phases,
                      .products = made.products,
                      .slots = made.slots,
@@ -131,6 +137,9 @@ void run(const Tensor& program, const Tensor& on_device, const Tensor& barrier,
                                     made.products * static_cast<int>(sizeof(Weights)),
                      .barrier = static_cast<unsigned*>(barrier.data_ptr()),
                      .sums = made.sums,
+                     .words = made.words,
+                     .hands = made.hands,
+                     .handed = made.handed,
                      // Some blocks wait for peers before they come to a barrier.
                      .barrier_patience =
                          BARRIER_PATIENCE + CYCLES * static_cast<long long>(peers.patience),
@@ -194,7 +203,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lmi_multi, m) {
       "int heads, Tensor? q_norm, Tensor? k_norm, float eps, Tensor? cos, Tensor? sin, "
       "Tensor? bias, Tensor? slopes, int window, float scale, int splits, Tensor work, "
       "Tensor counters, Tensor out, bool barrier, Tensor(a!) phase) -> bool");
-  m.def("finish_program(Tensor(a!) program, Tensor x, Tensor weight) -> bool");
+  m.def("finish_program(Tensor(a!) program, Tensor x, Tensor weight, int ranks) -> bool");
   m.def("run_program(Tensor program, Tensor on_device, Tensor(a!) barrier) -> ()");
   m.def(
       "run_program_of_ranks(Tensor program, Tensor on_device, Tensor(a!) barrier, Tensor inboxes, "

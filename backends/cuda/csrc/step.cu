@@ -11,6 +11,9 @@ namespace {
 constexpr int RING_SLOTS = STEP_WARPS * SLOT_BYTES;  // bytes of one slot of every warp
 constexpr int MARGIN = 4096;  // bytes of shared memory: what is static, and the system's own
 constexpr int LISTED = 12 << 10;  // bytes that the list of products may take beside x
+// Bytes of all ranks' words up to which every block takes them itself: 132 blocks read 32 KiB of L2 in
+// less than a microsecond, and what that spares takes two.
+constexpr int MOST_TAKEN = 64 << 10;
 
 int item_bytes(Type type) { return type == Type::float32 ? 4 : 2; }
 
@@ -36,14 +39,15 @@ bool uses_work(const Phase& phase) {
 bool fits(const Program& program, const Phase& phase) {
   switch (phase.work) {
     case Work::linear: {
-      const LinearParams& p = phase.linear;
+      const ProductParams& p = phase.linear;
       return p.x.type == program.type && p.weight_type == program.weight_type &&
              (p.scale || p.weight_type == program.type) && p.rows == program.rows &&
-             (!p.norm_weight.data || p.norm_weight.type == program.type);
+             (!p.norm_weight.data || p.norm_weight.type == program.type) &&
+             (!phase.taken || p.added.words == program.words);
     }
     case Work::norm:
       return phase.norm.x.type == program.type && phase.norm.weight.type == program.type;
-    case Work::sum: return phase.sum_params.words % program.rows == 0;
+    case Work::sum: return phase.sum_params.words == program.words;
     default: return phase.attention.rows == program.rows;
   }
 }
@@ -96,13 +100,92 @@ bool plan_clusters(Program& program, Phase* phases, const Device& gpu) {
   program.blocks = clusters * CLUSTER;
   for (int i = 0; i < program.phases; ++i) {
     Phase& phase = phases[i];
+    if (phase.work == Work::sum) return false;
     if (phase.work != Work::linear) continue;
     Weights& w = phase.linear.weights;
-    phase.passes = passes_of(w);
+    phase.passes = static_cast<short>(passes_of(w));
     w.rounds = static_cast<uint16_t>(w.tiles / (clusters * BLOCK_TEAMS));
     program.held = std::max(program.held, held_tiles(w, clusters, phase.passes));
   }
   return true;
+}
+
+// Whether nothing but the product behind attention reads what that writes, and it can be handed over.
+bool can_hand(const Program& program, const Phase* phases, int at) {
+  const Phase &phase = phases[at], &product = phases[at + 1];
+  if (!phase.barrier || product.work != Work::linear) return false;
+  const void* out = phase.attention.out;
+  const LinearParams& p = product.linear;
+  if (p.x.data != out || p.norm_weight.data || p.residual.data == out || p.weights.splits > 1 ||
+      p.weights.inputs % 4 || p.rows * p.weights.inputs > MOST_HANDED) {
+    return false;
+  }
+  return std::none_of(phases, phases + program.phases, [&](const Phase& other) {
+    switch (other.work) {
+      case Work::norm: return other.norm.x.data == out;
+      case Work::sum: return other.sum_params.residual.data == out;
+      case Work::linear:
+        return other.linear.residual.data == out || (other.linear.x.data == out && &other != &product);
+      default: return false;
+    }
+  });
+}
+
+// Let attention hand its results over where there are peers. Not the last one: words are taken away
+// behind a barrier that follows.
+void hand_over(Program& program, Phase* phases) {
+  const auto sums = [](const Phase& phase) { return phase.work == Work::sum; };
+  if (program.type == Type::float32 || std::none_of(phases, phases + program.phases, sums)) return;
+  int last = program.phases - 1;
+  while (last > 0 && !(phases[last].work == Work::attention && phases[last].barrier)) --last;
+  for (int i = 0; i < last; ++i) {
+    if (phases[i].work != Work::attention || !can_hand(program, phases, i)) continue;
+    const LinearParams& p = phases[i + 1].linear;
+    phases[i].hand = phases[i + 1].hand = static_cast<short>(++program.hands);
+    phases[i + 1].barrier = false;
+    program.handed = std::max(program.handed, p.rows * p.weights.inputs);
+  }
+}
+
+// Whether a product waits for nothing but its residual, and the very threads that read that have written
+// it in the phase before, in front of which all else was waited for: both share their tiles among blocks alike.
+bool reads_own(const Phase& before, const Phase& phase) {
+  if (before.work != Work::linear || phase.work != Work::linear) return false;
+  const LinearParams &had = before.linear, &p = phase.linear;
+  const Weights &a = had.weights, &b = p.weights;
+  return (before.barrier || before.hand) && !before.sum && p.residual.data == had.out && p.x.data != had.out &&
+         a.splits == 1 && b.splits == 1 && a.outputs == b.outputs && !a.gated && !b.gated;
+}
+
+// Whether the blocks of a product can take the sum in front of it themselves.
+bool can_take(const Program& program, const Phase& sum, const Phase& product, int ranks) {
+  if (sum.work != Work::sum || product.work != Work::linear) return false;
+  if (program.type == Type::float32) return false;
+  const SumParams& s = sum.sum_params;
+  const LinearParams& p = product.linear;
+  return p.x.data == s.out && p.norm_weight.data && !p.residual.data && !product.sum &&
+         p.weights.splits == 1 && s.out_type == program.type &&
+         s.residual.type == program.type && (!s.bias.data || s.bias.type == program.type) &&
+         s.features % 8 == 0 && s.words * ranks <= MOST_TAKEN / 4;
+}
+
+// Make one phase of each sum that a product can take and this product; no barrier is between them.
+void join_sums(Program& program, Phase* phases, int ranks) {
+  int count = 0;
+  for (int i = 0; i < program.phases; ++i) {
+    Phase phase = phases[i];
+    if (phase.work == Work::sum && phase.barrier) {  // of the product before, which does not write
+      phases[count - 1].barrier = true;              // what the sum reads
+      phase.barrier = false;
+    }
+    if (count && can_take(program, phases[count - 1], phase, ranks)) {
+      phase.linear.added = phases[--count].sum_params;
+      phase.taken = 1;  // that it takes one: they are numbered later
+      phase.barrier = false;
+    }
+    phases[count++] = phase;
+  }
+  program.phases = count;
 }
 
 // What a phase wants of shared memory beside the rings.
@@ -133,36 +216,45 @@ bool plan_linear(LinearParams& p, Type type, const Device& gpu, int64_t work_flo
          (w.splits == 1 || static_cast<int64_t>(w.tiles) * w.splits * 128 <= work_floats);
 }
 
-bool plan_program(Program& program, Phase* phases, Weights* weights, const Device& gpu) {
+bool plan_program(Program& program, Phase* phases, Weights* weights, int ranks, const Device& gpu) {
   int beside = 0;
-  bool dirty = false, summed = false, waits = false;
+  bool dirty = false, summed = false, taken = false, waits = false;
   const LinearParams* staged = nullptr;  // whose x is in shared memory
   phases[0].barrier = false;
+  hand_over(program, phases);
+  join_sums(program, phases, ranks);
   if (by_clusters(program.rows) && !plan_clusters(program, phases, gpu)) return false;
   for (int i = 0; i < program.phases; ++i) {
     Phase& phase = phases[i];
+    const bool adds = phase.work == Work::sum || phase.taken;
+    if (adds && !program.words) {
+      program.words = (phase.taken ? phase.linear.added : phase.sum_params).words;
+    }
     if (!fits(program, phase)) return false;
     beside = std::max(beside, beside_rings(program, phase));
-    // Two phases at once may not leave their sums in the same place.
-    if (uses_work(phase) && dirty) phase.barrier = true;
-    dirty = uses_work(phase) || (dirty && !phase.barrier);
-    // Nor may words of a sum be sent before all blocks have those of the last one.
-    if (phase.work == Work::linear && phase.sum) {
-      phase.barrier = phase.barrier || summed;
-      phase.sum = program.sums + 1;
-    }
-    summed = phase.work == Work::sum || (summed && !phase.barrier);
-    if (phase.work == Work::sum) phase.sum = ++program.sums;
-    waits = waits || phase.barrier;
     if (phase.work == Work::attention) staged = nullptr;  // its queries are there
     if (phase.work == Work::linear) {
-      phase.staged = is_staged(staged, phase.linear, gpu);
+      phase.staged = !phase.taken && is_staged(staged, phase.linear, gpu);
       if (!phase.staged) staged = &phase.linear;
       for (int pass = 0; pass < phase.passes; ++pass) {
         weights[program.products] = phase.linear.weights;
         weights[program.products++].pass = static_cast<uint8_t>(pass);
       }
     }
+    if (i > 0 && reads_own(phases[i - 1], phase)) phase.barrier = false;
+    // Two phases at once may not leave their sums in the same place.
+    if (uses_work(phase) && dirty) phase.barrier = true;
+    // Nor may words of a sum be sent before all blocks have those of the last one.
+    if (phase.work == Work::linear && phase.sum && summed) phase.barrier = true;
+    // Whoever takes a sum waits at no barrier: what comes next does, if it reads what others wrote.
+    if (taken && !(phase.staged && !phase.linear.residual.data)) phase.barrier = true;
+    dirty = uses_work(phase) || (dirty && !phase.barrier);
+    summed = adds || (summed && !phase.barrier);
+    taken = phase.taken || (taken && !phase.barrier);
+    waits = waits || phase.barrier;
+    if (phase.work == Work::linear && phase.sum) phase.sum = program.sums + 1;
+    if (phase.work == Work::sum) phase.sum = ++program.sums;
+    if (phase.taken) phase.taken = static_cast<short>(++program.sums);
   }
   beside += program.products * static_cast<int>(sizeof(Weights));
   program.slots = ring_slots((gpu.shared_per_block - MARGIN - beside) / RING_SLOTS);

@@ -8,6 +8,7 @@
 
 #include "attention.cuh"
 #include "grid.cuh"
+#include "hand.cuh"
 #include "multiply.cuh"
 #include "normalize.cuh"
 #include "step.h"
@@ -50,8 +51,8 @@ __device__ int team_warps(const AttentionParams& p) {
 
 // The block's share of an attention. `wait`: until its queries are there. PREFETCH: so long, ask for
 // what will be wanted.
-template <typename X, bool PREFETCH, typename Wait>
-__device__ void attend_phase(const AttentionParams& p, float* shared, Wait wait) {
+template <typename X, bool PREFETCH, typename Wait, typename... Put>
+__device__ void attend_phase(const AttentionParams& p, float* shared, Wait wait, Put... put) {
   const Team team = Team::of_warps(team_warps<X>(p));
   const int stride = gridDim.x * (STEP_WARPS / team.warps);
   float* of_team = shared + team.place() * shared_floats(STEP_HEADS, team.warps, p.dim);
@@ -59,7 +60,8 @@ __device__ void attend_phase(const AttentionParams& p, float* shared, Wait wait)
                                    [&](const Item<STEP_HEADS>& it, const Lane& lane) {
                                      if (PREFETCH) prefetch_rest<X>(p, it, lane);
                                      wait();
-                                   });
+                                   },
+                                   put...);
 }
 
 // The block's rows of a norm.
@@ -82,6 +84,7 @@ __global__ void __launch_bounds__(STEP_THREADS, 1) step_kernel(const StepParams 
   // products' weights are.
   extern __shared__ __align__(128) unsigned char shared[];
   constexpr int WORDS = PHASE_BYTES / 16;
+  constexpr bool TAKES = SUMS && sizeof(X) == 2;  // a float32 product leaves it no registers
   __shared__ uint4 held[2][WORDS];  // this phase and the next
   [[maybe_unused]] __shared__ Meeting peers;
   const auto* words = reinterpret_cast<const uint4*>(s.phases);
@@ -110,10 +113,25 @@ __global__ void __launch_bounds__(STEP_THREADS, 1) step_kernel(const StepParams 
       const Part part(p.weights, blockIdx.x, gridDim.x);
       const RowShare<STEP_WARPS> share(p.rows);
       NormTerms<X> norm;
-      norm.read(p, part.begin + share.own, part.end, share.width * 8);
+      const bool takes = TAKES && (phase.taken || phase.hand);
+      if (!takes) norm.read(p, part.begin + share.own, part.end, share.width * 8);
       if (phase.barrier) barrier.wait();
+      if constexpr (TAKES) {
+        if (phase.taken) forget_sum(peers, phase.taken, s.words);
+        if (phase.hand) forget_handed(peers, phase.hand - 1, s.handed);
+      }
       if (part.tile < p.weights.tiles) {
-        if (!phase.staged) stage<X, W, X>(p, share, norm, part.begin, part.end, x, partial);
+        if (takes) {
+          if constexpr (TAKES) {
+            if (phase.taken) {
+              take<X, W>(phase, peers, x, partial);
+            } else {
+              take_handed<X, W>(phase, peers, x);
+            }
+          }
+        } else if (!phase.staged) {
+          stage<X, W, X>(p, share, norm, part.begin, part.end, x, partial);
+        }
         __syncthreads();
         if constexpr (SUMS) {
           const PutOrSend put{peers, phase};
@@ -123,12 +141,20 @@ __global__ void __launch_bounds__(STEP_THREADS, 1) step_kernel(const StepParams 
         }
       }
     } else if (phase.work == Work::attention) {
-      attend_phase<X, true>(phase.attention, partial, [&] {
+      const auto wait = [&] {
         if (phase.barrier) barrier.wait();
-      });
+      };
+      if constexpr (TAKES) {
+        attend_phase<X, true>(phase.attention, partial, wait, StoreOrHand{peers, phase});
+      } else {
+        attend_phase<X, true>(phase.attention, partial, wait);
+      }
     } else if (SUMS && phase.work == Work::sum) {
       if (phase.barrier) barrier.wait();
-      if constexpr (SUMS) add_up(phase, peers);
+      if constexpr (SUMS) {
+        forget_sum(peers, phase.sum, s.words);
+        add_up(phase, peers);
+      }
     } else {
       if (phase.barrier) barrier.wait();
       normalize_phase<X>(phase.norm);
@@ -137,8 +163,9 @@ __global__ void __launch_bounds__(STEP_THREADS, 1) step_kernel(const StepParams 
     __syncthreads();
     if (reinterpret_cast<const Phase&>(held[(i + 1) % 2]).barrier) barrier.arrive();
   }
+  if constexpr (TAKES) forget_handed(peers, s.hands, s.handed);
   if constexpr (SUMS) {
-    if (blockIdx.x == 0 && threadIdx.x == 0) peers.end(s.sums);
+    if (blockIdx.x == 0 && threadIdx.x == 0) peers.end(s.sums, s.words);
   }
 #endif
 }

@@ -25,22 +25,30 @@ struct SumParams {
   int features, words;  // rows * features
 };
 
+// A product, and the sum that it takes itself, if any, as its x: see take.cuh.
+struct ProductParams : LinearParams {
+  SumParams added;
+};
+
 // One operation.
 struct alignas(16) Phase {
   Work work;
   bool barrier;  // everything before it must be done
   bool staged;   // a product's x is in shared memory as the product before has had it
-  int sum;  // which of the program's sums, from 1, this is, or this product's results go to; or 0
-  int passes;  // of a product that clusters share
+  short hand;    // which of the program's hand-overs, from 1, attention and the product behind it do; or 0
+  int sum;       // which of the program's sums, from 1, this is, or this product's results go to; or 0
+  short taken;   // which of them a product takes itself, as its x; or 0
+  short passes;  // of a product that clusters share
   union {
-    LinearParams linear;
+    ProductParams linear;
     AttentionParams attention;
     NormParams norm;
     SumParams sum_params;
     char bytes[PHASE_BYTES - 16];
   };
 
-  Phase() : work(Work::norm), barrier(false), staged(false), sum(0), passes(1), bytes{} {}
+  Phase()
+      : work(Work::norm), barrier(false), staged(false), hand(0), sum(0), taken(0), passes(1), bytes{} {}
 };
 static_assert(sizeof(Phase) == PHASE_BYTES);
 
@@ -52,6 +60,9 @@ struct Program {
   int phases;
   int products;
   int sums;
+  int words;         // of each sum: rows * features
+  int hands;         // of attention's results: see hand.cuh
+  int handed;        // words of each, at most
   int slots;         // of a warp's ring
   int shared_bytes;
   int blocks;
@@ -73,7 +84,8 @@ struct StepParams {
   int count, products, slots, held;
   int products_at;  // where they lie in shared memory, in bytes
   unsigned* barrier;  // see GridBarrier
-  int sums;           // 0: there are no peers
+  int sums, words;    // 0 sums: there are no peers
+  int hands, handed;
   long long barrier_patience;  // in cycles, if there are
   StepPeers peers;
 };
@@ -85,9 +97,10 @@ inline bool by_clusters(int rows) { return rows > MOST_STEP_ROWS; }
 bool plan_linear(LinearParams& p, Type type, const Device& gpu, int64_t work_floats,
                  int64_t counters);
 
-// Make what was recorded runnable, and list its products' weights, of which there may be as many as
-// phases. False if it is not runnable: no product, types that differ, too large.
-bool plan_program(Program& program, Phase* phases, Weights* weights, const Device& gpu);
+// Make what was recorded runnable by so many ranks, and list its products' weights, of which there may
+// be as many as phases; of these fewer may be left. False if it is not runnable: no product, types that
+// differ, too large.
+bool plan_program(Program& program, Phase* phases, Weights* weights, int ranks, const Device& gpu);
 
 // How many clusters find room at a time for a program whose products they share; and its run.
 int cluster_places_float16(const Program& program);

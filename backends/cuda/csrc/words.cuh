@@ -10,10 +10,7 @@
 namespace lmi {
 
 // Marks count turns: never 0, which is no word's, and odd after even, as they say whose turn it is.
-__device__ inline unsigned after(unsigned mark, unsigned turns = 1) {
-  const unsigned next = mark + turns;
-  return next < mark ? next + 2 : next;
-}
+__device__ inline unsigned after(unsigned mark) { return mark + 1 ? mark + 1 : 2; }
 
 __device__ inline void send(unsigned long long* to, unsigned bits, unsigned mark) {
   const unsigned long long word = static_cast<unsigned long long>(mark) << 32 | bits;
