@@ -22,7 +22,8 @@ def beams(
         return False
     for number, first in enumerate(range(0, len(logits), width)):
         rows = slice(first, first + width)
-        given = torch.nan_to_num(logits[rows].float().log_softmax(-1), nan=-torch.inf)
+        given = logits[rows].float().log_softmax(-1)
+        given = torch.where(given.isnan(), -torch.inf, given)
         best, places = best_continuations(given, [Beams(tuple(scores[rows].tolist()), keep)])
         entries = [(-torch.inf, 0)] * keep
         entries[: best.shape[1]] = zip(best[0].tolist(), places[0].tolist(), strict=True)
