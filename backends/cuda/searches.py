@@ -188,7 +188,7 @@ class Searches:
 
 
 def _searched(rows: Sequence[Row]) -> list[int]:
-    """Where the beams of a search begin; a search's first step has one row, and is none of these."""
+    """Where searches begin, but for those that have one row: their first step."""
     return [i for i, row in enumerate(rows) if row.beams and len(row.beams.scores) > 1]
 
 
