@@ -94,7 +94,12 @@ class Searches:
         firsts = _searched(rows)
         if not firsts or self._last is None:
             return {}
-        found = {i: place for i in firsts if (place := self._place(rows, i)) is not None}
+        found: dict[int, Place] = {}
+        expected = 0  # most often they come in the order that they had
+        for i in firsts:
+            place = self._place(rows, i, expected)
+            if place is not None:
+                found[i], expected = place, place.number + 1
         if not found:  # these are others: what was begun means nothing any more
             self._last = self._next = None
         return found
@@ -149,13 +154,14 @@ class Searches:
         if step := self._next or self._last:
             step.done.synchronize()
 
-    def _place(self, rows: Sequence[Row], first: int) -> Place | None:
+    def _place(self, rows: Sequence[Row], first: int, expected: int) -> Place | None:
         last, begun = self._last, self._next
         if last is None:
             return None
         width, size = last.kind.width, self._graphs.inputs.block_size
         own = rows[first : first + width]
-        for number in range(len(last.records)):
+        count = len(last.records)
+        for number in (*range(expected, count), *range(min(expected, count))):
             before = last.rows[number * width : (number + 1) * width]
             if begun is not None and last.gone[number].led_to(own, before, size):
                 return Place(begun, number)
