@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -106,13 +107,14 @@ class CudaExecutor(TorchExecutor):
     def step(self, batch: Batch) -> StepResult:
         """See `Executor.step`."""
         self._join()
-        taken = self._searches.taken(batch.rows) if self._searches is not None else {}
-        if self._searches is not None and taken:
-            self._searches.go_on(batch.rows, taken)
-        begun_before = {n for i, place in taken.items() for n in range(i, i + place.width)}
-        self._prepare(_without(batch, begun_before))
-        last, self._flight = self._flight, None
         rows = batch.rows
+        taken = self._searches.taken(rows) if self._searches is not None else {}
+        begun_before = {n for i, place in taken.items() for n in range(i, i + place.width)}
+        if self._searches is not None and taken:
+            self._searches.go_on(rows, taken)
+            batch = replace(batch, rows=[r for i, r in enumerate(rows) if i not in begun_before])
+        self._prepare(batch)
+        last, self._flight = self._flight, None
         places = [last.place(row) if last else None for row in rows]
         # Read before anything else is begun, which may write to the same place.
         found: dict[int, Draw | Continuations] = {i: own.result for i, own in taken.items()}
@@ -287,8 +289,3 @@ class CudaExecutor(TorchExecutor):
 def _token(drawn: Draw | Continuations | None) -> int | None:
     """The token that goes on, if there is one."""
     return drawn.token if isinstance(drawn, Draw) and drawn.finite else None
-
-
-def _without(batch: Batch, rows: Container[int]) -> Batch:
-    """The batch but for these rows, by their numbers."""
-    return Batch([row for i, row in enumerate(batch.rows) if i not in rows], batch.prompts)

@@ -91,8 +91,8 @@ class Searches:
     def taken(self, rows: Sequence[Row]) -> dict[int, Place]:
         """The searches among `rows` that have been begun already, by the numbers of their first
         rows."""
-        firsts = _searched(rows)
-        if not firsts or self._last is None:
+        firsts = _searched(rows) if self._last is not None else ()
+        if not firsts:
             return {}
         found: dict[int, Place] = {}
         expected = 0  # most often they come in the order that they had
