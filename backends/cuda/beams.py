@@ -99,28 +99,24 @@ class Gone(NamedTuple):
 
     def led_to(self, rows: Sequence[Row], before: Sequence[Row], block_size: int) -> bool:
         """Whether `rows` are what the search that was asked for by `before` has become."""
-        first, last = rows[0], before[0].beams
-        place = before[0].length // block_size
+        now, was = rows[0].beams, before[0].beams
+        if now is None or was is None or was.going is None:
+            return False
+        if now.scores != self.scores or now.keep != was.keep or len(rows) != len(before):
+            return False
+        start, sample, cross = before[0].length, was.going.sample, before[0].cross_blocks
+        if any(
+            row.start != start or row.sample != sample or row.cross_blocks != cross for row in rows
+        ):
+            return False
+        place = start // block_size
         copies = [pair for pair in zip(self.sources, self.blocks, strict=True) if pair[0] >= 0]
         return (
-            first.beams is not None
-            and last is not None
-            and last.going is not None
-            and len(rows) == len(before)
-            and first.beams.scores == self.scores
-            and first.beams.keep == last.keep
-            and list(first.copies) == copies
-            and all(
-                row.start == before[0].length
-                and row.token_ids[0] == token
-                and row.sample == last.going.sample
-                and row.blocks[place] == block
-                and row.blocks[:place] == before[parent].blocks[:place]
-                and row.cross_blocks == before[parent].cross_blocks
-                for row, parent, token, block in zip(
-                    rows, self.parents, self.tokens, self.blocks, strict=True
-                )
-            )
+            [row.token_ids[0] for row in rows] == self.tokens
+            and [row.blocks[place] for row in rows] == self.blocks
+            and [row.blocks[:place] for row in rows]
+            == [before[parent].blocks[:place] for parent in self.parents]
+            and list(rows[0].copies) == copies
         )
 
 

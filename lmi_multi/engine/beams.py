@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import cast
 
 from lmi_multi.completion import FinishReason
@@ -125,9 +125,8 @@ class BeamSearch:
             found = [cast(Continuations, next(draws))] * len(state.groups)
         if self.finish_reason is not None:
             return
-        error = sequence.not_finite(state.drawn, self.options)
         if not all(own is None or own.finite for own in found):
-            self.fail(error)
+            self.fail(self._not_finite)
             return
         groups: list[Group] = []
         taken: Counter[int] = Counter()
@@ -138,7 +137,7 @@ class BeamSearch:
         if any(group.running for group in groups):
             self._state = self._placed(groups, state.drawn + 1)
         else:
-            self._answer(groups, error)
+            self._answer(groups)
 
     def advance(self, length: int) -> None:
         """See `Request.advance`."""
@@ -233,40 +232,45 @@ class BeamSearch:
         return place if place < shared else shared + (place - shared) * self.width + row
 
     def _own(self, numbers: Sequence[int]) -> tuple[int, ...]:
-        return tuple(self.blocks[number] for number in numbers)
+        return tuple(map(self.blocks.__getitem__, numbers))
 
     def _placed(self, groups: Sequence[Group], drawn: int) -> _State:
         """The next state: every beam gets a block of its own for the token that it adds, as `Going`
         says."""
         beams = [beam for group in groups for beam in group.running]
         place = (len(self._given) + drawn - 1) // self._size
-        sharers = Counter(beam.blocks[place] for beam in beams if len(beam.blocks) > place)
-        own = [self._number(place, row) for row in range(self.width)]
-        unused = (number for number in own if number not in sharers)
-        fresh: list[int] = []
+        first = self._number(place, 0)
+        own = range(first, first + self.width)
         copies: list[tuple[int, int]] = []
-        placed: list[Hypothesis] = []
-        for beam, number in zip(beams, own, strict=False):
-            blocks = beam.blocks
-            if len(blocks) == place:
-                fresh.append(number)
-                blocks = (*blocks, number)
-            elif sharers[blocks[place]] > 1:
-                sharers[blocks[place]] -= 1
-                copies.append((blocks[place], next(unused)))
-                blocks = (*blocks[:place], copies[-1][1])
-            placed.append(beam._replace(blocks=blocks))
-        rest = iter(placed)
-        done = (replace(g, running=tuple(next(rest) for _ in g.running)) for g in groups)
-        return _State(tuple(done), drawn, tuple(fresh), tuple(copies))
+        if len(beams[0].blocks) == place:  # and so are all
+            fresh = tuple(own[: len(beams)])
+            beams = [beam.on((*beam.blocks, own[i])) for i, beam in enumerate(beams)]
+        else:
+            fresh, held = (), [beam.blocks[place] for beam in beams]
+            unused = (number for number in own if number not in held)
+            for i, beam in enumerate(beams):
+                if held[i] in held[i + 1 :]:
+                    copies.append((held[i], next(unused)))
+                    beams[i] = beam.on((*beam.blocks[:place], copies[-1][1]))
+        rest = iter(beams)
+        done = (Group(tuple(next(rest) for _ in g.running), g.finished) for g in groups)
+        return _State(tuple(done), drawn, fresh, tuple(copies))
 
-    def _answer(self, groups: Sequence[Group], error: str) -> None:
+    @property
+    def _not_finite(self) -> str:
+        return sequence.not_finite(self._state.drawn, self.options)
+
+    def _answer(self, groups: Sequence[Group]) -> None:
         """Fill the answers and end. Done twice, as when an interrupt came between, it goes on
         where it stopped."""
         best = hypotheses.best_of(groups)
         for number, answer in enumerate(self._answers):
             if number >= len(best):
-                few = f"the options leave only {len(best)} different answers" if best else error
+                few = (
+                    f"the options leave only {len(best)} different answers"
+                    if best
+                    else self._not_finite
+                )
                 answer.fail(few)
                 continue
             score, beam = best[number]
