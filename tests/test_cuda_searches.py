@@ -128,10 +128,15 @@ def test_what_depends_on_more_than_scores_waits_for_the_host(
 @pytest.mark.parametrize("size", [1, 8])
 @pytest.mark.parametrize("where", ["_prepare", "_draw", "go_on", "result"])
 def test_a_step_that_fails_is_taken_again(
-    monkeypatch: pytest.MonkeyPatch, folder: Path, where: str, size: int
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    steps: list[tuple[int, int]],
+    where: str,
+    size: int,
 ) -> None:
     """At every step memory is short for one of two searches once. The other one takes the step
-    again, of which the next has been begun, and its answers do not show it."""
+    again, of which the next has been begun; it is not computed again, and the answers are as they
+    should be."""
     own = prompts(2, 8)
     options = BEAMS | {"ignore_eos": True}
     limits = {"block_size": size, "blocks": 1600 // size}
@@ -154,12 +159,16 @@ def test_a_step_that_fails_is_taken_again(
             if where == "result":
                 made = property(lambda self, m=method, f=failing: f(self, work=m.fget))
             patched.setattr(of, where, made)
+            steps.clear()
             found = model.generate(own, options)
             assert tiny_models.is_clean(model)
         failed = next(calls) > number  # there are so many
         assert failed or number > (2 if where == "_draw" else 17)
         reason = "out_of_memory" if failed else "length"
         assert [c.finish_reason for c in found[3:]] == [reason] * 3
+        if failed:  # the first two times, if it is before anything is begun, nothing was
+            begun = next(taken for count, taken in steps if count == 1)
+            assert begun == (number > 2 or where in ("go_on", "result"))
         assert [c.token_ids for c in found[:3]] == [tokens for tokens, _ in expected]
         assert [c.score for c in found[:3]] == [score for _, score in expected]
 
