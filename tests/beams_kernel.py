@@ -7,8 +7,6 @@ from collections import Counter
 import torch
 from torch import Tensor
 
-from lmi_multi.ops.beams import Beams, best_continuations
-
 MOST = 32  # beams of a search, and continuations
 
 
@@ -17,16 +15,17 @@ def beams(
     scores: Tensor, ids: Tensor, lengths: Tensor, turns: Tensor, table: Tensor, copies: Tensor,
     block_size: int, work: Tensor, counters: Tensor,
 ) -> bool:  # fmt: skip
-    """The kernel, a search at a time; it refuses what it does not cover."""
+    """The kernel, a search at a time, of equal scores the lowest place first; it refuses what it
+    does not cover."""
     if logits.stride(1) != 1 or max(width, keep) > MOST:
         return False
     for number, first in enumerate(range(0, len(logits), width)):
         rows = slice(first, first + width)
         given = logits[rows].float().log_softmax(-1)
-        given = torch.where(given.isnan(), -torch.inf, given)
-        best, places = best_continuations(given, [Beams(tuple(scores[rows].tolist()), keep)])
+        total = (torch.where(given.isnan(), -torch.inf, given) + scores[rows, None]).flatten()
+        best, places = (part[:keep] for part in total.sort(descending=True, stable=True))
         entries = [(-torch.inf, 0)] * keep
-        entries[: best.shape[1]] = zip(best[0].tolist(), places[0].tolist(), strict=True)
+        entries[: len(best)] = zip(best.tolist(), places.tolist(), strict=True)
         vocab = logits.shape[1]
         record: list[Tensor] = [
             torch.tensor([score for score, _ in entries]).view(torch.int32),

@@ -190,14 +190,14 @@ def test_continuations_are_the_references(dtype: torch.dtype) -> None:
             else:  # nobody reads them, but the next step must find tokens and beams
                 assert all(0 <= place < case.width * case.vocab for place in case.places(record))
                 assert ((state.ids[rows] >= 0) & (state.ids[rows] < case.vocab)).all()
-    # Half types have ties; others are rare.
-    assert sum(alike) > len(alike) * (0.9 if dtype == torch.float32 else 0.5)
+    # torch ranks ties, which half types have, as it likes.
+    assert sum(alike) > len(alike) * 0.9 or dtype != torch.float32
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_beams_go_on_as_a_stand_in_lets_them(dtype: torch.dtype) -> None:
     """Several steps, each from what the last one left; with tokens that stop, and with rows that
-    are none. The first search whose order differs, by a tie, ends its case."""
+    are none."""
     torch.manual_seed(2)
     made, chance, compared = scratch(), random.Random(2), 0
     for case, skipped in cases():
@@ -223,9 +223,9 @@ def test_beams_go_on_as_a_stand_in_lets_them(dtype: torch.dtype) -> None:
                 not good or own == case.places(record)
                 for good, own, record in zip(usable.tolist(), places, other, strict=True)
             ]
-            if not all(same):
-                break
             for number in usable.nonzero().flatten().tolist():
+                if not same[number]:
+                    continue
                 compared += 1
                 rows = slice(number * case.width, (number + 1) * case.width)
                 if not expected.live[rows.start]:
@@ -243,8 +243,8 @@ def test_beams_go_on_as_a_stand_in_lets_them(dtype: torch.dtype) -> None:
                 for record in (told, wanted):  # compared already
                     record[: case.keep] = record[scores : scores + case.width] = 0
                 assert torch.equal(told, wanted)
-            if case.searches > 3 or not usable.all():
-                break  # searches without live rows, or usable logits, are as they were
+            if case.searches > 3 or not usable.all() or not all(same):
+                break  # the stand-in's searches are not where the kernel's are
     assert compared > 40
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -144,10 +145,22 @@ def test_graphs_are_captured_while_tokens_are_unread(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["t5", "llama", "bloom"])
-def test_searches_go_on_inside_graphs(folder: Path, family: str) -> None:
-    """Several at once, which end at different times; twice, as the second time nothing is made."""
+def test_searches_go_on_inside_graphs(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, family: str
+) -> None:
+    """Several at once, which end at different times; twice, as the second time nothing is made.
+    Most of their steps are begun ahead of the host."""
     from lmi_multi.backends.cuda.beams import BeamKind
+    from lmi_multi.backends.cuda.searches import Place, Searches
 
+    taken, counts = Searches.taken, []
+
+    def counted(self: Searches, rows: Sequence[Row]) -> dict[int, Place]:
+        found = taken(self, rows)
+        counts.append(len(found))
+        return found
+
+    monkeypatch.setattr(Searches, "taken", counted)
     own = prompts(6, 11)
     with cpu_model(folder, family) as cpu, cuda_model(folder, family) as model:
         for options in SEARCHES:
@@ -162,6 +175,7 @@ def test_searches_go_on_inside_graphs(folder: Path, family: str) -> None:
         captured = {key: graph for key, graph in opened._fed._captured.items() if key[1]}
         assert len(captured) > 4 and all(captured.values())
         assert all(isinstance(kind, BeamKind) for _, kind in captured)
+        assert sum(counts) > 30
         assert tiny_models.is_clean(model)
 
 
