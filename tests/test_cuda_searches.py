@@ -81,6 +81,31 @@ def test_every_step_but_the_first_is_begun_ahead(
         assert tiny_models.is_clean(model)
 
 
+@pytest.mark.parametrize("family", ["t5", "gpt2"])
+def test_a_search_that_ends_leaves_others_running(
+    folder: Path, family: str, steps: list[tuple[int, int]]
+) -> None:
+    """Ahead of the host, until they fit a smaller graph: then they wait for the host once."""
+    with cpu_model(folder, family) as cpu, open_model(folder, family) as model:
+        ended = 0
+        for seed in range(6):
+            own = prompts(4, 20 + seed)
+            plain = cpu.generate(own, BEAMS | {"max_new_tokens": 20, "ignore_eos": True})
+            seen = [c.token_ids[5 + i] for i, c in enumerate(plain)]
+            stops = {"stop_token_ids": sorted(set(seen))[:7], "early_stopping": True}
+            options = BEAMS | stops | {"max_new_tokens": 40}
+            expected = answers(cpu, own, options)
+            steps.clear()
+            assert answers(model, own, options) == expected
+            counts = [count for count, _ in steps]
+            smaller = {n for n in (1, 2) if n in counts}  # of rows 12 and 9, of 6, and of 3
+            late = [count for count, taken in steps if taken < count]
+            assert set(late[1:]) <= smaller and len(late) == len(set(late))
+            ended += counts[0] == 4 and 3 in counts
+        assert ended
+        assert tiny_models.is_clean(model)
+
+
 @pytest.mark.parametrize("options", SEARCHES, ids=str)
 def test_searches_end_and_begin_beside_each_other(
     folder: Path, options: dict[str, Any], steps: list[tuple[int, int]]

@@ -144,7 +144,7 @@ class StepGraphs:
     def logits(self, rows: int) -> Captured | None:
         """A step that ends with the logits: float32 [size >= rows, vocab]. None if it cannot be
         had: memory is short."""
-        size = self._size(rows)
+        size = self.size(rows)
         return self._get(size, None, lambda: self._logits(size))
 
     def drawing(self, rows: int, kind: DrawKind) -> Captured | None:
@@ -154,7 +154,7 @@ class StepGraphs:
         which writes them there itself, `inputs.tokens`. None if it cannot be had: memory is short,
         or there are too many graphs.
         """
-        size = self._size(rows)
+        size = self.size(rows)
         if kind == GREEDY:
             return self._get(size, kind, lambda: self._greedy(size))
         return self._get(size, kind, lambda: self._sampled(size, kind))
@@ -163,10 +163,11 @@ class StepGraphs:
         """A step that ends with what `beams` finds, those searches that `rows` belong to first:
         `beams.found`, or, where the kernel does not cover them, what `beams.best` returns. None as
         for `drawing`."""
-        size = self._size(rows)
+        size = self.size(rows)
         return self._get(size, kind, lambda: self._searched(size, kind))
 
-    def _size(self, rows: int) -> int:
+    def size(self, rows: int) -> int:
+        """Of the smallest step that so many rows fit in."""
         return self._sizes[bisect_left(self._sizes, rows)]
 
     def _logits(self, size: int) -> Tensor:

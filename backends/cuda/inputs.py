@@ -70,6 +70,12 @@ class StepInputs:
             self._cross_table[i, : len(row.cross_blocks)] = row.cross_blocks
         upload(self._host, self._packed)
 
+    def drop(self, first: int, stop: int) -> None:
+        """Let no row have these places any more, whatever the device has made of the others."""
+        self.live[first:stop] = 0
+        self.lengths[first:stop] = 1
+        self.table[first:stop] = self.spare
+
     def where(self, rows: int, splits: int) -> Where:
         """The first `rows` rows' own tokens."""
         return Where(self.lengths[:rows], self.table[:rows], splits)

@@ -28,9 +28,10 @@ from .inputs import download, recorded, upload
 
 @dataclass
 class Begun:
-    """A step of searches. `rows` are what asked for it; none while nobody has."""
+    """A step of searches. `rows` are what asked for it, by the searches' places; none while nobody
+    has. Places without rows are of searches that have ended since the inputs were filled in."""
 
-    rows: Sequence[Row]
+    rows: Mapping[int, Sequence[Row]]
     kind: BeamKind
     captured: Captured
     records: Records  # [searches, record] in pinned memory, there when `done` is
@@ -105,15 +106,20 @@ class Searches:
         return found
 
     def go_on(self, rows: Sequence[Row], taken: Mapping[int, Place]) -> None:
-        """Begin the step behind that which `rows` ask for, if it is what was begun last: all of its
-        searches are `taken`, and there are no others, which would have to join them."""
-        step = self._next
-        numbers = [place.number for place in taken.values() if place.step is step]
-        if step is None or numbers != list(range(len(step.records))):
+        """Begin the step behind that which `rows` ask for, if it is what was begun last: all of
+        their searches are `taken`, for others would have to join them. Those that have ended leave
+        their places empty, while the others are too many for a smaller graph."""
+        last, step, graphs = self._last, self._next, self._graphs
+        if last is None or step is None or list(taken) != _searched(rows):
             return
-        if list(taken) != _searched(rows):
+        if any(place.step is not step for place in taken.values()):
             return
-        step.rows = [row for i, place in taken.items() for row in rows[i : i + place.width]]
+        width, count = step.kind.width, len(step.records)
+        if graphs.size(len(taken) * width) != graphs.size(count * width):
+            return
+        step.rows = {place.number: rows[i : i + width] for i, place in taken.items()}
+        for ended in last.rows.keys() - step.rows.keys():
+            graphs.inputs.drop(ended * width, (ended + 1) * width)
         self._last, self._next = step, None
         self._next = self._behind(step)
 
@@ -139,7 +145,9 @@ class Searches:
                 done.synchronize()
             return kind.results(found, vocab)
         self._last = self._next = None
-        self._last = self._replay(rows, captured, kind, searches)
+        width = kind.width
+        own = {number: rows[number * width : (number + 1) * width] for number in range(searches)}
+        self._last = self._replay(own, captured, kind, searches)
         if alone:
             self._next = self._behind(self._last)
         return self._last.results
@@ -162,7 +170,9 @@ class Searches:
         own = rows[first : first + width]
         count = len(last.records)
         for number in (*range(expected, count), *range(min(expected, count))):
-            before = last.rows[number * width : (number + 1) * width]
+            before = last.rows.get(number)
+            if before is None:
+                continue
             if begun is not None and last.gone[number].led_to(own, before, size):
                 return Place(begun, number)
             if own[0].start == before[0].start and list(own) == list(before):
@@ -174,16 +184,20 @@ class Searches:
         sure to have one, or its inputs are not there."""
         if not self._ahead or self._fills != self._graphs.inputs.fills:
             return None
-        if not all(_goes_on(row) for row in step.rows[:: step.kind.width]):
+        if not all(_goes_on(own[0]) for own in step.rows.values()):
             return None
-        copies = self._graphs.beams.copies[: len(step.rows)]
+        copies = self._graphs.beams.copies[: len(step.records) * step.kind.width]
         if not torch.ops.lmi_multi.copy_blocks(self._cache, copies):
             return None
         self._graphs.inputs.turn = 1 - self._graphs.inputs.turn
-        return self._replay((), step.captured, step.kind, len(step.records))
+        return self._replay({}, step.captured, step.kind, len(step.records))
 
     def _replay(
-        self, rows: Sequence[Row], captured: Captured, kind: BeamKind, searches: int
+        self,
+        rows: Mapping[int, Sequence[Row]],
+        captured: Captured,
+        kind: BeamKind,
+        searches: int,
     ) -> Begun:
         """Begin a step with the inputs as they are."""
         inputs = self._graphs.inputs
