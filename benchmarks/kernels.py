@@ -1,6 +1,6 @@
 """Time every CUDA kernel against the bytes it must move, and against plain torch.
 
-    python -m benchmarks.kernels [--rows 1 4 16] [--attention] [--bandwidth 4.8]
+    python -m benchmarks.kernels [--rows 1 4 16] [--attention | --beams 4] [--bandwidth 4.8]
 
 Each case is a CUDA graph of launches over different weights or caches, in all more than L2 holds,
 so every byte comes from memory. Times are medians of replays, a launch. `roofline` is the bytes
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lmi_multi import backends
+from lmi_multi.backends.base import Limits
 from lmi_multi.engine.batch import Row
 from lmi_multi.models.spec import ModelSpec, RelativeBias, Rope
 from lmi_multi.models.weights import Layer, Linear, Norm
@@ -188,6 +189,37 @@ def attentions(rows: int) -> Iterator[Case]:
         yield Case(f"{name} {heads}/{kv}x{dim} {tokens} tokens", rows, size, ours, theirs)
 
 
+def searches(rows: int, width: int) -> Iterator[Case]:
+    """How searches of `width` beams go on; and blocks copied for all but one beam of each."""
+    from lmi_multi.backends.cuda.beams import BeamInputs, BeamKind
+    from lmi_multi.backends.cuda.inputs import StepInputs
+    from lmi_multi.backends.cuda.ops import Scratch
+
+    device, kind = torch.device("cuda"), BeamKind(width, 2 * width)
+    limits = Limits(rows, max_tokens=256, max_step_tokens=256, blocks=2 * rows, block_size=16)
+    inputs, scratch = StepInputs(limits, rows, False, device), Scratch(device)
+    beams = BeamInputs(inputs)
+    inputs.fill([Row([5], 100, [i], 1) for i in range(rows)])
+    for vocab in (32128, 128256):
+        every = [random(rows, vocab, dtype=torch.bfloat16) for _ in range(8)]
+        ours = [partial(beams.step, logits, kind, scratch) for logits in every]
+        theirs: list[Run] = [
+            lambda logits=logits: beams.best(logits.float(), kind)  # type: ignore[misc]
+            for logits in every
+        ]
+        yield Case(f"{width} beams {vocab} tokens", rows, every[0].nbytes, ours, theirs)
+    cache = random(24, 2, 2 * rows, 16, 64, 64, dtype=torch.bfloat16)
+    pairs = torch.tensor([[i, rows + i] for i in range(rows) if i % width], device=device)
+    sources, targets = pairs.unbind(1)
+    size = 2 * len(pairs) * cache[:, :, 0].nbytes
+    copied = partial(torch.ops.lmi_multi.copy_blocks, cache, pairs.int())
+
+    def by_torch() -> None:
+        cache.index_copy_(2, targets, cache.index_select(2, sources))
+
+    yield Case(f"xxl {len(pairs)} blocks copied", rows, size, [copied] * 4, [by_torch] * 4)
+
+
 def show(case: Case, bandwidth: float) -> None:
     ours, theirs = measure(case.ours, case.torch)
     roofline = case.bytes / bandwidth / 1e6
@@ -202,8 +234,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Time the CUDA kernels.")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 8, 16, 32, 64])
     parser.add_argument("--attention", action="store_true", help="nothing else")
+    parser.add_argument("--beams", type=int, default=0, help="searches of so many, nothing else")
     parser.add_argument("--bandwidth", type=float, default=4.8, help="TB/s of the roofline")
     options = parser.parse_args()
+    if options.beams and (options.beams < 2 or any(n % options.beams for n in options.rows)):
+        parser.error(f"--beams is {options.beams}; allowed: 2 or more that divide all --rows")
     state = backends.probe("cuda")
     if not state.ok or state.reason != "compiled kernels":
         raise SystemExit(f"cuda: {state.reason}")
@@ -218,6 +253,10 @@ def main() -> None:
     half = torch.bfloat16
     with torch.inference_mode():
         for rows in options.rows:
+            if options.beams:
+                for case in searches(rows, options.beams):
+                    show(case, options.bandwidth)
+                continue
             types_of_products = (half, half), (half, torch.int8), (torch.float32, torch.float32)
             for types in () if options.attention else types_of_products:
                 for case in products(ops, rows, *types):

@@ -20,13 +20,14 @@ from lmi_multi.backends.cuda import (
     inputs,
     prefill,
     prefill_inputs,
+    searches,
 )
 from lmi_multi.backends.cuda.ops import ACTIVATIONS
 from torch import Tensor
 
 from lmi_multi.models.weights import Linear, Norm
 from lmi_multi.ops.reference import Reference
-from tests import prefill_kernel
+from tests import beams_kernel, prefill_kernel
 
 
 def attend(
@@ -206,15 +207,17 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Programs:
         run_program=made.run, run_program_of_ranks=made.run_of_ranks,
         all_reduce=lambda *_: False,
         prefill=prefill_kernel.prefill, write_kv=prefill_kernel.write_kv,
+        beams=beams_kernel.beams, copy_blocks=beams_kernel.copy_blocks,
     )  # fmt: skip
     event = SimpleNamespace(synchronize=lambda: None, wait=lambda: None)
     monkeypatch.setattr(torch.ops, "lmi_multi", kernels, raising=False)
-    for module in (ahead, beams, draws, executor, inputs, prefill_inputs):
+    for module in (ahead, beams, draws, executor, inputs, prefill_inputs, searches):
         monkeypatch.setattr(module, "upload", lambda values, to: to.copy_(torch.tensor(values)))
-    for module in (ahead, executor):
+    for module in (ahead, searches):
         monkeypatch.setattr(module, "download", lambda values: (values.clone(), event))
-    monkeypatch.setattr(ahead, "recorded", lambda: event)
-    monkeypatch.setattr(inputs, "pinned", lambda shape, dtype: torch.zeros(shape, dtype=dtype))
+        monkeypatch.setattr(module, "recorded", lambda: event)
+    for module in (beams, inputs):
+        monkeypatch.setattr(module, "pinned", lambda shape, dtype: torch.zeros(shape, dtype=dtype))
     for module in (attention, graphs):
         monkeypatch.setattr(module, "splits", lambda *_: 1)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)

@@ -21,6 +21,7 @@ from lmi_multi.backends.cuda import (
     draws,
     executor,
     graphs,
+    inputs,
     prefill_graphs,
 )
 from lmi_multi.backends.cuda.ops import Scratch
@@ -136,8 +137,8 @@ def test_what_a_graph_finds_for_searches_is_what_the_reference_finds() -> None:
     ]
     kind = beams.BeamKind.of(rows)
     assert kind == (3, 20)
-    given = beams.BeamInputs(8, torch.device("cpu"))
-    given.fill(rows)
+    given = beams.BeamInputs(inputs.StepInputs(LIMITS, 8, False, torch.device("cpu")))
+    given.fill(rows, kind)
     found = kind.results(given.best(logits, kind), VOCAB)
     expected = draw(logits[:6], rows)
     assert found[0] == expected[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -144,10 +145,22 @@ def test_graphs_are_captured_while_tokens_are_unread(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["t5", "llama", "bloom"])
-def test_searches_go_on_inside_graphs(folder: Path, family: str) -> None:
-    """Several at once, which end at different times; twice, as the second time nothing is made."""
+def test_searches_go_on_inside_graphs(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, family: str
+) -> None:
+    """Several at once, which end at different times; twice, as the second time nothing is made.
+    Most of their steps are begun ahead of the host."""
     from lmi_multi.backends.cuda.beams import BeamKind
+    from lmi_multi.backends.cuda.searches import Place, Searches
 
+    taken, counts = Searches.taken, []
+
+    def counted(self: Searches, rows: Sequence[Row]) -> dict[int, Place]:
+        found = taken(self, rows)
+        counts.append(len(found))
+        return found
+
+    monkeypatch.setattr(Searches, "taken", counted)
     own = prompts(6, 11)
     with cpu_model(folder, family) as cpu, cuda_model(folder, family) as model:
         for options in SEARCHES:
@@ -162,6 +175,7 @@ def test_searches_go_on_inside_graphs(folder: Path, family: str) -> None:
         captured = {key: graph for key, graph in opened._fed._captured.items() if key[1]}
         assert len(captured) > 4 and all(captured.values())
         assert all(isinstance(kind, BeamKind) for _, kind in captured)
+        assert sum(counts) > 30
         assert tiny_models.is_clean(model)
 
 
@@ -169,17 +183,19 @@ def test_searches_go_on_inside_graphs(folder: Path, family: str) -> None:
     ("rows", "width", "vocab", "keep"),
     [(32, 4, 32128, 16), (64, 8, 50257, 16), (15, 5, 128256, 60), (4, 3, 999, 20), (2, 2, 8, 16)],
 )
-def test_a_graph_ranks_as_torch_does_uncaptured(
+def test_torch_ranks_in_a_graph_as_it_does_uncaptured(
     rows: int, width: int, vocab: int, keep: int
 ) -> None:
-    """Of vocabularies that torch ranks in one way and in another, with ties as bf16 has them, with
-    tokens that cannot come, and with a beam without usable logits; replayed on others."""
+    """What the kernel does not cover. Of vocabularies that torch ranks in one way and in another,
+    with ties as bf16 has them, with tokens that cannot come, and with a beam without usable logits;
+    replayed on others."""
     from lmi_multi.backends.cuda.beams import BeamInputs, BeamKind
     from lmi_multi.backends.cuda.graphs import capture
+    from lmi_multi.backends.cuda.inputs import StepInputs
 
     device, kind = torch.device("cuda", 0), BeamKind(width, keep)
     logits = torch.zeros(rows, vocab, device=device)
-    beams = BeamInputs(rows, device)
+    beams = BeamInputs(StepInputs(LIMITS, rows, False, device))
     with torch.inference_mode():
         graph = capture(
             lambda: beams.best(logits, kind), torch.cuda.Stream(), torch.cuda.graph_pool_handle()
@@ -196,7 +212,7 @@ def test_a_graph_ranks_as_torch_does_uncaptured(
             ]
             if seed == 2:
                 logits[len(batch) - 1, 3] = torch.nan
-            beams.fill(batch)
+            beams.fill(batch, kind)
             found = kind.results(graph.replay().cpu(), vocab)
             expected = draw(logits[: len(batch)].clone(), batch)
             for own, other in zip(found, expected, strict=True):

@@ -10,6 +10,7 @@ block between them in the machine code: it loses count of barriers there.
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import pytest
@@ -20,6 +21,7 @@ from lmi_multi.engine.batch import Prompt, Row
 from lmi_multi.engine.engine import Engine
 from lmi_multi.ops.reference import Reference
 from lmi_multi.timing import time_generation
+from tests.test_cuda_beams import Case, logits_of, scratch
 from tests.test_cuda_kernels import (
     EPS,
     TOLERANCE,
@@ -73,6 +75,31 @@ def test_products(rows: int, codes: torch.dtype | None) -> None:
     expected = Reference().activate(y.double(), "gelu", True)
     assert error(fused.activate(y, "gelu", True), expected) < TOLERANCE[HALF]
     assert not fused._scratch.counters.any()
+
+
+@pytest.mark.parametrize("dtype", [HALF, torch.float32], ids=str)
+@pytest.mark.parametrize("vocab", [999, 32128])
+def test_searches(dtype: torch.dtype, vocab: int) -> None:
+    """How beams go on, twice, and the blocks that they copy."""
+    case, made = Case(2, 3, 8, vocab, 4), scratch()
+    state = case.state(random.Random(0))
+    for skipped in (0, 3):
+        given, before = logits_of(case, dtype, skipped), state.scores.clone()
+        half = int(state.turns[0])
+        case.run(given, state, made)
+        records = state.found[half, : case.records].view(case.searches, -1)
+        for number, record in enumerate(records):
+            rows = slice(number * case.width, (number + 1) * case.width)
+            case.check(record, given[rows], before[rows])
+        blocks = int(state.own.max()) + 1
+        cache = randn(2, 2, blocks, case.block_size, 2, 8, dtype=dtype)
+        expected = cache.clone()
+        for source, target in state.copies.tolist():
+            if source >= 0:
+                expected[:, :, target] = cache[:, :, source]
+        assert torch.ops.lmi_multi.copy_blocks(cache, state.copies)
+        assert torch.equal(cache, expected)
+    assert not made.counters.any()
 
 
 @pytest.mark.parametrize("most", [8, 0], ids=["as-one", "single"])

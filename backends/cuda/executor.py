@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from functools import wraps
 from typing import Concatenate, ParamSpec, TypeVar
 
@@ -23,15 +24,15 @@ from lmi_multi.parallel.collectives import Peers
 
 from .ahead import Ahead, Flight
 from .attention import CudaPagedAttention, DecodeAttention
-from .beams import BeamKind
 from .entry import Angles
 from .graphs import StepGraphs, can_capture
-from .inputs import StepInputs, download, upload
+from .inputs import StepInputs, upload
 from .ops import CudaOps, Scratch
 from .prefill import Prefill
 from .prefill_graphs import PrefillGraphs
 from .program import NotCoveredError, can_sum
 from .program import program_rows as best_program_rows
+from .searches import Searches
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -86,6 +87,7 @@ class CudaExecutor(TorchExecutor):
         self._flight: Flight | None = None
         self._fed: StepGraphs | None = None
         self._ahead: Ahead | None = None
+        self._searches: Searches | None = None
         if captured and can_capture(self._network, collectives):
             encoded = spec.kind == "encoder-decoder"
             angles = Angles.of(spec, limits.max_tokens, self._device)
@@ -111,20 +113,35 @@ class CudaExecutor(TorchExecutor):
             )
             self._ahead = Ahead(ahead)
             self._try_captured(angles, stream)
+        if self._fed is not None:
+            # Ranks that are not of one kind might find others best. No step may leave out what ran
+            # in the last one; and a block is not cleared before it is another's.
+            ahead_of_host = (
+                self._peers.alone
+                and limits.max_step_tokens >= limits.max_batch
+                and not self.clears_blocks
+            )
+            self._searches = Searches(self._fed, self._cache.whole, ahead_of_host)
 
     @_on_own_gpu
     @torch.inference_mode()
     def step(self, batch: Batch) -> StepResult:
         """See `Executor.step`."""
         self._join()
+        rows = batch.rows
+        taken = self._searches.taken(rows) if self._searches is not None else {}
+        begun_before = {n for i, place in taken.items() for n in range(i, i + place.width)}
+        if self._searches is not None and taken:
+            self._searches.go_on(rows, taken)
+            batch = replace(batch, rows=[r for i, r in enumerate(rows) if i not in begun_before])
         self._prepare(batch)
         last, self._flight = self._flight, None
-        rows = batch.rows
         places = [last.place(row) if last else None for row in rows]
-        found: dict[int, Draw | Continuations] = {}
-        rest = [i for i, place in enumerate(places) if place is None]
+        # Read before anything else is begun, which may write to the same place.
+        found: dict[int, Draw | Continuations] = {i: own.result for i, own in taken.items()}
+        rest = [i for i, place in enumerate(places) if place is None and i not in begun_before]
         if rest:
-            found = self._draw(rest, [rows[i] for i in rest])
+            found |= self._draw(rest, [rows[i] for i in rest], not taken)
         tokens = self._agreed(rows, [_token(found.get(i)) for i in range(len(rows))], rest)
         going = [i for i in range(len(rows)) if places[i] is not None or tokens[i] is not None]
         begun = None
@@ -135,7 +152,7 @@ class CudaExecutor(TorchExecutor):
                 [places[i] for i in going],
                 last,
             )
-        if last is not None and len(rest) < len(rows):
+        if last is not None and any(place is not None for place in places):
             drawn = last.results()
             found |= {i: drawn[place] for i, place in enumerate(places) if place is not None}
         if begun is not None:
@@ -186,6 +203,8 @@ class CudaExecutor(TorchExecutor):
         memory is shared."""
         if self._flight is not None:
             self._flight.done.wait()
+        if self._searches is not None:
+            self._searches.join()
 
     @_on_own_gpu
     def close(self) -> None:
@@ -194,14 +213,21 @@ class CudaExecutor(TorchExecutor):
         if self._ahead is not None:
             with progress.waiting(), suppress(RuntimeError):  # one that has failed writes no more
                 self._ahead.wait()
+                if self._searches is not None:
+                    self._searches.wait()
+        self._searches = None
         self._flight = self._fed = self._ahead = self._prefill_graphs = None
         for name in ("_kernel", "_prefill"):
             self.__dict__.pop(name, None)
         super().close()
 
-    def _draw(self, numbers: Sequence[int], rows: Sequence[Row]) -> dict[int, Draw | Continuations]:
-        """Compute rows that nobody has begun; what those that draw get, by their numbers."""
-        searched = self._searched(rows)
+    def _draw(
+        self, numbers: Sequence[int], rows: Sequence[Row], alone: bool
+    ) -> dict[int, Draw | Continuations]:
+        """Compute rows that nobody has begun; what those that draw get, by their numbers. `alone`:
+        there are no searches beside them."""
+        vocab = self._network.spec.vocab
+        searched = None if self._searches is None else self._searches.run(rows, vocab, alone)
         if searched is not None:
             first = [n for n, row in zip(numbers, rows, strict=True) if row.beams is not None]
             return dict(zip(first, searched, strict=True))
@@ -211,19 +237,6 @@ class CudaExecutor(TorchExecutor):
         drawing = [(n, row) for n, row in zip(numbers, rows, strict=True) if row.sample is not None]
         found = draw_by_row(logits, [row for _, row in drawing])
         return {drawing[i][0]: drawn for i, drawn in found.items()}
-
-    def _searched(self, rows: Sequence[Row]) -> list[Continuations] | None:
-        """How the searches that `rows` are of go on, by a graph; None if that is not for them."""
-        kind = BeamKind.of(rows)
-        step = self._fed.searching(len(rows), kind) if self._fed is not None and kind else None
-        if self._fed is None or kind is None or step is None:
-            return None
-        self._feed(rows, self._fed)
-        self._fed.beams.fill(rows)
-        found, done = download(step.replay()[: len(rows) // kind.width])
-        with progress.waiting():
-            done.synchronize()
-        return kind.results(found, self._network.spec.vocab)
 
     def _feed(self, rows: Sequence[Row], graphs: StepGraphs) -> None:
         """Put rows of one token in the first places."""
@@ -247,6 +260,12 @@ class CudaExecutor(TorchExecutor):
             logits = logits[torch.tensor(drawing, dtype=torch.int64, device=self._device)]
         parts = [part for part in (logits, others) if part is not None and len(part)]
         return torch.cat(parts) if parts else None
+
+    def _copy(self, pairs: Sequence[tuple[int, int]]) -> None:
+        on_device = torch.empty((len(pairs), 2), dtype=torch.int32, device=self._device)
+        upload(np.array(pairs, dtype=np.int32), on_device)
+        if not torch.ops.lmi_multi.copy_blocks(self._cache.whole, on_device):
+            super()._copy(pairs)
 
     @torch.inference_mode()
     def _try_captured(self, angles: Angles | None, stream: torch.cuda.Stream) -> None:

@@ -132,7 +132,7 @@ class StepGraphs:
     ) -> None:
         self._peers, self._stream = peers, stream
         self.inputs, self.draws = inputs, DrawInputs(inputs.most, inputs.ids.device)
-        self.beams = BeamInputs(inputs.most, inputs.ids.device)
+        self.beams = BeamInputs(inputs)
         self._network, self._kernel, self._scratch = network, kernel, scratch
         self._sizes = sizes(inputs.most)
         self._pool = torch.cuda.graph_pool_handle()
@@ -144,7 +144,7 @@ class StepGraphs:
     def logits(self, rows: int) -> Captured | None:
         """A step that ends with the logits: float32 [size >= rows, vocab]. None if it cannot be
         had: memory is short."""
-        size = self._size(rows)
+        size = self.size(rows)
         return self._get(size, None, lambda: self._logits(size))
 
     def drawing(self, rows: int, kind: DrawKind) -> Captured | None:
@@ -154,22 +154,29 @@ class StepGraphs:
         which writes them there itself, `inputs.tokens`. None if it cannot be had: memory is short,
         or there are too many graphs.
         """
-        size = self._size(rows)
+        size = self.size(rows)
         if kind == GREEDY:
             return self._get(size, kind, lambda: self._greedy(size))
         return self._get(size, kind, lambda: self._sampled(size, kind))
 
     def searching(self, rows: int, kind: BeamKind) -> Captured | None:
-        """A step that ends with what `beams` finds: float64 [searches, 2 * kept + 1], those that
-        `rows` belong to first. None as for `drawing`."""
-        size = self._size(rows)
-        return self._get(size, kind, lambda: self.beams.best(self._logits(size), kind))
+        """A step that ends with what `beams` finds, those searches that `rows` belong to first:
+        `beams.found`, or, where the kernel does not cover them, what `beams.best` returns. None as
+        for `drawing`."""
+        size = self.size(rows)
+        return self._get(size, kind, lambda: self._searched(size, kind))
 
-    def _size(self, rows: int) -> int:
+    def size(self, rows: int) -> int:
+        """Of the smallest step that so many rows fit in."""
         return self._sizes[bisect_left(self._sizes, rows)]
 
     def _logits(self, size: int) -> Tensor:
         return self._scores(size).float()
+
+    def _searched(self, size: int, kind: BeamKind) -> Tensor:
+        scores = self._scores(size)
+        found = self.beams.step(scores, kind, self._scratch)
+        return self.beams.best(scores.float(), kind) if found is None else found
 
     def _scores(self, size: int) -> Tensor:
         """A step's logits, in the type that the head's product has."""

@@ -25,11 +25,12 @@ class StepInputs:
 
     A greedy step leaves its tokens in one half of `tokens`, int64 [2, most] in pinned memory: a
     row's in that which `turns` int32 [most] says, and it then turns to the other. `turn` is what
-    `fill` has them begin with.
+    `fill` has them begin with. `fills` counts how often anything was filled in.
     """
 
     def __init__(self, limits: Limits, most: int, encoded: bool, device: torch.device) -> None:
-        self.most, self.spare = most, limits.blocks
+        self.most, self.spare, self.block_size = most, limits.blocks, limits.block_size
+        self.fills = 0
         width = -(-limits.max_tokens // limits.block_size)
         widths = [1, 1, 1, 1, width, width if encoded else 0]
         sizes = [most * n for n in widths]
@@ -54,6 +55,7 @@ class StepInputs:
 
     def fill(self, rows: Sequence[Row], ahead: int = 0) -> None:
         """The rows, each `ahead` tokens further than it says, in the first places."""
+        self.fills += 1
         self._live[:] = 0
         self._turns[:] = self.turn
         self._lengths[:] = 1
@@ -67,6 +69,12 @@ class StepInputs:
             self._cross_lengths[i] = row.cross_length
             self._cross_table[i, : len(row.cross_blocks)] = row.cross_blocks
         upload(self._host, self._packed)
+
+    def drop(self, first: int, stop: int) -> None:
+        """Let no row have these places any more, whatever the device has made of the others."""
+        self.live[first:stop] = 0
+        self.lengths[first:stop] = 1
+        self.table[first:stop] = self.spare
 
     def where(self, rows: int, splits: int) -> Where:
         """The first `rows` rows' own tokens."""

@@ -21,8 +21,8 @@ from .entry import Entered
 from .near import PeerMemory
 
 MOST_ROWS = 8  # of a program
-# The same for quantized weights, where clusters of blocks share products (csrc/cluster_product.cuh). For
-# half types cuBLAS is the faster one by 3 to 7% at 16 rows.
+# The same for quantized weights, where clusters of blocks share products: see
+# csrc/cluster_product.cuh. For half types cuBLAS is the faster one by 3 to 7% at 16 rows.
 MOST_QUANTIZED_ROWS = 16
 # Bytes of a product's weights, in the mean, from which on a program is the faster one: it wins by
 # not letting memory idle, and loses by its barriers. Measured at 2.7 MB (loses), 38 to 76 (wins).

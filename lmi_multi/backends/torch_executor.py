@@ -131,9 +131,13 @@ class TorchExecutor:
         if fresh and self.clears_blocks:
             self._cache.clear(fresh)
         if copies := [pair for row in batch.rows for pair in row.copies]:
-            self._cache.copy(copies)
+            self._copy(copies)
         if batch.prompts:
             self._encode_to_cache(batch.prompts)
+
+    def _copy(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """See `PagedCache.copy`."""
+        self._cache.copy(pairs)
 
     def _encode_to_cache(self, prompts: Sequence[Prompt]) -> None:
         """Encode prompts and keep their cross-attention keys and values."""

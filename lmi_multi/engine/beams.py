@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import cast
 
 from lmi_multi.completion import FinishReason
@@ -12,7 +12,8 @@ from lmi_multi.engine import hypotheses, sequence
 from lmi_multi.engine.batch import Continuations, Draw, Prompt, Row
 from lmi_multi.engine.detokenizer import Detokenizer
 from lmi_multi.engine.hypotheses import Group, Hypothesis
-from lmi_multi.ops.beams import Beams
+from lmi_multi.ops.beams import Beams, Going
+from lmi_multi.ops.sampling import SampleRow
 from lmi_multi.resolved import Resolved
 
 
@@ -62,6 +63,7 @@ class BeamSearch:
         beam = Hypothesis(blocks=prompt, detokenizer=detokenizer)
         self._start = _State((Group((beam,)),) * options.num_beam_groups)
         self._state = self._start
+        self._own_blocks: tuple[tuple[int, ...], ...] = ()
 
     @property
     def first_tokens(self) -> list[int]:
@@ -91,9 +93,8 @@ class BeamSearch:
 
     def blocks_needed(self, size: int) -> tuple[int, int]:
         """See `Request.blocks_needed`."""
-        longest = len(self._given) + self.options.max_new_tokens - 1
         shared = len(self._given) // size
-        own = shared + self.width * (-(-longest // size) - shared)
+        own = shared + self.width * (-(-self._longest // size) - shared)
         return max(own, 1), -(-len(self.encoder_ids or ()) // size)
 
     def prompt(self) -> Prompt:
@@ -105,8 +106,9 @@ class BeamSearch:
         state = self._state
         if not state.drawn:
             return [self._prefill(count)]
+        sample, going = self.options.ahead(state.drawn), self._going(state)
         rows = [
-            self._row(beam, group.running if place == 0 else ())
+            self._row(beam, group.running if place == 0 else (), sample, going)
             for group in state.groups
             for place, beam in enumerate(group.running)
         ]
@@ -123,9 +125,8 @@ class BeamSearch:
             found = [cast(Continuations, next(draws))] * len(state.groups)
         if self.finish_reason is not None:
             return
-        error = sequence.not_finite(state.drawn, self.options)
         if not all(own is None or own.finite for own in found):
-            self.fail(error)
+            self.fail(self._not_finite)
             return
         groups: list[Group] = []
         taken: Counter[int] = Counter()
@@ -136,7 +137,7 @@ class BeamSearch:
         if any(group.running for group in groups):
             self._state = self._placed(groups, state.drawn + 1)
         else:
-            self._answer(groups, error)
+            self._answer(groups)
 
     def advance(self, length: int) -> None:
         """See `Request.advance`."""
@@ -148,6 +149,7 @@ class BeamSearch:
         self._prefilled = self._reused = reused
         self._shared = shared
         self._state = self._start
+        self._own_blocks = ()
 
     def cancel(self) -> None:
         """See `Request.cancel`."""
@@ -176,55 +178,99 @@ class BeamSearch:
             fresh=fresh,
         )
 
-    def _row(self, beam: Hypothesis, group: Sequence[Hypothesis]) -> Row:
-        """One beam's last token; the first of a group asks for the whole group."""
-        tokens = [*self._given, *beam.tokens]
+    def _row(
+        self,
+        beam: Hypothesis,
+        group: Sequence[Hypothesis],
+        sample: SampleRow | None = None,
+        going: Going | None = None,
+    ) -> Row:
+        """One beam's last token; the first of a group asks for the whole group. `sample` is None
+        where it depends on the beam's tokens."""
         encoder_ids = self.encoder_ids or ()
-        scores = tuple(own.score for own in group)
+        if sample is None:
+            tokens = [*self._given, *beam.tokens]
+            sample = self.options.row(len(beam.tokens), tokens, encoder_ids)
+        beams = None
+        if group:
+            scores = tuple(own.score for own in group)
+            beams = Beams(scores, hypotheses.continuations(self.options), going)
         return Row(
-            token_ids=tokens[-1:],
-            start=len(tokens) - 1,
+            token_ids=[beam.tokens[-1] if beam.tokens else self._given[-1]],
+            start=len(self._given) + len(beam.tokens) - 1,
             blocks=self._own(beam.blocks),
             prompt_length=len(self._given),
             cross_blocks=tuple(self.cross_blocks),
             cross_length=len(encoder_ids),
-            sample=self.options.row(len(beam.tokens), tokens, encoder_ids),
-            beams=Beams(scores, hypotheses.continuations(self.options)) if scores else None,
+            sample=sample,
+            beams=beams,
         )
 
+    def _going(self, state: _State) -> Going | None:
+        """See `Beams.going`."""
+        options, beams = self.options, state.rows
+        sample = options.ahead(state.drawn + 1)
+        if sample is None or options.num_beam_groups > 1 or beams[0].detokenizer is not None:
+            return None
+        if not self._own_blocks:
+            places = range(-(-self._longest // self._size))
+            self._own_blocks = tuple(
+                self._own([self._number(place, row) for place in places])
+                for row in range(self.width)
+            )
+        return Going((*options.eos_token_ids, *options.stop_token_ids), self._own_blocks, sample)
+
+    @property
+    def _longest(self) -> int:
+        """The most tokens of a beam that are in the cache."""
+        return len(self._given) + self.options.max_new_tokens - 1
+
+    def _number(self, place: int, row: int) -> int:
+        """That of a row's own block for a place among its blocks: behind the prompt's full blocks,
+        which all rows share, there is one for each row."""
+        shared = len(self._given) // self._size
+        return place if place < shared else shared + (place - shared) * self.width + row
+
     def _own(self, numbers: Sequence[int]) -> tuple[int, ...]:
-        return tuple(self.blocks[number] for number in numbers)
+        return tuple(map(self.blocks.__getitem__, numbers))
 
     def _placed(self, groups: Sequence[Group], drawn: int) -> _State:
-        """The next state: every beam gets a block of its own for the token that it adds."""
+        """The next state: every beam gets a block of its own for the token that it adds, as `Going`
+        says."""
         beams = [beam for group in groups for beam in group.running]
-        sharers = Counter(block for beam in beams for block in beam.blocks)
-        unused = (number for number in range(len(self.blocks)) if not sharers[number])
         place = (len(self._given) + drawn - 1) // self._size
-        fresh: list[int] = []
+        first = self._number(place, 0)
+        own = range(first, first + self.width)
         copies: list[tuple[int, int]] = []
-        placed: list[Hypothesis] = []
-        for beam in beams:
-            blocks = beam.blocks
-            if len(blocks) == place:
-                fresh.append(next(unused))
-                blocks = (*blocks, fresh[-1])
-            elif sharers[blocks[place]] > 1:
-                sharers[blocks[place]] -= 1
-                copies.append((blocks[place], next(unused)))
-                blocks = (*blocks[:place], copies[-1][1])
-            placed.append(beam._replace(blocks=blocks))
-        rest = iter(placed)
-        done = (replace(g, running=tuple(next(rest) for _ in g.running)) for g in groups)
-        return _State(tuple(done), drawn, tuple(fresh), tuple(copies))
+        if len(beams[0].blocks) == place:  # and so are all
+            fresh = tuple(own[: len(beams)])
+            beams = [beam.on((*beam.blocks, own[i])) for i, beam in enumerate(beams)]
+        else:
+            fresh, held = (), [beam.blocks[place] for beam in beams]
+            unused = (number for number in own if number not in held)
+            for i, beam in enumerate(beams):
+                if held[i] in held[i + 1 :]:
+                    copies.append((held[i], next(unused)))
+                    beams[i] = beam.on((*beam.blocks[:place], copies[-1][1]))
+        rest = iter(beams)
+        done = (Group(tuple(next(rest) for _ in g.running), g.finished) for g in groups)
+        return _State(tuple(done), drawn, fresh, tuple(copies))
 
-    def _answer(self, groups: Sequence[Group], error: str) -> None:
+    @property
+    def _not_finite(self) -> str:
+        return sequence.not_finite(self._state.drawn, self.options)
+
+    def _answer(self, groups: Sequence[Group]) -> None:
         """Fill the answers and end. Done twice, as when an interrupt came between, it goes on
         where it stopped."""
         best = hypotheses.best_of(groups)
         for number, answer in enumerate(self._answers):
             if number >= len(best):
-                few = f"the options leave only {len(best)} different answers" if best else error
+                few = (
+                    f"the options leave only {len(best)} different answers"
+                    if best
+                    else self._not_finite
+                )
                 answer.fail(few)
                 continue
             score, beam = best[number]

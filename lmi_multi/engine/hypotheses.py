@@ -40,6 +40,10 @@ class Hypothesis(NamedTuple):
             None if self.detokenizer is None else self.detokenizer.pushed(by.token),
         )
 
+    def on(self, blocks: tuple[int, ...]) -> Hypothesis:
+        """The same on other blocks: as `_replace`, in a third of its time."""
+        return Hypothesis(self.tokens, self.score, blocks, self.logprobs, self.detokenizer)
+
     def stopped(self, options: Resolved) -> bool:
         """Whether its last token, or the text that it completes, ends it."""
         return (
@@ -91,7 +95,8 @@ def advance(
             first.append(hypothesis)
             if stopped or len(hypothesis.tokens) == options.max_new_tokens:
                 ended.append(hypothesis)
-    taken.update(h.tokens[-1] for h in running)
+    if options.num_beam_groups > 1:
+        taken.update(h.tokens[-1] for h in running)
     fresh = [(final_score(h, options), h) for h in ended]
     finished = tuple(sorted((*group.finished, *fresh), key=lambda pair: -pair[0])[:width])
     if not running or len(running[0].tokens) == options.max_new_tokens:

@@ -8,14 +8,39 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lmi_multi.ops.sampling import SampleRow
+
+
+@dataclass(frozen=True)
+class Going:
+    """How beams go on, where nothing but scores decides: as many of the best continuations as there
+    are beams, without those whose token is one of `stops`, become the beams, the best first.
+
+    `own` are blocks for each row and place among its blocks. A beam inherits the blocks of the one
+    that it continues. For a place that this one does not have yet a beam takes its row's own block.
+    Where several beams would write to the same block, the last of them does; each of the others
+    gets a copy in the first row's own block for this place that no beam has.
+
+    `sample` is how the rows will draw in the next step.
+    """
+
+    stops: tuple[int, ...]
+    own: tuple[tuple[int, ...], ...]
+    sample: SampleRow
+
 
 @dataclass(frozen=True)
 class Beams:
     """The running beams of one search, which are as many consecutive rows: `scores` are their
-    log-probabilities so far. `keep` >= 1 of their best continuations are wanted."""
+    log-probabilities so far. `keep` >= 1 of their best continuations are wanted.
+
+    `going` is a hint for an executor that begins the next step before anybody has ranked these.
+    None: that depends on more, or there is no such step.
+    """
 
     scores: tuple[float, ...]
     keep: int
+    going: Going | None = None
 
 
 def best_continuations(log_probs: Tensor, groups: Sequence[Beams]) -> tuple[Tensor, Tensor]:

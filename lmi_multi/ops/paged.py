@@ -35,8 +35,9 @@ class PagedCache:
 
     `k[layer]` and `v[layer]` are [blocks, block_size, kv_heads, head_dim] of the decoder's
     layers, or of the `layers` that a pipeline's stage has of them. Self- and
-    cross-attention take blocks from the same pool. All layers are one tensor, so that clearing
-    and copying blocks is one operation, however many layers there are.
+    cross-attention take blocks from the same pool. All layers are one tensor, `whole` [layers, 2,
+    blocks, block_size, kv_heads, head_dim], so that clearing and copying blocks is one operation,
+    however many layers there are.
     """
 
     def __init__(
@@ -51,9 +52,9 @@ class PagedCache:
         self.heads, self.block_size = heads, block_size
         count = heads.spec.decoder_layers if layers is None else layers
         shape = (count, 2, blocks, block_size, heads.kv, heads.dim)
-        whole = _lazy_zeros(shape, dtype, device)
-        self.k, self.v = list(whole[:, 0]), list(whole[:, 1])
-        self._blocks = whole.flatten(3).flatten(0, 2)
+        self.whole = _lazy_zeros(shape, dtype, device)
+        self.k, self.v = list(self.whole[:, 0]), list(self.whole[:, 1])
+        self._blocks = self.whole.flatten(3).flatten(0, 2)
         self._first = torch.arange(2 * count, device=device)[:, None] * blocks  # of every pool
 
     def slots(self, blocks: Sequence[int], start: int, stop: int) -> Tensor:

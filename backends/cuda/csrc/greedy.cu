@@ -1,24 +1,14 @@
 // The likeliest token of every row, and what a step leaves for the next.
 #include "greedy.h"
 
+#include "ranking.cuh"
+
 namespace lmi {
 namespace {
 
 constexpr int THREADS = 256, WARPS = THREADS / 32;
 constexpr int AT_ONCE = 4;  // loads of a thread under way
 static_assert(WARPS <= 32 && GREEDY_PARTS <= 32, "a warp compares what warps and blocks found");
-
-// Larger logits have larger keys, NaN the largest; none is 0. Keys of one float order as integers
-// do once negative ones are turned over.
-__device__ inline uint32_t key_of(float x) {
-  if (x != x) return ~0u;
-  const uint32_t bits = __float_as_uint(x == 0 ? 0.0f : x);  // -0 ties with 0
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-
-__device__ inline bool is_usable(uint32_t key) {
-  return key < key_of(INFINITY) && key > key_of(-INFINITY);
-}
 
 // The largest key so far, and the lowest id that has it.
 struct Best {
