@@ -63,11 +63,12 @@ class Capturable(test_cuda_all_reduce.ThroughHost):
         self.capturable = True
 
     def all_gather(self, x: Tensor) -> Tensor:
-        parts = x.new_zeros((self.size, *x.shape))
+        # Beside zeros: exact. In float32, whose pieces are whole ones even for three ranks.
+        parts = x.new_zeros((self.size, *x.shape), dtype=torch.float32)
         parts[self.rank] = x
         if not self.silent:
             assert self.near is not None and self.near.sum(parts)
-        return parts.movedim(0, -2).flatten(-2)
+        return parts.movedim(0, -2).flatten(-2).to(x.dtype)
 
 
 class Shelf(test_cuda_all_reduce.Shelf):

@@ -14,6 +14,7 @@ from lmi_multi.backends.base import Executor, Limits
 from lmi_multi.backends.torch_executor import TorchExecutor
 from lmi_multi.checkpoint.artifact import Artifact
 from lmi_multi.checkpoint.convert import convert
+from lmi_multi.checkpoint.layout import DtypeName
 from lmi_multi.engine.batch import Batch, Passage, Prompt, StepResult
 from lmi_multi.model import Model
 from lmi_multi.ops.cpu import CpuOps
@@ -36,11 +37,13 @@ def checkpoint(folder: Path, family: str, tokenizer: bool = False) -> Path:
     return target
 
 
-def artifact(folder: Path, family: str, tokenizer: bool = False) -> Artifact:
-    """The same as a float32 artifact, converted once."""
+def artifact(
+    folder: Path, family: str, tokenizer: bool = False, dtype: DtypeName = "fp32"
+) -> Artifact:
+    """The same as an artifact, converted once for each dtype."""
     source = checkpoint(folder, family, tokenizer)
-    target = source.with_name(f"{source.name}-artifact")
-    return Artifact.open(target) if target.exists() else convert(source, target, dtype="fp32")
+    target = source.with_name(f"{source.name}-{dtype}-artifact")
+    return Artifact.open(target) if target.exists() else convert(source, target, dtype=dtype)
 
 
 def executor(artifact: Artifact, **limits: Any) -> TorchExecutor:

@@ -55,12 +55,6 @@ struct Exchange {
 // Which phase of its barrier a turn is.
 __device__ inline int phase_of(unsigned turn) { return turn / 2 % 2; }
 
-__device__ inline float warp_sum(float value) {
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(~0u, value, offset);
-  return value;
-}
-
 // A whole row's shift and factor, from the moments of this block's part of it and of the cluster's
 // others' ("Updating formulae", Chan et al., 1979). By a whole warp.
 __device__ inline Normal combine(Exchange& exchange, int row, int rank, const Moments& own,

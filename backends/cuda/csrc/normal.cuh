@@ -6,11 +6,16 @@
 
 namespace lmi {
 
+__device__ inline float warp_sum(float value) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(~0u, value, offset);
+  return value;
+}
+
 // The sum over `width` neighbouring threads (a multiple of 32), in each of them. All threads of the
 // block come here. `scratch`: a float a warp.
 __device__ inline float row_sum(float value, int width, float* scratch) {
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(~0u, value, offset);
+  value = warp_sum(value);
   if (width == 32) return value;
   const int warp = threadIdx.x / 32, warps = width / 32, first = warp / warps * warps;
   __syncthreads();  // what was there has been read
