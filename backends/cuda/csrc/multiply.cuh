@@ -120,10 +120,9 @@ __device__ float2 add_sums(const Place<NT>& at, const float* partial) {
 
 // What the warps have, added up, for the threads that finish it.
 template <int NT, int WARPS>
-__device__ float2 sum_warps(const float (&own)[NT][4], float* partial) {
+__device__ float2 sum_warps(const float (&own)[NT][4], const Place<NT>& at, float* partial) {
   leave_sums<NT>(own, partial);
   __syncthreads();
-  const Place<NT> at(threadIdx.x);
   return at.mine ? add_sums<NT, WARPS>(at, partial) : make_float2(0, 0);
 }
 
@@ -182,10 +181,12 @@ __device__ void multiply(const LinearParams& p, const Part& part, S& weights,
   using W = typename Product::W;
   const int features = part.end - part.begin, tiles = p.weights.tiles, splits = p.weights.splits;
   const int stride = row_stride<typename Product::X>(features);
-  const Place<NT> at(threadIdx.x);
   int turn = 0;  // two buffers of partial sums: one barrier a tile is enough then
+  // Warps finish tiles in turns: one that always did would be late for every barrier.
+  int finisher = threadIdx.x;
 #pragma unroll 1
   for (int tile = part.tile; tile < tiles; tile += part.tile_step, turn ^= 1) {
+    const Place<NT> at(finisher);
     Terms terms;
     if (at.mine && splits == 1) terms = read_terms(p, tile, at.g, at.m);
     Product product;
@@ -195,13 +196,10 @@ __device__ void multiply(const LinearParams& p, const Part& part, S& weights,
     }
     float sums[NT][4];
     product.finish(sums);
-    const float2 sum = sum_warps<NT, WARPS>(sums, partial + turn * PARTIALS<NT, WARPS>);
-    if (!at.mine) continue;
-    if (splits == 1) {
-      put(p, tile, at.g, at.m, terms, sum);
-    } else {
-      work_of<NT>(p, tile, part.split)[threadIdx.x] = sum;
-    }
+    const float2 sum = sum_warps<NT, WARPS>(sums, at, partial + turn * PARTIALS<NT, WARPS>);
+    if (at.mine && splits == 1) put(p, tile, at.g, at.m, terms, sum);
+    if (at.mine && splits > 1) work_of<NT>(p, tile, part.split)[finisher] = sum;
+    finisher = (finisher + NT * 64) % (WARPS * 32);
   }
   if (splits > 1) finish_splits<NT, WARPS>(p, part, reinterpret_cast<int*>(partial), put);
 }
