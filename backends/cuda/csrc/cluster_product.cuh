@@ -169,12 +169,13 @@ __device__ void stage_turns(const LinearParams& p, int pass, X* to, Exchange& ex
   }
 }
 
-// The sums of a team's tiles on their way between the blocks of a cluster. Of NT times eight rows of x
-// every block finishes an equal share, and a lane two results: those of a pair of weight rows.
-template <int NT>
+// The sums of a team's tiles on their way between the blocks of a cluster. Of the rows of x every block
+// finishes an equal share, and a lane two results: those of a pair of weight rows.
 class TeamSums {
  public:
+  static constexpr int NT = MOST_CLUSTER_ROWS / 8;
   static constexpr int OF_WARP = NT * 8;  // pieces of four sums that a warp sends to each block
+  static_assert(2 * OF_WARP == 32);       // a warp finishes a tile's share of a block
   static constexpr int OF_TILE = ClusterTeam::SIZE * OF_WARP;  // that a block gets
   // Bytes of shared memory that all teams want.
   static constexpr int BYTES = 2 * BLOCK_TEAMS * OF_TILE * static_cast<int>(sizeof(float4));
@@ -190,9 +191,9 @@ class TeamSums {
     for (unsigned i = turn_; i != end_ && i != turn_ + 2; ++i) expect(i);
   }
 
-  // Whether this lane finishes sums of the last tile sent, whose warps do that in turns; which row of x
-  // it does, and which weight rows.
-  __device__ bool finishes() const { return by_ == ClusterTeam::member() && lane() < OF_WARP * 2; }
+  // Whether this warp finishes the last tile sent, as a team's do in turns; which row of x a lane does, and
+  // which weight rows.
+  __device__ bool finishes() const { return by_ == ClusterTeam::member(); }
   __device__ int m() const { return (ClusterTeam::rank() * NT + lane() / 2 % NT) * 2 + lane() % 2; }
   __device__ int g() const { return lane() / (2 * NT); }
 
@@ -249,7 +250,7 @@ class TeamSums {
 
 // The block's part of a product. `wait`: until x is there. `parts`: TeamSums' bytes. `held`: see
 // `held_tiles`.
-template <typename Product, int NT, typename S, typename Wait>
+template <typename Product, typename S, typename Wait>
 __device__ void multiply_in_cluster(const LinearParams& p, int passes, bool staged, S& weights,
                                     typename Product::X* x, float4* parts, float2* held,
                                     Exchange& exchange, Wait wait) {
@@ -257,7 +258,7 @@ __device__ void multiply_in_cluster(const LinearParams& p, int passes, bool stag
   using W = typename Product::W;
   const Weights& w = p.weights;
   const int left = ClusterTiles::count_left(w), stride = row_stride<X>(w.slice);
-  TeamSums<NT> team_sums(exchange, parts, (w.rounds + left) * passes);
+  TeamSums team_sums(exchange, parts, (w.rounds + left) * passes);
   // What a lane has of a tile that it cannot finish yet.
   const auto held_of = [&](int number, int team) {
     return held + (number * BLOCK_TEAMS + team) * 32 + threadIdx.x % 32;
@@ -309,10 +310,10 @@ __device__ void multiply_in_cluster(const LinearParams& p, int passes, bool stag
       const X* own = x + first / ClusterTeam::SIZE * TURN<W> + ClusterTeam::member() * UNIT<W>;
 #pragma unroll 1
       for (int f = first * UNIT<W>; f < tiles.features(); f += step * UNIT<W>) {
-        product.add(weights.next(), own, stride, NT * 8);  // of rows that are none as well
+        product.add(weights.next(), own, stride, MOST_CLUSTER_ROWS);  // of rows that are none as well
         own += step / ClusterTeam::SIZE * TURN<W>;
       }
-      float sums[NT][4];
+      float sums[TeamSums::NT][4];
       product.finish(sums);
       finish(terms, number ? pass : pass - 1, number ? number - 1 : w.rounds + left - 1);
       team_sums.send_all(sums, number);

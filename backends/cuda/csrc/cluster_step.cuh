@@ -13,7 +13,7 @@ static __device__ __noinline__ void attend_apart(const AttentionParams& p, float
   attend_phase<X, false>(p, shared, wait);
 }
 
-template <typename Product, int NT>
+template <typename Product>
 __global__ void __launch_bounds__(STEP_THREADS, 1) cluster_step_kernel(const StepParams s) {
 #if __CUDA_ARCH__ >= 900
   using X = typename Product::X;
@@ -48,8 +48,8 @@ __global__ void __launch_bounds__(STEP_THREADS, 1) cluster_step_kernel(const Ste
     };
     unsigned char* beside = shared + s.slots * (STEP_WARPS * SLOT_BYTES);
     if (phase.work == Work::linear) {
-      auto* held = reinterpret_cast<float2*>(beside + TeamSums<NT>::BYTES);
-      multiply_in_cluster<Product, NT>(phase.linear, phase.passes, phase.staged, weights,
+      auto* held = reinterpret_cast<float2*>(beside + TeamSums::BYTES);
+      multiply_in_cluster<Product>(phase.linear, phase.passes, phase.staged, weights,
                                        reinterpret_cast<X*>(held + s.held * 32),
                                        reinterpret_cast<float4*>(beside), held, exchange, wait);
     } else if (phase.work == Work::attention) {
@@ -68,11 +68,11 @@ __global__ void __launch_bounds__(STEP_THREADS, 1) cluster_step_kernel(const Ste
 // Call `use` with the kernel for the program's weights and rows.
 template <typename X, typename Use>
 auto with_kernel(const Program& program, Use use) {
-  constexpr int NT = 2;
+  constexpr int NT = TeamSums::NT;
   switch (program.weight_type) {
-    case Type::int8: return use(&cluster_step_kernel<TensorProduct<X, int8_t, NT>, NT>);
-    case Type::float8: return use(&cluster_step_kernel<TensorProduct<X, __nv_fp8_e4m3, NT>, NT>);
-    default: return use(&cluster_step_kernel<TensorProduct<X, X, NT>, NT>);
+    case Type::int8: return use(&cluster_step_kernel<TensorProduct<X, int8_t, NT>>);
+    case Type::float8: return use(&cluster_step_kernel<TensorProduct<X, __nv_fp8_e4m3, NT>>);
+    default: return use(&cluster_step_kernel<TensorProduct<X, X, NT>>);
   }
 }
 

@@ -20,18 +20,20 @@ struct Moments {
 struct Exchange {
   // Two of each, in turns: a block sends the next ones only when it has got those of this turn from all
   // others, which have then read those of the turn before.
-  Barrier sums[STEP_WARPS][2];  // of teams
+  Barrier sums[BLOCK_TEAMS][2];  // of teams
   Barrier moments[MOST_CLUSTER_ROWS][2];
   Moments of_rows[2][CLUSTER][MOST_CLUSTER_ROWS];
-  unsigned turns[STEP_WARPS];  // tiles that a team has sent, in all products
+  unsigned turns[BLOCK_TEAMS];  // tiles that a team has sent, in all products
   unsigned norms;              // that have been staged
   int teams[BLOCK_TEAMS];      // that are done with a tile that all share
 
   // By one thread, before the cluster's first barrier.
   __device__ void begin() {
-    for (int i = 0; i < STEP_WARPS; ++i) sums[i][0].init(1), sums[i][1].init(1), turns[i] = 0;
+    for (int i = 0; i < BLOCK_TEAMS; ++i) {
+      sums[i][0].init(1), sums[i][1].init(1);
+      turns[i] = 0, teams[i] = 0;
+    }
     for (auto& of_row : moments) of_row[0].init(1), of_row[1].init(1);
-    for (int& done : teams) done = 0;
     norms = 0;
     fence_barriers();
   }

@@ -193,7 +193,7 @@ int beside_rings(const Program& program, const Phase& phase) {
   if (phase.work == Work::linear) {
     const Weights& w = phase.linear.weights;
     if (!by_clusters(program.rows)) return PARTIAL_BYTES + x_bytes(w, program.rows, program.type);
-    return TeamSums<2>::BYTES + program.held * HELD_BYTES + turns_bytes(w, program.type);
+    return TeamSums::BYTES + program.held * HELD_BYTES + turns_bytes(w, program.type);
   }
   if (phase.work != Work::attention) return 0;
   AttentionParams p = phase.attention;
