@@ -271,10 +271,12 @@ def test_a_gpu_that_refuses_the_step_kernel_runs_others(
 def test_programs_are_for_large_products() -> None:
     from lmi_multi.backends.cuda.program import LEAST_PRODUCT, program_rows
 
-    def layer(elements: int) -> Any:
-        linear = Linear(torch.empty(1, elements, dtype=torch.int8, device="meta"))
+    def layer(elements: int, scale: Tensor | None = None) -> Any:
+        weight = torch.empty(1, elements, dtype=torch.int8, device="meta")
+        linear = Linear(weight, scale=scale)
         return SimpleNamespace(qkv=linear, up=linear, cross_q=None, index=0)
 
     assert program_rows([]) == 0
     assert program_rows([layer(LEAST_PRODUCT - 1)] * 2) == 0
     assert program_rows([layer(LEAST_PRODUCT)] * 2) == 8
+    assert program_rows([layer(LEAST_PRODUCT, torch.ones(1))] * 2) == 16

@@ -130,6 +130,9 @@ CASES = [
         ("flan", "bf16", "int8"),
         ("gptj", "fp16", "int8"),
         ("gpt2", "fp32", "int8"),
+        ("neox", "bf16", "int8"),
+        ("llama-gqa", "bf16", "int8"),
+        ("opt-350m", "bf16", "fp8"),
     ),
     *(("gptj", "fp16", None), ("bloom", "fp16", None)),
 ]

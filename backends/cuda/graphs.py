@@ -231,12 +231,13 @@ class StepGraphs:
         """A program that has run once: a GPU that is shared may refuse to start all its blocks."""
         try:
             program = self._record(self._entry.room(size))
+            self._entry.enter(size, program.reads)
+            program.run()
         except NotCoveredError:
             log.debug("a step of %d rows is not covered by the step kernel", size)
             return None
-        try:
-            self._entry.enter(size, program.reads)
-            program.run()
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             log.warning("a step's layers run kernel by kernel: %s", str(error).splitlines()[0])
             return None

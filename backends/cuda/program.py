@@ -29,7 +29,8 @@ MOST_QUANTIZED_ROWS = 16
 LEAST_PRODUCT = 8 << 20
 PHASE_BYTES = 256  # see csrc/step.h
 # Rows up to which every block normalizes x by itself, in front of a product. A phase of its own was
-# the faster one at 16 rows, and no faster at 4; between them it has not been measured.
+# the faster one at 16 rows, and no faster at 4; between them it has not been measured. Where
+# clusters share products their blocks share a row's statistics, and normalize, too.
 FUSED_NORM_ROWS = 4
 
 

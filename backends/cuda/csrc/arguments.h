@@ -62,7 +62,6 @@ inline std::optional<LinearParams> linear_params(
                                   .slice = 0,
                                   .splits = 1,
                                   .gated = gated,
-                                  .pass = 0,
                                   .rounds = 0},
                       .x = operand(x),
                       .norm_weight = operand(norm_weight),

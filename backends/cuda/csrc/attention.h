@@ -7,7 +7,7 @@ namespace lmi {
 
 constexpr int MOST_HEAD_DIM = 256;
 
-// Warps that at least do a head in a step: with fewer it takes its query by turns.
+// Warps that at least do a head in a step: fewer take a query by more turns.
 __host__ __device__ constexpr int least_team(int dim) { return dim > 64 ? 2 : 1; }
 
 struct AttentionParams {

@@ -53,9 +53,9 @@ struct ClusterTeam {
 // the time.
 class ClusterTiles {
  public:
-  __device__ void begin(const Weights& w) { begin(w, w.pass); }
-  __device__ void begin(const Weights& w, int pass) {
-    begin_ = pass * CLUSTER * w.slice, features_ = min(w.inputs - begin_, CLUSTER * w.slice);
+  // Of the pass that begins at a feature.
+  __device__ void begin(const Weights& w, int feature) {
+    begin_ = feature, features_ = min(w.inputs - begin_, CLUSTER * w.slice);
     tile_ = all_have(w) + ClusterTeam::cluster(), left_ = tile_ < w.tiles;
     if (!left_) begin_own();
   }
@@ -90,6 +90,18 @@ class ClusterTiles {
 
   int begin_, features_, tile_;
   bool left_;
+};
+
+// The same of all passes, one after the other.
+class PassTiles : public ClusterTiles {
+ public:
+  __device__ void begin(const Weights& w) { ClusterTiles::begin(w, 0); }
+  __device__ void next(const Weights& w) {
+    ClusterTiles::next(w);
+    const int end = ClusterTiles::begin() + features();
+    if (!any(w) && end < w.inputs) ClusterTiles::begin(w, end);
+  }
+  __device__ int begin() const { return ClusterTiles::begin(); }
 };
 
 // Put the block's features of a pass over the rows of x into shared memory, normalized if there is a norm,
@@ -147,7 +159,6 @@ __device__ void stage_turns(const LinearParams& p, int pass, X* to, Exchange& ex
     }
     found.squares = sum_up(found.mean, [](float x) { return x * x; });
     by = combine(exchange, row, ClusterTeam::rank(), found, p);
-    if (!p.norm_bias.data) by.shift = 0;
   }
 #pragma unroll 1
   for (int base = own; base < slice; base += N * STEP) {
@@ -175,7 +186,8 @@ class TeamSums {
  public:
   static constexpr int NT = MOST_CLUSTER_ROWS / 8;
   static constexpr int OF_WARP = NT * 8;  // pieces of four sums that a warp sends to each block
-  static_assert(2 * OF_WARP == 32);       // a warp finishes a tile's share of a block
+  // A warp finishes a block's share of a tile, and stages a row.
+  static_assert(2 * OF_WARP == 32 && CLUSTER == 4 && MOST_CLUSTER_ROWS <= STEP_WARPS);
   static constexpr int OF_TILE = ClusterTeam::SIZE * OF_WARP;  // that a block gets
   // Bytes of shared memory that all teams want.
   static constexpr int BYTES = 2 * BLOCK_TEAMS * OF_TILE * static_cast<int>(sizeof(float4));
@@ -271,23 +283,23 @@ __device__ void multiply_in_cluster(const LinearParams& p, int passes, bool stag
     }
     return terms;
   };
-  const auto finish = [&](const Terms& terms, int pass, int number) {
+  const auto finish = [&](const Terms& terms, int pass, int which) {
     if (last < 0) return;
     float2 sum = team_sums.receive();
     if (!team_sums.finishes()) return;
-    const bool shared = number < left;
+    const bool shared = which < left;
     if (passes > 1 || shared) {
-      float2* of_tile = held_of(number, ClusterTeam::team());
+      float2* of_tile = held_of(which, ClusterTeam::team());
       if (pass > 0) sum.x += of_tile->x, sum.y += of_tile->y;
       *of_tile = sum;
     }
     if (pass < passes - 1) return;
     if (shared) {
-      if (!exchange.is_last_team(number)) return;
+      if (!exchange.is_last_team(which)) return;
       sum = make_float2(0, 0);
 #pragma unroll 1
       for (int team = 0; team < BLOCK_TEAMS; ++team) {
-        const float2 found = *held_of(number, team);
+        const float2 found = *held_of(which, team);
         sum.x += found.x, sum.y += found.y;
       }
     }
@@ -300,7 +312,7 @@ __device__ void multiply_in_cluster(const LinearParams& p, int passes, bool stag
     if (!staged) stage_turns<X, W>(p, pass, x, exchange);
     __syncthreads();
     ClusterTiles tiles;
-    tiles.begin(w, pass);
+    tiles.begin(w, pass * CLUSTER * w.slice);
 #pragma unroll 1
     for (number = 0; tiles.any(w); tiles.next(w), ++number) {
       const Terms terms = terms_of_last();  // they are on their way meanwhile

@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(STEP_THREADS, 1) cluster_step_kernel(const Ste
   GridBarrier barrier(s.barrier);
   __syncthreads();
   arrive_in_cluster();
-  Stream<W, ClusterTiles> weights(products, s.products, shared, s.slots);
+  Stream<W, PassTiles> weights(products, s.products, shared, s.slots);
   weights.fill();
   await_cluster();
 #pragma unroll 1
@@ -65,7 +65,8 @@ __global__ void __launch_bounds__(STEP_THREADS, 1) cluster_step_kernel(const Ste
 #endif
 }
 
-// Call `use` with the kernel for the program's weights and rows.
+// Call `use` with the kernel for the program's weights. Weights of half types run here on request alone:
+// cuBLAS is faster for them (docs/performance-notes.md).
 template <typename X, typename Use>
 auto with_kernel(const Program& program, Use use) {
   constexpr int NT = TeamSums::NT;

@@ -25,13 +25,14 @@ struct Exchange {
   Moments of_rows[2][CLUSTER][MOST_CLUSTER_ROWS];
   unsigned turns[BLOCK_TEAMS];  // tiles that a team has sent, in all products
   unsigned norms;              // that have been staged
-  int teams[BLOCK_TEAMS];      // that are done with a tile that all share
+  // Teams that are done with each tile that all share, of which a cluster has no more than teams.
+  int done[BLOCK_TEAMS];
 
   // By one thread, before the cluster's first barrier.
   __device__ void begin() {
     for (int i = 0; i < BLOCK_TEAMS; ++i) {
       sums[i][0].init(1), sums[i][1].init(1);
-      turns[i] = 0, teams[i] = 0;
+      turns[i] = 0, done[i] = 0;
     }
     for (auto& of_row : moments) of_row[0].init(1), of_row[1].init(1);
     norms = 0;
@@ -45,8 +46,8 @@ struct Exchange {
     __syncwarp();
     int before = 0;
     if (threadIdx.x % 32 == 0) {
-      before = atomicAdd(&teams[number], 1);
-      if (before == BLOCK_TEAMS - 1) teams[number] = 0;
+      before = atomicAdd(&done[number], 1);
+      if (before == BLOCK_TEAMS - 1) done[number] = 0;
     }
     const bool last = __shfl_sync(~0u, before, 0) == BLOCK_TEAMS - 1;
     __threadfence_block();

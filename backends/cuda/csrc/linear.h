@@ -10,7 +10,8 @@ enum class Activation : int { none, gelu, gelu_tanh, relu, silu };
 constexpr int MOST_ROWS = 32, MOST_ROWS_FLOAT32 = 16;
 constexpr int TILE = 16;  // weight rows that a block works on at a time
 
-// Weights, and how blocks share the work: each has one split of the features.
+// Weights, and how blocks share the work: each has one split of the features; in clusters all have parts
+// of them (cluster_product.cuh), a slice in a pass.
 struct alignas(16) Weights {
   const void* data;     // [outputs, inputs]
   int inputs, outputs;  // gated: outputs are [gate, what it gates]
@@ -18,7 +19,6 @@ struct alignas(16) Weights {
   int slice;            // features of a split
   int splits;
   bool gated;
-  uint8_t pass;     // of several, each a slice further
   uint16_t rounds;  // of tiles that all clusters' teams have; the rest is shared otherwise
 };
 

@@ -2,8 +2,8 @@
 #include "step.h"
 
 #include "attention.cuh"
-#include "multiply.cuh"
 #include "cluster_product.cuh"
+#include "multiply.cuh"
 
 namespace lmi {
 namespace {
@@ -11,8 +11,8 @@ namespace {
 constexpr int RING_SLOTS = STEP_WARPS * SLOT_BYTES;  // bytes of one slot of every warp
 constexpr int MARGIN = 4096;  // bytes of shared memory: what is static, and the system's own
 constexpr int LISTED = 12 << 10;  // bytes that the list of products may take beside x
-// Bytes of all ranks' words up to which every block takes them itself: 132 blocks read 32 KiB of L2 in
-// less than a microsecond, and what that spares takes two.
+// Bytes of all ranks' words up to which every block takes them itself: 132 blocks read so much of L2 in 1.6
+// microseconds, half of it while the peers' is awaited, and what that spares takes two.
 constexpr int MOST_TAKEN = 64 << 10;
 
 int item_bytes(Type type) { return type == Type::float32 ? 4 : 2; }
@@ -68,8 +68,8 @@ bool is_staged(const LinearParams* last, const LinearParams& p, const Device& gp
          std::min(had.tiles, places) >= std::min(w.tiles, places);
 }
 
-constexpr int PASSES_X = 56 << 10;  // bytes that x may take where several passes are possible
-constexpr int HELD_BYTES = 32 * static_cast<int>(sizeof(float2));  // bytes of what passes have found
+constexpr int PASSES_X = 56 << 10;  // bytes that x may take in a cluster's block
+constexpr int HELD_BYTES = 32 * static_cast<int>(sizeof(float2));  // of a tile: see held_tiles
 
 // A slice's features, of all rows that there may be.
 int turns_bytes(const Weights& w, Type type) {
@@ -84,8 +84,7 @@ bool plan_slices(LinearParams& p, Type type) {
   for (int parts = CLUSTER; type != Type::float32; parts += CLUSTER) {
     w.slice = ((w.inputs + parts - 1) / parts + turn - 1) / turn * turn;
     if (turns_bytes(w, type) <= PASSES_X) return true;
-    // A norm wants whole rows.
-    if (p.norm_weight.data || w.slice == turn) return false;
+    if (p.norm_weight.data) return false;  // it wants whole rows
   }
   return false;
 }
@@ -110,6 +109,25 @@ bool plan_clusters(Program& program, Phase* phases, const Device& gpu) {
   return true;
 }
 
+bool reads(const Phase& phase, const void* what) {
+  const ProductParams& p = phase.linear;
+  switch (phase.work) {
+    case Work::linear:
+      return p.x.data == what || p.residual.data == what ||
+             (phase.taken && p.added.residual.data == what);
+    case Work::norm: return phase.norm.x.data == what;
+    case Work::sum: return phase.sum_params.residual.data == what;
+    default: return phase.attention.q == what;  // its keys and values are in the same tensor
+  }
+}
+
+// Whether no other phase reads what `phase` does.
+bool only_reader(const Program& program, const Phase* phases, const Phase& phase, const void* what) {
+  return std::none_of(phases, phases + program.phases, [&](const Phase& other) {
+    return &other != &phase && reads(other, what);
+  });
+}
+
 // Whether nothing but the product behind attention reads what that writes, and it can be handed over.
 bool can_hand(const Program& program, const Phase* phases, int at) {
   const Phase &phase = phases[at], &product = phases[at + 1];
@@ -120,15 +138,7 @@ bool can_hand(const Program& program, const Phase* phases, int at) {
       p.weights.inputs % 4 || p.rows * p.weights.inputs > MOST_HANDED) {
     return false;
   }
-  return std::none_of(phases, phases + program.phases, [&](const Phase& other) {
-    switch (other.work) {
-      case Work::norm: return other.norm.x.data == out;
-      case Work::sum: return other.sum_params.residual.data == out;
-      case Work::linear:
-        return other.linear.residual.data == out || (other.linear.x.data == out && &other != &product);
-      default: return false;
-    }
-  });
+  return only_reader(program, phases, product, out);
 }
 
 // Let attention hand its results over where there are peers. Not the last one: words are taken away
@@ -149,12 +159,14 @@ void hand_over(Program& program, Phase* phases) {
 
 // Whether a product waits for nothing but its residual, and the very threads that read that have written
 // it in the phase before, in front of which all else was waited for: both share their tiles among blocks alike.
-bool reads_own(const Phase& before, const Phase& phase) {
+bool reads_own(const Program& program, const Phase* phases, int at) {
+  const Phase &before = phases[at - 1], &phase = phases[at];
   if (before.work != Work::linear || phase.work != Work::linear) return false;
   const LinearParams &had = before.linear, &p = phase.linear;
   const Weights &a = had.weights, &b = p.weights;
   return (before.barrier || before.hand) && !before.sum && p.residual.data == had.out && p.x.data != had.out &&
-         a.splits == 1 && b.splits == 1 && a.outputs == b.outputs && !a.gated && !b.gated;
+         a.splits == 1 && b.splits == 1 && a.outputs == b.outputs && !a.gated && !b.gated &&
+         only_reader(program, phases, phase, had.out);  // others rely on the barrier
 }
 
 // Whether the blocks of a product can take the sum in front of it themselves.
@@ -218,7 +230,7 @@ bool plan_linear(LinearParams& p, Type type, const Device& gpu, int64_t work_flo
 
 bool plan_program(Program& program, Phase* phases, Weights* weights, int ranks, const Device& gpu) {
   int beside = 0;
-  bool dirty = false, summed = false, taken = false, waits = false;
+  bool dirty = false, summed = false, taken = false, waits = false, attends = false;
   const LinearParams* staged = nullptr;  // whose x is in shared memory
   phases[0].barrier = false;
   hand_over(program, phases);
@@ -236,12 +248,12 @@ bool plan_program(Program& program, Phase* phases, Weights* weights, int ranks, 
     if (phase.work == Work::linear) {
       phase.staged = !phase.taken && is_staged(staged, phase.linear, gpu);
       if (!phase.staged) staged = &phase.linear;
-      for (int pass = 0; pass < phase.passes; ++pass) {
-        weights[program.products] = phase.linear.weights;
-        weights[program.products++].pass = static_cast<uint8_t>(pass);
-      }
+      weights[program.products++] = phase.linear.weights;
     }
-    if (i > 0 && reads_own(phases[i - 1], phase)) phase.barrier = false;
+    if (i > 0 && reads_own(program, phases, i)) phase.barrier = false;
+    // Sums of a cluster's other blocks would come to where a block still attends.
+    if (by_clusters(program.rows) && phase.work == Work::linear && attends) phase.barrier = true;
+    attends = phase.work == Work::attention || (attends && !phase.barrier);
     // Two phases at once may not leave their sums in the same place.
     if (uses_work(phase) && dirty) phase.barrier = true;
     // Nor may words of a sum be sent before all blocks have those of the last one.

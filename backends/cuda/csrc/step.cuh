@@ -51,8 +51,8 @@ __device__ int team_warps(const AttentionParams& p) {
 
 // The block's share of an attention. `wait`: until its queries are there. PREFETCH: so long, ask for
 // what will be wanted.
-template <typename X, bool PREFETCH, typename Wait, typename... Put>
-__device__ void attend_phase(const AttentionParams& p, float* shared, Wait wait, Put... put) {
+template <typename X, bool PREFETCH, typename Wait, typename Put = Stored>
+__device__ void attend_phase(const AttentionParams& p, float* shared, Wait wait, Put put = {}) {
   const Team team = Team::of_warps(team_warps<X>(p));
   const int stride = gridDim.x * (STEP_WARPS / team.warps);
   float* of_team = shared + team.place() * shared_floats(STEP_HEADS, team.warps, p.dim);
@@ -61,7 +61,7 @@ __device__ void attend_phase(const AttentionParams& p, float* shared, Wait wait,
                                      if (PREFETCH) prefetch_rest<X>(p, it, lane);
                                      wait();
                                    },
-                                   put...);
+                                   put);
 }
 
 // The block's rows of a norm.

@@ -66,7 +66,7 @@ struct Program {
   int slots;         // of a warp's ring
   int shared_bytes;
   int blocks;
-  int held;  // tiles of a cluster's products that take several passes, at most
+  int held;  // see held_tiles: of any product, at most
 };
 
 // Who takes part in a step's sums.
