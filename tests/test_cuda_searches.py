@@ -15,6 +15,7 @@ from lmi_multi.backends.cuda.beams import Gone
 from lmi_multi.backends.cuda.ops import Scratch
 from lmi_multi.backends.cuda.searches import Place, Searches
 
+from lmi_multi.checkpoint.convert import convert
 from lmi_multi.engine.batch import Row
 from lmi_multi.model import Model
 from lmi_multi.ops.beams import Beams, Going
@@ -22,6 +23,7 @@ from lmi_multi.ops.sampling import SampleRow
 from lmi_multi.parallel.collectives import SingleRank
 from tests import tiny_models
 from tests.cuda_stand_ins import stand_in
+from tests.families import FAMILIES
 from tests.test_cuda_graphs import LIMITS, SEARCHES, cpu_model, prompts
 
 BEAMS: dict[str, Any] = {"num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 20}
@@ -225,6 +227,105 @@ def test_a_search_takes_no_one_elses_step(
             assert steps == [(1, 0), *[(1, 1)] * 18]
 
 
+GROUPS = {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 1.0}
+
+
+@pytest.mark.parametrize("more", [{}, GROUPS], ids=["going on", "groups"])
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
+def test_a_step_whose_blocks_were_another_s_since_is_not_taken(
+    folder: Path, family: str, more: dict[str, Any]
+) -> None:
+    """A caller leaves behind the first step of a search, another request has its blocks, and the
+    search is asked for again: by the same rows, but their keys and values are gone."""
+    own, other = [[17, 4, 9, 22, 31]], [[9, 12, 7]]
+    options = BEAMS | {"ignore_eos": True} | more
+    greedy = {"max_new_tokens": 40, "ignore_eos": True}
+    with cpu_model(folder, family) as cpu, open_model(folder, family) as model:
+        expected = answers(cpu, own, options)
+        _, _, jobs = model._jobs(own, None, options)
+        requests = [request for job in jobs for request in job.requests]
+        model._engine.submit(requests)
+        for _ in range(2):
+            model._engine.step()
+        model._engine.drop(requests)
+        assert tiny_models.is_clean(model)
+        assert answers(model, other, greedy) == answers(cpu, other, greedy)
+        assert answers(model, own, options) == expected
+
+
+def test_an_ended_search_leaves_no_step(folder: Path) -> None:
+    """The same without anybody who leaves."""
+    own, options = [[17, 4, 9, 22, 31]], GROUPS | {"ignore_eos": True}
+    with cpu_model(folder, "gpt2") as cpu, open_model(folder, "gpt2") as model:
+        for prompt, one in (
+            (own, options | {"max_new_tokens": 2}),
+            ([[9, 12, 7]], {"max_new_tokens": 40, "ignore_eos": True}),
+            (own, options | {"max_new_tokens": 20}),
+        ):
+            assert answers(model, prompt, one) == answers(cpu, prompt, one)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(("number", "which"), [(2, 0), (3, 1), (4, 0), (6, 1), (8, 2), (8, 3)])
+def test_a_newcomer_s_blocks_are_nobody_s_copies(
+    folder: Path, number: int, which: int, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four searches. A step is interrupted when the one behind it has begun, one search goes, and
+    a newcomer, who waits for its blocks, gets them."""
+    own, other = [[17 + i, 4, 9, 22, 31 + i] for i in range(4)], [[9 + i % 40 for i in range(34)]]
+    options = BEAMS | {"ignore_eos": True, "max_new_tokens": 30}
+    greedy = {"max_new_tokens": 20, "ignore_eos": True}
+    limits = {"max_batch": 16, "max_tokens": 64, "block_size": size}
+    blocks = 4 * 3 * -(-(5 + 29) // size)
+
+    def made(model: Any, prompts: list[list[int]], one: dict[str, Any]) -> Any:
+        jobs = model._jobs(prompts, None, one)[2]
+        return jobs, [request for job in jobs for request in job.requests]
+
+    with (
+        cpu_model(folder, "gpt2") as cpu,
+        open_model(folder, "gpt2", blocks=blocks, **limits) as model,
+    ):
+        (jobs, searches), (late, newcomer) = made(model, own, options), made(model, other, greedy)
+        engine, go_on = model._engine, Searches.go_on
+        engine.submit(searches)
+        for _ in range(1 + number):
+            engine.step()
+
+        def interrupt(self: Searches, rows: Sequence[Row], taken: Mapping[int, Place]) -> None:
+            go_on(self, rows, taken)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(Searches, "go_on", interrupt)
+            engine.step()
+        engine.drop([searches.pop(which)])
+        engine.submit(newcomer)
+        while any(request.finish_reason is None for request in (*searches, *newcomer)):
+            engine.step()
+        engine.drop([*searches, *newcomer])
+        del jobs[which], own[which]
+        for found, prompts, one in ((late, other, greedy), (jobs, own, options)):
+            tokens = [answer.generated for job in found for answer in job.answers]
+            assert tokens == [c.token_ids for c in cpu.generate(prompts, one)]
+
+
+@pytest.mark.parametrize(("vocab", "beams"), [(8, 12), (5, 12)])
+def test_fewer_beams_than_asked_for(tmp_path: Path, vocab: int, beams: int) -> None:
+    """So few tokens that a first step has fewer continuations."""
+    FAMILIES["gpt2"].save(tmp_path / "source", vocab=vocab)
+    artifact = convert(tmp_path / "source", tmp_path / "artifact", dtype="fp32")
+    options = {"num_beams": beams, "max_new_tokens": 12, "ignore_eos": True}
+    scratch, single = Scratch(torch.device("cpu")), SingleRank()
+    tensors = artifact.load_rank(0, 1)
+    opened = executor.CudaExecutor(artifact.spec, tensors, LIMITS, scratch, single)
+    with (
+        tiny_models.model(artifact, **vars(LIMITS)) as cpu,
+        Model(artifact, "cuda", opened) as model,
+    ):
+        assert answers(model, [[3, 4, 2]], options) == answers(cpu, [[3, 4, 2]], options)
+
+
 def test_only_what_the_device_has_done_is_taken() -> None:
     sample = SampleRow(step=4)
     going = Going((2,), ((1, 3), (1, 4)), sample)
@@ -243,7 +344,7 @@ def test_only_what_the_device_has_done_is_taken() -> None:
         (1, {"blocks": [2, 4]}), (0, {"copies": []}), (0, {"copies": [(3, 4)]}),
         (1, {"sample": SampleRow(step=5)}), (0, {"beams": None}), (1, {"cross_blocks": [9]}),
         (0, {"beams": Beams((-3.0, -4.5), 4)}), (0, {"beams": Beams((-3.0, -4.0), 5)}),
-        (0, {"beams": Beams((-3.0,), 4)}),
+        (0, {"beams": Beams((-3.0,), 4)}), (0, {"beams": Beams((-3.0, -4.0), 4, search=1)}),
     ]  # fmt: skip
     for number, change in others:
         changed = list(rows)

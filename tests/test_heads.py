@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import lmi_multi
 from lmi_multi import backends
@@ -49,6 +50,13 @@ def test_cudnn_is_left_out_on_gpus(asked: list[bool], device: str, before: bool)
     finally:
         torch.backends.cuda.enable_cudnn_sdp(kept)
     assert asked == [before and device == "cpu"]
+
+
+def test_cudnn_stays_where_nothing_else_may_be_used(asked: list[bool]) -> None:
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION]), FakeTensorMode():
+        q = torch.empty(1, 3, 2, 16, device="cuda", dtype=torch.bfloat16)
+        Heads(SPEC, 1).attend(q, q, q, None, 0.25, False)
+    assert asked == [True]
 
 
 @pytest.mark.cuda

@@ -100,7 +100,7 @@ class Gone(NamedTuple):
     def led_to(self, rows: Sequence[Row], before: Sequence[Row], block_size: int) -> bool:
         """Whether `rows` are what the search that was asked for by `before` has become."""
         now, was = rows[0].beams, before[0].beams
-        if now is None or was is None or was.going is None:
+        if now is None or was is None or was.going is None or now.search != was.search:
             return False
         if now.scores != self.scores or now.keep != was.keep or len(rows) != len(before):
             return False

@@ -119,7 +119,9 @@ class Searches:
             return
         step.rows = {place.number: rows[i : i + width] for i, place in taken.items()}
         for ended in last.rows.keys() - step.rows.keys():
-            graphs.inputs.drop(ended * width, (ended + 1) * width)
+            gone = slice(ended * width, (ended + 1) * width)
+            graphs.inputs.drop(gone.start, gone.stop)
+            graphs.beams.copies[gone] = -1  # the blocks may be another's since
         self._last, self._next = step, None
         self._next = self._behind(step)
 

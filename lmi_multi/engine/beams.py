@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from lmi_multi.engine.hypotheses import Group, Hypothesis
 from lmi_multi.ops.beams import Beams, Going
 from lmi_multi.ops.sampling import SampleRow
 from lmi_multi.resolved import Resolved
+
+_numbers = itertools.count(1)
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class BeamSearch:
         self._start = _State((Group((beam,)),) * options.num_beam_groups)
         self._state = self._start
         self._own_blocks: tuple[tuple[int, ...], ...] = ()
+        self._search = next(_numbers)
 
     @property
     def first_tokens(self) -> list[int]:
@@ -150,6 +154,7 @@ class BeamSearch:
         self._shared = shared
         self._state = self._start
         self._own_blocks = ()
+        self._search = next(_numbers)
 
     def cancel(self) -> None:
         """See `Request.cancel`."""
@@ -194,7 +199,7 @@ class BeamSearch:
         beams = None
         if group:
             scores = tuple(own.score for own in group)
-            beams = Beams(scores, hypotheses.continuations(self.options), going)
+            beams = Beams(scores, hypotheses.continuations(self.options), going, self._search)
         return Row(
             token_ids=[beam.tokens[-1] if beam.tokens else self._given[-1]],
             start=len(self._given) + len(beam.tokens) - 1,
@@ -211,6 +216,8 @@ class BeamSearch:
         options, beams = self.options, state.rows
         sample = options.ahead(state.drawn + 1)
         if sample is None or options.num_beam_groups > 1 or beams[0].detokenizer is not None:
+            return None
+        if len(beams) < self.width:  # a vocabulary that small: there will be more of them
             return None
         if not self._own_blocks:
             places = range(-(-self._longest // self._size))

@@ -35,12 +35,14 @@ class Beams:
     log-probabilities so far. `keep` >= 1 of their best continuations are wanted.
 
     `going` is a hint for an executor that begins the next step before anybody has ranked these.
-    None: that depends on more, or there is no such step.
+    None: that depends on more, or there is no such step. `search` is a number that no other search
+    has, nor the same one begun anew.
     """
 
     scores: tuple[float, ...]
     keep: int
     going: Going | None = None
+    search: int = 0
 
 
 def best_continuations(log_probs: Tensor, groups: Sequence[Beams]) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -99,10 +100,13 @@ def _cudnn_left_out() -> Iterator[None]:
     graph for every new pair of lengths, which takes far longer than attention does, and lengths
     are of all kinds.
 
-    The setting is the process's. A thread that gives it back too early for another only lets that
-    one wait for a graph.
+    The setting is the process's. Where cuDNN's is the only one allowed, as somebody else's choice
+    in another thread may be, nothing is changed. A choice that begins meanwhile and ends later
+    finds cuDNN left out, and leaves it so; one that ends earlier only lets us wait for a graph.
     """
-    if not torch.backends.cuda.cudnn_sdp_enabled():  # type: ignore[no-untyped-call]
+    asked: Any = torch.backends.cuda
+    others = (asked.flash_sdp_enabled, asked.mem_efficient_sdp_enabled, asked.math_sdp_enabled)
+    if not (asked.cudnn_sdp_enabled() and any(enabled() for enabled in others)):
         yield
         return
     torch.backends.cuda.enable_cudnn_sdp(False)

@@ -257,7 +257,7 @@ __device__ void go_on(const BeamParams& p, int first, int* record, Search& searc
 }
 
 template <typename T>
-__global__ void __launch_bounds__(THREADS) beams_kernel(const BeamParams p) {
+__global__ void __launch_bounds__(THREADS, 1) beams_kernel(const BeamParams p) {
   __shared__ Search search;
   let_next_start();
   wait_for_last();
