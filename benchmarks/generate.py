@@ -24,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Annotated, cast
+from typing import Annotated
 
 import torch
 import typer
@@ -78,14 +78,15 @@ def main(
     batch: Annotated[list[int], typer.Option(help="prompts at once", min=1)] = [1, 4, 16, 64],  # noqa: B006
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 128,
     new_tokens: Annotated[int, typer.Option(min=2)] = 128,
-    step_tokens: Annotated[int, typer.Option(help="of a step; what `load` plans")] = STEP_TOKENS,
+    step_tokens: Annotated[
+        int, typer.Option(help="of a step; what `load` plans", min=1)
+    ] = STEP_TOKENS,
     rounds: Annotated[int, typer.Option(min=1)] = 5,
     require: Annotated[float, typer.Option(help="fail if `parts` is above this")] = 0.0,
     results: Annotated[Path, typer.Option(help="folder to write to")] = Path("benchmarks/results"),
 ) -> None:
     """Measure, print a line for each case, and write DEVICE-generate.json and .md."""
-    check(device, shape)
-    form = cast(DtypeName, dtype), cast("QuantizeName | None", quantize or None)
+    form = check(device, shape, dtype, quantize, results, prompt_tokens + new_tokens)
     cases = []
     for name in shape:
         for case in measure(

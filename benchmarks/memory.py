@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Protocol, cast
+from typing import Annotated, Any, Protocol
 
 import torch
 import typer
@@ -116,12 +116,11 @@ def main(
     dtype: Annotated[str, typer.Option(help=f"of {', '.join(DTYPES)}")] = "bf16",
     quantize: Annotated[str, typer.Option(help="int8, fp8, or nothing")] = "",
     max_batch: Annotated[int | None, typer.Option(help="as in load", min=1)] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="as in load", min=1)] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="as in load", min=12)] = None,
     results: Annotated[Path, typer.Option(help="folder to write to")] = Path("benchmarks/results"),
 ) -> None:
     """Measure, print a line for each shape, and write DEVICE-memory.json and .md."""
-    check(device, shape)
-    form = cast(DtypeName, dtype), cast("QuantizeName | None", quantize or None)
+    form = check(device, shape, dtype, quantize, results)
     if device == "cpu":
         for name in shape:
             with tempfile.TemporaryDirectory() as work:

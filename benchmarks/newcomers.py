@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Annotated, cast
+from typing import Annotated
 
 import torch
 import typer
@@ -50,6 +50,14 @@ class Load:
     prompt: int
     newcomers: int
     long: int
+
+    def longest(self, step_tokens: int) -> int:
+        """Tokens of the longest row."""
+        return max(self.prompt + self.tokens(step_tokens), self.long + 2 * SETTLE)
+
+    def tokens(self, step_tokens: int) -> int:
+        """That the running rows draw."""
+        return SETTLE + STEADY + self.steps(step_tokens)
 
     def steps(self, step_tokens: int) -> int:
         """More than the newcomers' prefill can take."""
@@ -105,11 +113,11 @@ def main(
     results: Annotated[Path, typer.Option(help="folder to write to")] = Path("benchmarks/results"),
 ) -> None:
     """Measure, print a line for each case, and write DEVICE-newcomers.json and .md."""
-    check(device, shape)
     if narrow := [n for n in step_tokens if n <= rows + newcomers]:
         raise SystemExit(f"--step-tokens is {narrow[0]}; allowed: above rows and newcomers")
-    form = cast(DtypeName, dtype), cast("QuantizeName | None", quantize or None)
     load = Load(rows, prompt_tokens, newcomers, long)
+    longest = max(load.longest(most) for most in step_tokens)
+    form = check(device, shape, dtype, quantize, results, longest)
     cases = []
     for name in shape:
         for most in step_tokens:
@@ -131,8 +139,7 @@ def measure(
     step_tokens: int, rounds: int,
 ) -> Case:  # fmt: skip
     """One case; a first round, in which steps are captured, does not count."""
-    tokens = SETTLE + STEADY + load.steps(step_tokens)
-    longest = max(load.prompt + tokens, load.long + 2 * SETTLE)
+    tokens, longest = load.tokens(step_tokens), load.longest(step_tokens)
     with tempfile.TemporaryDirectory() as work:
         model = open_model(
             *(name, dtype, quantize, device, Path(work)),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from lmi_multi import backends
 from lmi_multi.backends.base import Executor, Limits
 from lmi_multi.backends.limits import row_blocks
 from lmi_multi.backends.torch_executor import TorchExecutor
-from lmi_multi.checkpoint.layout import DtypeName, QuantizeName, stored_tensors
+from lmi_multi.checkpoint.layout import CODES, DTYPES, DtypeName, QuantizeName, stored_tensors
 from lmi_multi.model import Model
 from lmi_multi.models.spec import ModelSpec
 from lmi_multi.models.weights import LARGEST
@@ -40,16 +41,32 @@ def random_model(
     }
 
 
-def check(device: str, shapes: Sequence[str]) -> None:
-    """Exit with what is wrong with them, if anything is."""
+def check(
+    device: str, shapes: Sequence[str], dtype: str, quantize: str, results: Path, longest: int = 0
+) -> tuple[DtypeName, QuantizeName | None]:
+    """The dtype and quantization asked for. Exit with what is wrong with them or the others, if
+    anything is; `longest`: tokens that a row will have, 0 if that is no question."""
     for name in shapes:
-        if name not in SHAPES:
-            raise SystemExit(f"--shape is {name!r}; allowed: {', '.join(SHAPES)}")
-    if device not in ("cpu", "cuda"):
-        raise SystemExit(f"--device is {device!r}; allowed: cpu, cuda")
+        _allow("--shape", name, SHAPES)
+    _allow("--dtype", dtype, DTYPES)
+    if quantize:
+        _allow("--quantize", quantize, CODES)
+    _allow("--device", device, ("cpu", "cuda"))
+    if not results.is_dir():
+        raise SystemExit(f"--results is {str(results)!r}; no such folder")
+    for name in shapes:
+        end = outline(SHAPES[name])[0].max_positions
+        if end and longest > end:
+            raise SystemExit(f"{name}: {longest} tokens wanted, its positions end at {end}")
     state = backends.probe(device)
     if not state.ok or (device == "cuda" and state.reason != "compiled kernels"):
         raise SystemExit(f"{device}: {state.reason}")
+    return cast(DtypeName, dtype), cast("QuantizeName | None", quantize or None)
+
+
+def _allow(option: str, given: str, allowed: Iterable[str]) -> None:
+    if given not in allowed:
+        raise SystemExit(f"{option} is {given!r}; allowed: {', '.join(allowed)}")
 
 
 def limits_for(spec: ModelSpec, rows: int, longest: int, step_tokens: int) -> Limits:
@@ -76,10 +93,6 @@ def open_model(
     """A `Model` as `load` gives one, but for its weights and its limits: those of `limits_for`. It
     has no tokenizer, and no end token. `folder` keeps its manifest."""
     spec, tensors = random_model(SHAPES[name], dtype, quantize, device)
-    if spec.max_positions and longest > spec.max_positions:
-        raise SystemExit(
-            f"{name}: {longest} tokens wanted, its positions end at {spec.max_positions}"
-        )
     limits = limits_for(spec, rows, longest, step_tokens)
     artifact = hollow_artifact(name, dtype, quantize, folder)
     return Model(artifact, device.type, _executor(spec, tensors, limits, device), False)

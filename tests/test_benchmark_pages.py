@@ -15,7 +15,7 @@ import torch
 
 import lmi_multi
 from benchmarks import generate, hollow, memory, newcomers, page, perplexity
-from benchmarks.random_model import check, open_model
+from benchmarks.random_model import check
 from benchmarks.shapes import SHAPES
 from lmi_multi.backends.memory import Device
 from lmi_multi.models.spec import ModelSpec
@@ -65,18 +65,19 @@ def test_a_large_hollow_artifact_takes_no_room(tmp_path: Path) -> None:
     assert sum(file.stat().st_blocks * 512 for file in tmp_path.iterdir()) < 2**20
 
 
-def test_longer_texts_than_the_positions_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(
-        SystemExit, match="tiny-gpt2: 1025 tokens wanted, its positions end at 1024"
+def test_what_cannot_be_measured_is_said(tmp_path: Path) -> None:
+    right: dict[str, Any] = {"device": "cpu", "shapes": TINY, "dtype": "bf16", "quantize": ""}
+    assert check(**right, results=tmp_path) == ("bf16", None)
+    for wrong, said in (
+        ({"shapes": ["huge"]}, "--shape is 'huge'; allowed: t5-small"),
+        ({"device": "tpu"}, "--device is 'tpu'; allowed: cpu, cuda"),
+        ({"dtype": "bf32"}, "--dtype is 'bf32'; allowed: fp32, fp16, bf16"),
+        ({"quantize": "int4"}, "--quantize is 'int4'; allowed: int8, fp8"),
+        ({"results": tmp_path / "none"}, "--results is '.*none'; no such folder"),
+        ({"longest": 1025}, "tiny-gpt2: 1025 tokens wanted, its positions end at 1024"),
     ):
-        open_model("tiny-gpt2", "fp32", None, CPU, tmp_path, 1, 1025, 64)
-
-
-def test_what_cannot_be_measured_is_said() -> None:
-    with pytest.raises(SystemExit, match="--shape is 'huge'; allowed: t5-small"):
-        check("cpu", ["huge"])
-    with pytest.raises(SystemExit, match="--device is 'tpu'; allowed: cpu, cuda"):
-        check("tpu", TINY)
+        with pytest.raises(SystemExit, match=said):
+            check(**{"results": tmp_path, **right, **wrong})
 
 
 def test_generate(tmp_path: Path) -> None:
