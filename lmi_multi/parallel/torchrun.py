@@ -65,9 +65,10 @@ def job(tensor_parallel: int, pipeline_parallel: int) -> Job | None:
 
 def own_gpu(count: int) -> int | None:
     """Which of this host's `count` GPUs a model of this process's own takes: that of its number
-    here, or the only one that it is shown; None where torchrun has started no others.
+    here, or the only one that it is shown, which may be others' as well; None where torchrun has
+    started no others.
 
-    Raises CapacityError if there are more processes than GPUs.
+    Raises CapacityError if there are more processes than GPUs, and several of these.
     """
     found = read(os.environ)
     if found is None:
