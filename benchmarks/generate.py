@@ -30,9 +30,9 @@ import torch
 import typer
 
 from benchmarks import page
+from benchmarks.options import RESULTS, Dtype, Quantize, Results, Shapes
 from benchmarks.prefill import Run, own_run
 from benchmarks.random_model import check, open_model
-from benchmarks.shapes import DTYPES, SHAPES
 from lmi_multi.backends.memory import STEP_TOKENS
 from lmi_multi.checkpoint.layout import DtypeName, QuantizeName
 from lmi_multi.model import Model
@@ -71,10 +71,10 @@ class Case:
 
 @app.command()
 def main(
-    shape: Annotated[list[str], typer.Option(help=f"of {', '.join(SHAPES)}")] = ["flan-t5-base"],  # noqa: B006
+    shape: Shapes = ["flan-t5-base"],  # noqa: B006
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
-    dtype: Annotated[str, typer.Option(help=f"of {', '.join(DTYPES)}")] = "bf16",
-    quantize: Annotated[str, typer.Option(help="int8, fp8, or nothing")] = "",
+    dtype: Dtype = "bf16",
+    quantize: Quantize = "",
     batch: Annotated[list[int], typer.Option(help="prompts at once", min=1)] = [1, 4, 16, 64],  # noqa: B006
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 128,
     new_tokens: Annotated[int, typer.Option(min=2)] = 128,
@@ -83,7 +83,7 @@ def main(
     ] = STEP_TOKENS,
     rounds: Annotated[int, typer.Option(min=1)] = 5,
     require: Annotated[float, typer.Option(help="fail if `parts` is above this")] = 0.0,
-    results: Annotated[Path, typer.Option(help="folder to write to")] = Path("benchmarks/results"),
+    results: Results = RESULTS,
 ) -> None:
     """Measure, print a line for each case, and write DEVICE-generate.json and .md."""
     form = check(device, shape, dtype, quantize, results, prompt_tokens + new_tokens)

@@ -23,8 +23,8 @@ import typer
 import lmi_multi
 from benchmarks import page
 from benchmarks.hollow import hollow_artifact
+from benchmarks.options import RESULTS, Dtype, Quantize, Results, Shapes
 from benchmarks.random_model import check
-from benchmarks.shapes import DTYPES, SHAPES
 from lmi_multi.backends.memory import Device
 from lmi_multi.checkpoint.layout import DtypeName, QuantizeName
 from lmi_multi.model import Model
@@ -111,13 +111,13 @@ class Case:
 
 @app.command()
 def main(
-    shape: Annotated[list[str], typer.Option(help=f"of {', '.join(SHAPES)}")] = ["flan-t5-base"],  # noqa: B006
+    shape: Shapes = ["flan-t5-base"],  # noqa: B006
     device: Annotated[str, typer.Option(help="cuda; cpu tries it, and measures nothing")] = "cpu",
-    dtype: Annotated[str, typer.Option(help=f"of {', '.join(DTYPES)}")] = "bf16",
-    quantize: Annotated[str, typer.Option(help="int8, fp8, or nothing")] = "",
+    dtype: Dtype = "bf16",
+    quantize: Quantize = "",
     max_batch: Annotated[int | None, typer.Option(help="as in load", min=1)] = None,
     max_tokens: Annotated[int | None, typer.Option(help="as in load", min=12)] = None,
-    results: Annotated[Path, typer.Option(help="folder to write to")] = Path("benchmarks/results"),
+    results: Results = RESULTS,
 ) -> None:
     """Measure, print a line for each shape, and write DEVICE-memory.json and .md."""
     form = check(device, shape, dtype, quantize, results)

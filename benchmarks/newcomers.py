@@ -26,9 +26,9 @@ import typer
 
 from benchmarks import page
 from benchmarks.generate import milliseconds
+from benchmarks.options import RESULTS, Dtype, Quantize, Results, Shapes
 from benchmarks.prefill import own_run
 from benchmarks.random_model import check, open_model
-from benchmarks.shapes import DTYPES, SHAPES
 from lmi_multi.backends.memory import STEP_TOKENS
 from lmi_multi.checkpoint.layout import DtypeName, QuantizeName
 from lmi_multi.engine.engine import Engine
@@ -99,10 +99,10 @@ class Case:
 
 @app.command()
 def main(
-    shape: Annotated[list[str], typer.Option(help=f"of {', '.join(SHAPES)}")] = ["gpt-j-6b"],  # noqa: B006
+    shape: Shapes = ["gpt-j-6b"],  # noqa: B006
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
-    dtype: Annotated[str, typer.Option(help=f"of {', '.join(DTYPES)}")] = "bf16",
-    quantize: Annotated[str, typer.Option(help="int8, fp8, or nothing")] = "",
+    dtype: Dtype = "bf16",
+    quantize: Quantize = "",
     rows: Annotated[int, typer.Option(help="rows that run", min=1)] = 16,
     prompt_tokens: Annotated[int, typer.Option(help="of these rows", min=1)] = 128,
     newcomers: Annotated[int, typer.Option(min=1)] = 4,
@@ -110,7 +110,7 @@ def main(
     long: Annotated[int, typer.Option(help="a newcomer's tokens", min=1)] = 2032,
     step_tokens: Annotated[list[int], typer.Option(help="a step's tokens")] = [512, STEP_TOKENS],  # noqa: B006
     rounds: Annotated[int, typer.Option(min=1)] = 5,
-    results: Annotated[Path, typer.Option(help="folder to write to")] = Path("benchmarks/results"),
+    results: Results = RESULTS,
 ) -> None:
     """Measure, print a line for each case, and write DEVICE-newcomers.json and .md."""
     if narrow := [n for n in step_tokens if n <= rows + newcomers]:

@@ -14,6 +14,8 @@ constexpr int LISTED = 12 << 10;  // bytes that the list of products may take be
 // Bytes of all ranks' words up to which every block takes them itself: 132 blocks read so much of L2 in 1.6
 // microseconds, half of it while the peers' is awaited, and what that spares takes two.
 constexpr int MOST_TAKEN = 64 << 10;
+constexpr int PASSES_X = 56 << 10;  // bytes that x may take in a cluster's block
+constexpr int HELD_BYTES = 32 * static_cast<int>(sizeof(float2));  // of a tile: see held_tiles
 
 int item_bytes(Type type) { return type == Type::float32 ? 4 : 2; }
 
@@ -68,9 +70,6 @@ bool is_staged(const LinearParams* last, const LinearParams& p, const Device& gp
          std::min(had.tiles, places) >= std::min(w.tiles, places);
 }
 
-constexpr int PASSES_X = 56 << 10;  // bytes that x may take in a cluster's block
-constexpr int HELD_BYTES = 32 * static_cast<int>(sizeof(float2));  // of a tile: see held_tiles
-
 // A slice's features, of all rows that there may be.
 int turns_bytes(const Weights& w, Type type) {
   return MOST_CLUSTER_ROWS * (w.slice * item_bytes(type) + 64);
@@ -78,15 +77,15 @@ int turns_bytes(const Weights& w, Type type) {
 
 // Into slices for a cluster's blocks and, where these are too long, several passes.
 bool plan_slices(LinearParams& p, Type type) {
+  if (type == Type::float32) return false;
   Weights& w = p.weights;
   w.splits = CLUSTER;
   const int turn = p.weight_type == type ? TURN<__half> : TURN<int8_t>;
-  for (int parts = CLUSTER; type != Type::float32; parts += CLUSTER) {
+  for (int parts = CLUSTER;; parts += CLUSTER) {
     w.slice = ((w.inputs + parts - 1) / parts + turn - 1) / turn * turn;
     if (turns_bytes(w, type) <= PASSES_X) return true;
     if (p.norm_weight.data) return false;  // it wants whole rows
   }
-  return false;
 }
 
 // How many clusters share a program's products, and how their tiles.

@@ -88,8 +88,7 @@ __device__ inline void receive_fours(const Meeting& peers, const unsigned* from,
 // As `row_sum`, of a power of two of warps, with one barrier. Nobody uses `scratch` before it.
 __device__ inline float quick_row_sum(float value, int width, float* scratch) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = width / 32;
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(~0u, value, offset);
+  value = warp_sum(value);
   if (lane == 0) scratch[warp] = value;
   __syncthreads();
   value = scratch[(warp & -warps) + (lane & (warps - 1))];
