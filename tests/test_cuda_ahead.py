@@ -271,12 +271,12 @@ def test_a_gpu_that_refuses_the_step_kernel_runs_others(
 def test_programs_are_for_large_products() -> None:
     from lmi_multi.backends.cuda.program import LEAST_PRODUCT, program_rows
 
-    def layer(elements: int, scale: Tensor | None = None) -> Any:
-        weight = torch.empty(1, elements, dtype=torch.int8, device="meta")
-        linear = Linear(weight, scale=scale)
+    def layer(nbytes: int, dtype: torch.dtype = torch.bfloat16) -> Any:
+        linear = Linear(torch.empty(1, nbytes // dtype.itemsize, dtype=dtype, device="meta"))
         return SimpleNamespace(qkv=linear, up=linear, cross_q=None, index=0)
 
     assert program_rows([]) == 0
-    assert program_rows([layer(LEAST_PRODUCT - 1)] * 2) == 0
-    assert program_rows([layer(LEAST_PRODUCT)] * 2) == 8
-    assert program_rows([layer(LEAST_PRODUCT, torch.ones(1))] * 2) == 16
+    assert program_rows([layer(LEAST_PRODUCT - 4)] * 2) == 0
+    assert program_rows([layer(LEAST_PRODUCT)] * 2) == 16
+    assert program_rows([layer(LEAST_PRODUCT, torch.int8)] * 2) == 16
+    assert program_rows([layer(LEAST_PRODUCT, torch.float32)] * 2) == 8

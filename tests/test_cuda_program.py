@@ -58,6 +58,13 @@ SHAPES = {
         {"hidden_size": 1024, "num_hidden_layers": 3, "num_attention_heads": 16, "ffn_dim": 4096}
         | {"do_layer_norm_before": False, "word_embed_proj_dim": 512, "vocab_size": 999},
     ),
+    # A row has more features than registers hold of it.
+    "wide": Shape(
+        "OPTForCausalLM",
+        "OPTConfig",
+        {"hidden_size": 4224, "num_hidden_layers": 1, "num_attention_heads": 33, "ffn_dim": 1024}
+        | {"word_embed_proj_dim": 4224, "vocab_size": 999},
+    ),
     "llama-gqa": Shape(
         "LlamaForCausalLM",
         "LlamaConfig",

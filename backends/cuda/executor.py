@@ -30,7 +30,7 @@ from .inputs import StepInputs, upload
 from .ops import CudaOps, Scratch
 from .prefill import Prefill
 from .prefill_graphs import PrefillGraphs
-from .program import MOST_ROWS, NotCoveredError, can_sum
+from .program import MOST_STAGED_ROWS, NotCoveredError, can_sum
 from .program import program_rows as best_program_rows
 from .searches import Searches
 
@@ -97,7 +97,7 @@ class CudaExecutor(TorchExecutor):
                 decoder = self._network.weights.decoder
                 program_rows = best_program_rows(decoder.layers if decoder else ())
             if not collectives.alone:
-                program_rows = min(program_rows, MOST_ROWS)  # with more none sums over GPUs
+                program_rows = min(program_rows, MOST_STAGED_ROWS)  # with more none sums over GPUs
             program_rows = collectives.least(program_rows)
             stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
             self._fed, ahead = (

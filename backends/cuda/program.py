@@ -20,17 +20,17 @@ from lmi_multi.parallel.pipeline import Pipeline
 from .entry import Entered
 from .near import PeerMemory
 
-MOST_ROWS = 8  # of a program
-# The same for quantized weights, where clusters of blocks share products: see
-# csrc/cluster_product.cuh. For half types cuBLAS is the faster one by 3 to 7% at 16 rows.
-MOST_QUANTIZED_ROWS = 16
+# Rows of a program. Up to so many have x in shared memory, float32's and those that sum over GPUs among
+# them, and others in registers, where a block has room for so many features of each.
+MOST_STAGED_ROWS, MOST_ROWS = 8, 16
+HELD_FEATURES = 4096  # see csrc/step.h
 # Bytes of a product's weights, in the mean, from which on a program is the faster one: it wins by
 # not letting memory idle, and loses by its barriers. Measured at 2.7 MB (loses), 38 to 76 (wins).
 LEAST_PRODUCT = 8 << 20
 PHASE_BYTES = 256  # see csrc/step.h
 # Rows up to which every block normalizes x by itself, in front of a product. A phase of its own was
-# the faster one at 16 rows, and no faster at 4; between them it has not been measured. Where
-# clusters share products their blocks share a row's statistics, and normalize, too.
+# the faster one at 16 rows, and no faster at 4; between them it has not been measured. With x in
+# registers every block normalizes again.
 FUSED_NORM_ROWS = 4
 
 
@@ -49,8 +49,8 @@ def program_rows(layers: Sequence[Layer]) -> int:
     total = sum(linear.weight.nbytes for linear in linears)
     if not linears or total / len(linears) < LEAST_PRODUCT:
         return 0
-    quantized = all(linear.scale is not None for linear in linears)
-    return MOST_QUANTIZED_ROWS if quantized else MOST_ROWS
+    half = all(linear.weight.dtype != torch.float32 for linear in linears)
+    return MOST_ROWS if half else MOST_STAGED_ROWS
 
 
 class Recorder:
@@ -83,7 +83,7 @@ class Recorder:
         counters: Tensor, out: Tensor,
     ) -> bool:  # fmt: skip
         """See `lmi_multi::linear`; `splits` is the step's own affair."""
-        if norm_weight is not None and FUSED_NORM_ROWS < len(x) <= MOST_ROWS:
+        if norm_weight is not None and not _fuses_norm(*x.shape):
             x, norm_weight, norm_bias = self._norm(x, norm_weight, norm_bias, eps), None, None
         reads = [x] if residual is None else [x, residual]
         terms = (scale, bias, norm_weight, norm_bias, eps, residual, activation, gated)
@@ -144,6 +144,11 @@ class Recorder:
         self.phases.append(phase)
         self.kept.append(arguments)
         return True
+
+
+def _fuses_norm(rows: int, features: int) -> bool:
+    """Whether blocks normalize x in front of a product."""
+    return rows <= FUSED_NORM_ROWS or (rows > MOST_STAGED_ROWS and features <= HELD_FEATURES)
 
 
 class RecordedSums:

@@ -42,7 +42,7 @@ bool record_linear(Tensor x, Tensor weight, Maybe scale, Maybe bias, Maybe norm_
                    Tensor work, Tensor counters, Tensor out, bool barrier, Tensor phase) {
   auto p = linear_params(x, weight, scale, bias, norm_weight, norm_bias, eps, residual, activation,
                          gated, work, counters, out);
-  const bool planned = p && p->rows <= MOST_CLUSTER_ROWS &&
+  const bool planned = p && p->rows <= MOST_STEP_ROWS &&
                        plan_linear(*p, computed_in(x, weight, norm_weight), device_of(x),
                                    work.numel(), counters.numel());
   return planned && put_phase(phase, Work::linear, &Phase::linear, ProductParams{*p, {}}, barrier);
@@ -58,7 +58,7 @@ bool record_sum(Tensor product, Tensor x, Tensor residual, Maybe bias, Tensor ou
   const LinearParams& p = made.linear;
   const int64_t features = p.weights.outputs, words = p.rows * features;
   if (p.out != x.data_ptr() || p.weights.gated || p.activation != Activation::none ||
-      p.bias.data || words > MOST_STEP_WORDS || !is_float(residual) || !residual.is_contiguous() ||
+      p.bias.data || p.rows > MOST_STAGED_ROWS || words > MOST_STEP_WORDS || !is_float(residual) || !residual.is_contiguous() ||
       residual.numel() != words || !is_vector(bias, features) || !is_float(out) ||
       !out.is_contiguous() || out.numel() != words) {
     return false;
@@ -108,9 +108,7 @@ bool finish_program(Tensor program, Tensor x, Tensor weight, int64_t ranks) {
                .hands = 0,
                .handed = 0,
                .slots = 0,
-               .shared_bytes = 0,
-               .blocks = 0,
-               .held = 0};
+               .shared_bytes = 0};
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   char* bytes = static_cast<char*>(program.data_ptr());
   auto* phases = reinterpret_cast<Phase*>(bytes + PHASE_BYTES);
@@ -132,7 +130,6 @@ void run(const Tensor& program, const Tensor& on_device, const Tensor& barrier,
                      .count = made.phases,
                      .products = made.products,
                      .slots = made.slots,
-                     .held = made.held,
                      .products_at = made.shared_bytes -
                                     made.products * static_cast<int>(sizeof(Weights)),
                      .barrier = static_cast<unsigned*>(barrier.data_ptr()),
@@ -146,10 +143,6 @@ void run(const Tensor& program, const Tensor& on_device, const Tensor& barrier,
                      .peers = peers};
   const Device& gpu = device_of(on_device);
   const cudaStream_t stream = stream_of(on_device);
-  if (by_clusters(made.rows)) {
-    if (made.type == Type::float16) return cluster_step_float16(made, p, stream);
-    return cluster_step_bfloat16(made, p, stream);
-  }
   switch (made.type) {
     case Type::float16: return step_float16(made, p, gpu, stream);
     case Type::bfloat16: return step_bfloat16(made, p, gpu, stream);

@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(THREADS, Product::AT_ONCE)
   const Part part(p.weights, blockIdx.x, gridDim.x);
 
   let_next_start();
-  Stream<W, BlockTiles<WARPS>> weights(&p.weights, 1, shared, launched.slots);
+  Stream<W, WARPS> weights(&p.weights, 1, shared, launched.slots);
   weights.fill();  // weights are nobody's results: the last kernel may still be at work
   const RowShare<WARPS> share(p.rows);
   NormTerms<X> norm;
@@ -57,7 +57,8 @@ __global__ void __launch_bounds__(THREADS, Product::AT_ONCE)
     stage<X, W, X>(p, share, norm, part.begin, part.end, x, partial);
   }
   __syncthreads();
-  multiply<Product, NT, WARPS>(p, part, weights, x, partial);
+  const StagedRows<X> rows{x, row_stride<X>(part.end - part.begin), p.rows};
+  multiply<Product, NT, WARPS>(p, part, weights, rows, partial);
 }
 
 template <typename Product, int NT>

@@ -10,8 +10,7 @@ enum class Activation : int { none, gelu, gelu_tanh, relu, silu };
 constexpr int MOST_ROWS = 32, MOST_ROWS_FLOAT32 = 16;
 constexpr int TILE = 16;  // weight rows that a block works on at a time
 
-// Weights, and how blocks share the work: each has one split of the features; in clusters all have parts
-// of them (cluster_product.cuh), a slice in a pass.
+// Weights, and how blocks share the work: each has one split of the features.
 struct alignas(16) Weights {
   const void* data;     // [outputs, inputs]
   int inputs, outputs;  // gated: outputs are [gate, what it gates]
@@ -19,7 +18,6 @@ struct alignas(16) Weights {
   int slice;            // features of a split
   int splits;
   bool gated;
-  uint16_t rounds;  // of tiles that all clusters' teams have; the rest is shared otherwise
 };
 
 struct LinearParams {

@@ -174,13 +174,29 @@ __device__ __noinline__ void finish_splits(const LinearParams& p, Part part, int
   }
 }
 
-// The part's tiles, with x staged and everybody behind a barrier. `partial`: twice PARTIALS.
-template <typename Product, int NT, int WARPS, typename S, typename Put = Store>
-__device__ void multiply(const LinearParams& p, const Part& part, S& weights,
-                         const typename Product::X* x, float* partial, Put put = {}) {
-  using W = typename Product::W;
+// x in shared memory, as `stage` puts it there.
+template <typename X>
+struct StagedRows {
+  const X* x;
+  int stride, rows;
+
+  // The products of the warp's units of a tile.
+  template <typename Product, int WARPS, typename S>
+  __device__ void multiply(Product& product, S& weights, int features) const {
+    using W = typename Product::W;
+#pragma unroll 1
+    for (int f = threadIdx.x / 32 * UNIT<W>; f < features; f += WARPS * UNIT<W>) {
+      product.add(weights.next(), x + f, stride, rows);
+    }
+  }
+};
+
+// The part's tiles, with `x` at hand and everybody behind a barrier. `partial`: twice PARTIALS, of which
+// the second half may still be read.
+template <typename Product, int NT, int WARPS, typename S, typename Rows, typename Put = Store>
+__device__ void multiply(const LinearParams& p, const Part& part, S& weights, const Rows& x,
+                         float* partial, Put put = {}) {
   const int features = part.end - part.begin, tiles = p.weights.tiles, splits = p.weights.splits;
-  const int stride = row_stride<typename Product::X>(features);
   int turn = 0;  // two buffers of partial sums: one barrier a tile is enough then
   // Warps finish tiles in turns: one that always did would be late for every barrier.
   int finisher = threadIdx.x;
@@ -190,10 +206,7 @@ __device__ void multiply(const LinearParams& p, const Part& part, S& weights,
     Terms terms;
     if (at.mine && splits == 1) terms = read_terms(p, tile, at.g, at.m);
     Product product;
-#pragma unroll 1
-    for (int f = threadIdx.x / 32 * UNIT<W>; f < features; f += WARPS * UNIT<W>) {
-      product.add(weights.next(), x + f, stride, p.rows);
-    }
+    x.template multiply<Product, WARPS>(product, weights, features);
     float sums[NT][4];
     product.finish(sums);
     const float2 sum = sum_warps<NT, WARPS>(sums, at, partial + turn * PARTIALS<NT, WARPS>);

@@ -126,16 +126,24 @@ struct TensorProduct {
   static constexpr int CHAINS = NT == 1 ? 2 : 1;
   float sums[CHAINS][NT][4] = {};
 
-  // Rows g and g + 8, eight features a lane, which lie at `b` in row 0 of x.
-  __device__ void add8(const uint4& low, const uint4& high, const X* b, int stride, int rows) {
-    const int g = threadIdx.x % 32 / 4;
+  // Rows g and g + 8, eight features a lane; `x`: the same of rows n * 8 + g.
+  __device__ void multiply8(const uint4& low, const uint4& high, const uint4 (&x)[NT]) {
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
-      const int row = min(n * 8 + g, rows - 1);  // above the last: copies of it, not used
-      const uint4 x = *reinterpret_cast<const uint4*>(b + row * stride);
-      mma<X>(sums[0][n], low.x, high.x, low.y, high.y, x.x, x.y);
-      mma<X>(sums[CHAINS - 1][n], low.z, high.z, low.w, high.w, x.z, x.w);
+      mma<X>(sums[0][n], low.x, high.x, low.y, high.y, x[n].x, x[n].y);
+      mma<X>(sums[CHAINS - 1][n], low.z, high.z, low.w, high.w, x[n].z, x[n].w);
     }
+  }
+
+  // The same of features that lie at `b` in row 0 of x.
+  __device__ void add8(const uint4& low, const uint4& high, const X* b, int stride, int rows) {
+    uint4 x[NT];
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+      // Above the last row: copies of it, not used.
+      x[n] = *reinterpret_cast<const uint4*>(b + min(n * 8 + threadIdx.x % 32 / 4, rows - 1) * stride);
+    }
+    multiply8(low, high, x);
   }
 
   static __device__ uint4 widened(uint32_t first, uint32_t second) {
@@ -154,6 +162,29 @@ struct TensorProduct {
       } else {
         add8(widened(low.x, low.y), widened(high.x, high.y), x + c * 64, stride, rows);
         add8(widened(low.z, low.w), widened(high.z, high.w), x + c * 64 + 32, stride, rows);
+      }
+    }
+  }
+
+  // Eights of features that a lane has of a unit.
+  static constexpr int EIGHTS = UNIT<W> / 32;
+
+  // Where they begin in the unit.
+  static __device__ int eight(int i) {
+    const int t = threadIdx.x % 4;
+    return sizeof(W) == 2 ? i * 32 + t * 8 : i / 2 * 64 + t * 16 + i % 2 * 8;
+  }
+
+  // The same as `add` where a lane has its part of x at hand.
+  __device__ void add(const Chunks& w, const uint4 (&x)[EIGHTS][NT]) {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const uint4 &low = w.low[c], &high = w.high[c];
+      if constexpr (sizeof(W) == 2) {
+        multiply8(low, high, x[c]);
+      } else {
+        multiply8(widened(low.x, low.y), widened(high.x, high.y), x[2 * c]);
+        multiply8(widened(low.z, low.w), widened(high.z, high.w), x[2 * c + 1]);
       }
     }
   }

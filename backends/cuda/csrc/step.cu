@@ -2,7 +2,6 @@
 #include "step.h"
 
 #include "attention.cuh"
-#include "cluster_product.cuh"
 #include "multiply.cuh"
 
 namespace lmi {
@@ -14,12 +13,13 @@ constexpr int LISTED = 12 << 10;  // bytes that the list of products may take be
 // Bytes of all ranks' words up to which every block takes them itself: 132 blocks read so much of L2 in 1.6
 // microseconds, half of it while the peers' is awaited, and what that spares takes two.
 constexpr int MOST_TAKEN = 64 << 10;
-constexpr int PASSES_X = 56 << 10;  // bytes that x may take in a cluster's block
-constexpr int HELD_BYTES = 32 * static_cast<int>(sizeof(float2));  // of a tile: see held_tiles
 
 int item_bytes(Type type) { return type == Type::float32 ? 4 : 2; }
 
-constexpr int PARTIAL_BYTES = 2 * PARTIALS<1, STEP_WARPS> * 4;
+// Of so many rows' partial sums.
+int partial_bytes(int rows) {
+  return 2 * 4 * (rows > MOST_STAGED_ROWS ? PARTIALS<2, STEP_WARPS> : PARTIALS<1, STEP_WARPS>);
+}
 
 // A split's features.
 int x_bytes(const Weights& w, int rows, Type type) {
@@ -29,7 +29,7 @@ int x_bytes(const Weights& w, int rows, Type type) {
 
 // A third of shared memory, and what the shortest rings leave; the rest makes rings longer.
 int x_room(const Device& gpu) {
-  const int left = gpu.shared_per_block - MARGIN - LISTED - PARTIAL_BYTES - FEW_SLOTS * RING_SLOTS;
+  const int left = gpu.shared_per_block - MARGIN - LISTED - partial_bytes(1) - FEW_SLOTS * RING_SLOTS;
   return std::min(left, static_cast<int>(gpu.shared_per_block * 0.36));
 }
 
@@ -54,58 +54,16 @@ bool fits(const Program& program, const Phase& phase) {
   }
 }
 
-// How often a cluster's blocks go through slices until they have been through all features.
-int passes_of(const Weights& w) { return (w.inputs + CLUSTER * w.slice - 1) / (CLUSTER * w.slice); }
-
 // Whether all blocks have x in shared memory as a product wants it, since `last` put it there. No phase
 // writes where another one has: the same x by the same norm is what it was.
 bool is_staged(const LinearParams* last, const LinearParams& p, const Device& gpu) {
-  if (!last) return false;
+  if (!last || p.rows > MOST_STAGED_ROWS) return false;
   const Weights &had = last->weights, &w = p.weights;
-  if (by_clusters(p.rows) && passes_of(w) > 1) return false;
   const int places = gpu.processors / w.splits;
   return last->x.data == p.x.data && last->norm_weight.data == p.norm_weight.data &&
          last->norm_bias.data == p.norm_bias.data && last->eps == p.eps &&
          had.slice == w.slice && had.splits == w.splits &&
          std::min(had.tiles, places) >= std::min(w.tiles, places);
-}
-
-// A slice's features, of all rows that there may be.
-int turns_bytes(const Weights& w, Type type) {
-  return MOST_CLUSTER_ROWS * (w.slice * item_bytes(type) + 64);
-}
-
-// Into slices for a cluster's blocks and, where these are too long, several passes.
-bool plan_slices(LinearParams& p, Type type) {
-  if (type == Type::float32) return false;
-  Weights& w = p.weights;
-  w.splits = CLUSTER;
-  const int turn = p.weight_type == type ? TURN<__half> : TURN<int8_t>;
-  for (int parts = CLUSTER;; parts += CLUSTER) {
-    w.slice = ((w.inputs + parts - 1) / parts + turn - 1) / turn * turn;
-    if (turns_bytes(w, type) <= PASSES_X) return true;
-    if (p.norm_weight.data) return false;  // it wants whole rows
-  }
-}
-
-// How many clusters share a program's products, and how their tiles.
-bool plan_clusters(Program& program, Phase* phases, const Device& gpu) {
-  if (gpu.major < 9 || program.type == Type::float32) return false;
-  program.shared_bytes = gpu.shared_per_block - MARGIN;  // or some less
-  const int clusters = program.type == Type::float16 ? cluster_places_float16(program)
-                                                     : cluster_places_bfloat16(program);
-  if (!clusters) return false;
-  program.blocks = clusters * CLUSTER;
-  for (int i = 0; i < program.phases; ++i) {
-    Phase& phase = phases[i];
-    if (phase.work == Work::sum) return false;
-    if (phase.work != Work::linear) continue;
-    Weights& w = phase.linear.weights;
-    phase.passes = static_cast<short>(passes_of(w));
-    w.rounds = static_cast<uint16_t>(w.tiles / (clusters * BLOCK_TEAMS));
-    program.held = std::max(program.held, held_tiles(w, clusters, phase.passes));
-  }
-  return true;
 }
 
 bool reads(const Phase& phase, const void* what) {
@@ -202,9 +160,8 @@ void join_sums(Program& program, Phase* phases, int ranks) {
 // What a phase wants of shared memory beside the rings.
 int beside_rings(const Program& program, const Phase& phase) {
   if (phase.work == Work::linear) {
-    const Weights& w = phase.linear.weights;
-    if (!by_clusters(program.rows)) return PARTIAL_BYTES + x_bytes(w, program.rows, program.type);
-    return TeamSums::BYTES + program.held * HELD_BYTES + turns_bytes(w, program.type);
+    const int x = program.rows > MOST_STAGED_ROWS ? 0 : x_bytes(phase.linear.weights, program.rows, program.type);
+    return partial_bytes(program.rows) + x;
   }
   if (phase.work != Work::attention) return 0;
   AttentionParams p = phase.attention;
@@ -216,25 +173,28 @@ int beside_rings(const Program& program, const Phase& phase) {
 
 bool plan_linear(LinearParams& p, Type type, const Device& gpu, int64_t work_floats,
                  int64_t counters) {
-  if (by_clusters(p.rows)) return plan_slices(p, type);
   Weights& w = p.weights;
-  for (int splits = 1;; ++splits) {
-    split(w, splits);
-    if (x_bytes(w, p.rows, type) <= x_room(gpu)) break;
-    if (w.slice == PAD) return false;
+  if (p.rows > MOST_STAGED_ROWS) {
+    split(w, (w.inputs + HELD_FEATURES - 1) / HELD_FEATURES);
+    if (type == Type::float32 || (p.norm_weight.data && w.splits > 1)) return false;  // it wants whole rows
+  } else {
+    for (int splits = 1;; ++splits) {
+      split(w, splits);
+      if (x_bytes(w, p.rows, type) <= x_room(gpu)) break;
+      if (w.slice == PAD) return false;
+    }
   }
-  return w.splits <= gpu.processors && w.tiles <= counters &&
-         (w.splits == 1 || static_cast<int64_t>(w.tiles) * w.splits * 128 <= work_floats);
+  const int64_t left = static_cast<int64_t>(w.tiles) * w.splits * TILE * ((p.rows + 7) / 8 * 8);
+  return w.splits <= gpu.processors && w.tiles <= counters && (w.splits == 1 || left <= work_floats);
 }
 
 bool plan_program(Program& program, Phase* phases, Weights* weights, int ranks, const Device& gpu) {
   int beside = 0;
-  bool dirty = false, summed = false, taken = false, waits = false, attends = false;
+  bool dirty = false, summed = false, taken = false, waits = false;
   const LinearParams* staged = nullptr;  // whose x is in shared memory
   phases[0].barrier = false;
   hand_over(program, phases);
   join_sums(program, phases, ranks);
-  if (by_clusters(program.rows) && !plan_clusters(program, phases, gpu)) return false;
   for (int i = 0; i < program.phases; ++i) {
     Phase& phase = phases[i];
     const bool adds = phase.work == Work::sum || phase.taken;
@@ -250,9 +210,6 @@ bool plan_program(Program& program, Phase* phases, Weights* weights, int ranks, 
       weights[program.products++] = phase.linear.weights;
     }
     if (i > 0 && reads_own(program, phases, i)) phase.barrier = false;
-    // Sums of a cluster's other blocks would come to where a block still attends.
-    if (by_clusters(program.rows) && phase.work == Work::linear && attends) phase.barrier = true;
-    attends = phase.work == Work::attention || (attends && !phase.barrier);
     // Two phases at once may not leave their sums in the same place.
     if (uses_work(phase) && dirty) phase.barrier = true;
     // Nor may words of a sum be sent before all blocks have those of the last one.

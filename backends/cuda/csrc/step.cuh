@@ -9,6 +9,7 @@
 #include "attention.cuh"
 #include "grid.cuh"
 #include "hand.cuh"
+#include "held.cuh"
 #include "multiply.cuh"
 #include "normalize.cuh"
 #include "step.h"
@@ -64,6 +65,12 @@ __device__ void attend_phase(const AttentionParams& p, float* shared, Wait wait,
                                    put);
 }
 
+// Not inlined: where a product holds x in registers there are too few for both.
+template <typename X, typename Wait>
+static __device__ __noinline__ void attend_apart(const AttentionParams& p, float* shared, Wait wait) {
+  attend_phase<X, false>(p, shared, wait);
+}
+
 // The block's rows of a norm.
 template <typename X>
 __device__ void normalize_phase(const NormParams& p) {
@@ -73,9 +80,66 @@ __device__ void normalize_phase(const NormParams& p) {
   }
 }
 
-// SUMS: some products' results are summed over GPUs. A kernel of its own, so that the other one has no
-// code for it.
-template <typename Product, bool SUMS>
+// Whether products take sums, and what attention hands over: a float32 one leaves that no registers.
+template <typename X, bool SUMS>
+constexpr bool takes_sums = SUMS && sizeof(X) == 2;
+
+// The block's share of a product, with x in shared memory.
+template <typename Product, bool SUMS, typename S>
+__device__ void multiply_staged(const StepParams& s, const Phase& phase, GridBarrier& barrier,
+                                S& weights, typename Product::X* x, float* partial,
+                                const Meeting& peers) {
+  using X = typename Product::X;
+  using W = typename Product::W;
+  constexpr bool TAKES = takes_sums<X, SUMS>;
+  const LinearParams& p = phase.linear;
+  const Part part(p.weights, blockIdx.x, gridDim.x);
+  const RowShare<STEP_WARPS> share(p.rows);
+  NormTerms<X> norm;
+  const bool takes = TAKES && (phase.taken || phase.hand);
+  if (!takes) norm.read(p, part.begin + share.own, part.end, share.width * 8);
+  if (phase.barrier) barrier.wait();
+  if constexpr (TAKES) {
+    if (phase.taken) forget_sum(peers, phase.taken, s.words);
+    if (phase.hand) forget_handed(peers, phase.hand - 1, s.handed);
+  }
+  if (part.tile >= p.weights.tiles) return;
+  if (takes) {
+    if constexpr (TAKES) {
+      if (phase.taken) {
+        take<X, W>(phase, peers, x, partial);
+      } else {
+        take_handed<X, W>(phase, peers, x);
+      }
+    }
+  } else if (!phase.staged) {
+    stage<X, W, X>(p, share, norm, part.begin, part.end, x, partial);
+  }
+  __syncthreads();
+  const StagedRows<X> rows{x, row_stride<X>(part.end - part.begin), p.rows};
+  if constexpr (SUMS) {
+    const PutOrSend put{peers, phase};
+    multiply<Product, 1, STEP_WARPS>(p, part, weights, rows, partial, put);
+  } else {
+    multiply<Product, 1, STEP_WARPS>(p, part, weights, rows, partial);
+  }
+}
+
+// The same with x in registers.
+template <typename Product, int NT, typename S>
+__device__ void multiply_held(const Phase& phase, GridBarrier& barrier, S& weights, float* partial) {
+  const LinearParams& p = phase.linear;
+  const Part part(p.weights, blockIdx.x, gridDim.x);
+  if (phase.barrier) barrier.wait();
+  if (part.tile >= p.weights.tiles) return;
+  // The half of `partial` that the first tile's sums do not go to is free so long.
+  const HeldRows<Product, NT> rows(p, part, partial + PARTIALS<NT, STEP_WARPS>);
+  multiply<Product, NT, STEP_WARPS>(p, part, weights, rows, partial);
+}
+
+// NT: times eight rows. More than eight have x in registers. SUMS: some products' results are summed over
+// GPUs. A kernel of its own, so that the other one has no code for it.
+template <typename Product, int NT, bool SUMS>
 __global__ void __launch_bounds__(STEP_THREADS, 1) step_kernel(const StepParams s) {
 #if __CUDA_ARCH__ >= 900  // on others there is too little shared memory, and no kernel to launch
   using X = typename Product::X;
@@ -84,13 +148,13 @@ __global__ void __launch_bounds__(STEP_THREADS, 1) step_kernel(const StepParams 
   // products' weights are.
   extern __shared__ __align__(128) unsigned char shared[];
   constexpr int WORDS = PHASE_BYTES / 16;
-  constexpr bool TAKES = SUMS && sizeof(X) == 2;  // a float32 product leaves it no registers
+  constexpr bool TAKES = takes_sums<X, SUMS>;
   __shared__ uint4 held[2][WORDS];  // this phase and the next
-  [[maybe_unused]] __shared__ Meeting peers;
+  __shared__ Meeting peers;
   const auto* words = reinterpret_cast<const uint4*>(s.phases);
   const bool copies = threadIdx.x < WORDS;
   float* partial = reinterpret_cast<float*>(shared + s.slots * (STEP_WARPS * SLOT_BYTES));
-  X* x = reinterpret_cast<X*>(partial + 2 * PARTIALS<1, STEP_WARPS>);
+  X* x = reinterpret_cast<X*>(partial + 2 * PARTIALS<NT, STEP_WARPS>);
 
   if (copies) held[0][threadIdx.x] = words[threadIdx.x];
   auto* products = reinterpret_cast<Weights*>(shared + s.products_at);
@@ -101,7 +165,7 @@ __global__ void __launch_bounds__(STEP_THREADS, 1) step_kernel(const StepParams 
   }
   GridBarrier barrier(s.barrier, SUMS ? s.barrier_patience : BARRIER_PATIENCE);
   __syncthreads();
-  Stream<W, BlockTiles<STEP_WARPS>> weights(products, s.products, shared, s.slots);
+  Stream<W, STEP_WARPS> weights(products, s.products, shared, s.slots);
   weights.fill();
 #pragma unroll 1
   for (int i = 0; i < s.count; ++i) {
@@ -109,42 +173,18 @@ __global__ void __launch_bounds__(STEP_THREADS, 1) step_kernel(const StepParams 
     uint4 ahead = {};
     if (copies && i + 1 < s.count) ahead = words[(i + 1) * WORDS + threadIdx.x];
     if (phase.work == Work::linear) {
-      const LinearParams& p = phase.linear;
-      const Part part(p.weights, blockIdx.x, gridDim.x);
-      const RowShare<STEP_WARPS> share(p.rows);
-      NormTerms<X> norm;
-      const bool takes = TAKES && (phase.taken || phase.hand);
-      if (!takes) norm.read(p, part.begin + share.own, part.end, share.width * 8);
-      if (phase.barrier) barrier.wait();
-      if constexpr (TAKES) {
-        if (phase.taken) forget_sum(peers, phase.taken, s.words);
-        if (phase.hand) forget_handed(peers, phase.hand - 1, s.handed);
-      }
-      if (part.tile < p.weights.tiles) {
-        if (takes) {
-          if constexpr (TAKES) {
-            if (phase.taken) {
-              take<X, W>(phase, peers, x, partial);
-            } else {
-              take_handed<X, W>(phase, peers, x);
-            }
-          }
-        } else if (!phase.staged) {
-          stage<X, W, X>(p, share, norm, part.begin, part.end, x, partial);
-        }
-        __syncthreads();
-        if constexpr (SUMS) {
-          const PutOrSend put{peers, phase};
-          multiply<Product, 1, STEP_WARPS>(p, part, weights, x, partial, put);
-        } else {
-          multiply<Product, 1, STEP_WARPS>(p, part, weights, x, partial);
-        }
+      if constexpr (NT == 1) {
+        multiply_staged<Product, SUMS>(s, phase, barrier, weights, x, partial, peers);
+      } else {
+        multiply_held<Product, NT>(phase, barrier, weights, partial);
       }
     } else if (phase.work == Work::attention) {
       const auto wait = [&] {
         if (phase.barrier) barrier.wait();
       };
-      if constexpr (TAKES) {
+      if constexpr (NT > 1) {
+        attend_apart<X>(phase.attention, partial, wait);
+      } else if constexpr (TAKES) {
         attend_phase<X, true>(phase.attention, partial, wait, StoreOrHand{peers, phase});
       } else {
         attend_phase<X, true>(phase.attention, partial, wait);
@@ -170,12 +210,33 @@ __global__ void __launch_bounds__(STEP_THREADS, 1) step_kernel(const StepParams 
 #endif
 }
 
-template <typename Product>
+template <typename Product, int NT, bool SUMS = false>
 void launch_step(const Program& program, const StepParams& p, const Device& gpu,
                  cudaStream_t stream) {
-  const auto kernel = program.sums ? &step_kernel<Product, true> : &step_kernel<Product, false>;
-  launch(kernel, p, dim3(gpu.processors), STEP_THREADS, program.shared_bytes, Start::together,
-         stream);
+  launch(&step_kernel<Product, NT, SUMS>, p, dim3(gpu.processors), STEP_THREADS,
+         program.shared_bytes, Start::together, stream);
+}
+
+// Weights of type W, x of type X, which is W or a half type.
+template <typename X, typename W>
+void step_of(const Program& program, const StepParams& p, const Device& gpu, cudaStream_t stream) {
+  using Product = std::conditional_t<sizeof(X) == 4, PlainProduct<W, 1>, TensorProduct<X, W, 1>>;
+  if constexpr (sizeof(X) == 2) {
+    if (program.rows > MOST_STAGED_ROWS) {
+      return launch_step<TensorProduct<X, W, 2>, 2>(program, p, gpu, stream);
+    }
+  }
+  if (program.sums) return launch_step<Product, 1, true>(program, p, gpu, stream);
+  launch_step<Product, 1>(program, p, gpu, stream);
+}
+
+template <typename X>
+void step_of(const Program& program, const StepParams& p, const Device& gpu, cudaStream_t stream) {
+  switch (program.weight_type) {
+    case Type::int8: return step_of<X, int8_t>(program, p, gpu, stream);
+    case Type::float8: return step_of<X, __nv_fp8_e4m3>(program, p, gpu, stream);
+    default: return step_of<X, X>(program, p, gpu, stream);
+  }
 }
 
 }  // namespace lmi

@@ -9,10 +9,10 @@
 namespace lmi {
 
 constexpr int PHASE_BYTES = 256;
-constexpr int MOST_STEP_ROWS = 8;
-constexpr int MOST_CLUSTER_ROWS = 16;  // of a step whose products clusters share
-constexpr int CLUSTER = 4;             // blocks
+constexpr int MOST_STAGED_ROWS = 8;  // of x in shared memory; more are in registers
+constexpr int MOST_STEP_ROWS = 16;
 constexpr int STEP_WARPS = 16, STEP_THREADS = STEP_WARPS * 32;  // of a block, one a processor
+constexpr int HELD_FEATURES = 4096;  // of x that a block's registers have
 constexpr int STEP_HEADS = 1;  // of a chunk: registers are too few for more
 
 enum class Work : int { linear, attention, norm, sum };
@@ -38,7 +38,6 @@ struct alignas(16) Phase {
   short hand;    // which of the program's hand-overs, from 1, attention and the product behind it do; or 0
   int sum;       // which of the program's sums, from 1, this is, or this product's results go to; or 0
   short taken;   // which of them a product takes itself, as its x; or 0
-  short passes;  // of a product that clusters share
   union {
     ProductParams linear;
     AttentionParams attention;
@@ -48,7 +47,7 @@ struct alignas(16) Phase {
   };
 
   Phase()
-      : work(Work::norm), barrier(false), staged(false), hand(0), sum(0), taken(0), passes(1), bytes{} {}
+      : work(Work::norm), barrier(false), staged(false), hand(0), sum(0), taken(0), bytes{} {}
 };
 static_assert(sizeof(Phase) == PHASE_BYTES);
 
@@ -65,8 +64,6 @@ struct Program {
   int handed;        // words of each, at most
   int slots;         // of a warp's ring
   int shared_bytes;
-  int blocks;
-  int held;  // see held_tiles: of any product, at most
 };
 
 // Who takes part in a step's sums.
@@ -81,7 +78,7 @@ struct StepPeers {
 struct StepParams {
   const Phase* phases;
   const Weights* weights;  // [products], of those phases that are products
-  int count, products, slots, held;
+  int count, products, slots;
   int products_at;  // where they lie in shared memory, in bytes
   unsigned* barrier;  // see GridBarrier
   int sums, words;    // 0 sums: there are no peers
@@ -89,9 +86,6 @@ struct StepParams {
   long long barrier_patience;  // in cycles, if there are
   StepPeers peers;
 };
-
-// Whether clusters share the products of so many rows.
-inline bool by_clusters(int rows) { return rows > MOST_STEP_ROWS; }
 
 // Share the work of a product among the blocks of a step. False if it cannot be one's.
 bool plan_linear(LinearParams& p, Type type, const Device& gpu, int64_t work_floats,
@@ -101,12 +95,6 @@ bool plan_linear(LinearParams& p, Type type, const Device& gpu, int64_t work_flo
 // be as many as phases; of these fewer may be left. False if it is not runnable: no product, types that
 // differ, too large.
 bool plan_program(Program& program, Phase* phases, Weights* weights, int ranks, const Device& gpu);
-
-// How many clusters find room at a time for a program whose products they share; and its run.
-int cluster_places_float16(const Program& program);
-int cluster_places_bfloat16(const Program& program);
-void cluster_step_float16(const Program& program, const StepParams& p, cudaStream_t stream);
-void cluster_step_bfloat16(const Program& program, const StepParams& p, cudaStream_t stream);
 
 void step_float32(const Program& program, const StepParams& p, const Device& gpu,
                   cudaStream_t stream);

@@ -65,35 +65,13 @@ __device__ inline void await_oldest(int slots) {
   }
 }
 
-// A block's tiles in turn, whose warps take their units in turns.
-template <int WARPS>
-class BlockTiles {
- public:
-  __device__ void begin(const Weights& w) {
-    const Part part(w, blockIdx.x, gridDim.x);
-    begin_ = part.begin, end_ = part.end, tile_ = part.tile, step_ = part.tile_step;
-  }
-  __device__ void next(const Weights&) { tile_ += step_; }
-  __device__ bool any(const Weights& w) const { return tile_ < w.tiles; }
-
-  __device__ int tile() const { return tile_; }
-  // Features, from `begin` to before `end`; the warp's first unit, and how many units it is to the next.
-  __device__ int begin() const { return begin_; }
-  __device__ int features() const { return end_ - begin_; }
-  __device__ int first_unit() const { return threadIdx.x / 32; }
-  __device__ int unit_step() const { return WARPS; }
-
- private:
-  int begin_, end_, tile_, step_;
-};
-
-// Of a warp, through `count` products, which lie in shared or constant memory. `Tiles`: which of their
-// tiles it has a share of.
-template <typename W, typename Tiles>
+// Of a block's warp, through `count` products, which lie in shared or constant memory. The block's warps
+// take a tile's units in turns.
+template <typename W, int WARPS>
 class Stream {
  public:
   __device__ Stream(const Weights* products, int count, unsigned char* rings, int slots)
-      : products_(products), count_(count), slots_(slots) {
+      : now_(products - 1), last_(products + count - 1), slots_(slots) {
     ring_ = static_cast<uint32_t>(__cvta_generic_to_shared(rings)) +
             threadIdx.x / 32 * slots * SLOT_BYTES;
     begin_product();
@@ -119,27 +97,19 @@ class Stream {
  private:
   static constexpr int CHUNK = 16 / sizeof(W);
 
-  __device__ const Weights& now() const { return products_[now_]; }
+  static __device__ int first() { return threadIdx.x / 32 * UNIT<W>; }
 
   // The next product that this warp has a share of.
   __device__ void begin_product() {
     live_ = false;
 #pragma unroll 1
-    while (!live_ && ++now_ < count_) {
-      tiles_.begin(now());
-      find_share();
+    while (now_ != last_ && !live_) {
+      const Part part(*++now_, blockIdx.x, gridDim.x);
+      begin_ = part.begin, features_ = part.end - part.begin;
+      tile_ = part.tile, tile_step_ = part.tile_step;
+      at_ = first();
+      live_ = tile_ < now_->tiles && at_ < features_;
     }
-  }
-
-  // The warp's share of this tile, or of the next one of which it has some.
-  __device__ void find_share() {
-#pragma unroll 1
-    for (; tiles_.any(now()); tiles_.next(now())) {
-      at_ = tiles_.first_unit() * UNIT<W>;
-      live_ = at_ < tiles_.features();
-      if (live_) return;
-    }
-    live_ = false;
   }
 
   // Where the lane's features of the tile's rows begin: it copies a chunk of every fourth row. A
@@ -147,15 +117,20 @@ class Stream {
   // beyond the end, the last one again.
   __device__ void find_rows() {
     const int lane = threadIdx.x % 32;
-    const int outputs = now().gated ? now().outputs / 2 : now().outputs;
-    const int first = tiles_.tile() * (now().gated ? 8 : 16), upper = now().gated ? 0 : 8;
-    const int moved = now().gated ? outputs : 0;
-    const W* chunk = static_cast<const W*>(now().data) + tiles_.begin() + lane % 8 * CHUNK;
+    const int outputs = now_->gated ? now_->outputs / 2 : now_->outputs;
+    const int first = tile_ * (now_->gated ? 8 : 16), upper = now_->gated ? 0 : 8;
+    const int moved = now_->gated ? outputs : 0;
+    const W* chunk = static_cast<const W*>(now_->data) + begin_ + lane % 8 * CHUNK;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int r = first + i % 2 * 4 + lane / 8 + (i < 2 ? 0 : upper);
       const int64_t row = min(r, outputs - 1) + (i < 2 ? 0 : moved);
-      rows_[i] = chunk + row * now().inputs;
+      const W* found = chunk + row * now_->inputs;
+      if (i == 0) {
+        row_ = found;
+      } else {
+        others_[i - 1] = static_cast<int>(found - row_);
+      }
     }
   }
 
@@ -163,31 +138,29 @@ class Stream {
   __device__ void fetch(int slot) {
     if (live_) {
       const int lane = threadIdx.x % 32;
-      const bool present = at_ + lane % 8 * CHUNK < tiles_.features();
+      const bool present = at_ + lane % 8 * CHUNK < features_;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int to = slot * SLOT_BYTES + in_slot(i * 4 + lane / 8, lane % 8) * 16;
-        copy16(ring_ + to, rows_[i] + (present ? at_ : 0), present);
+        copy16(ring_ + to, row_ + ((i ? others_[i - 1] : 0) + (present ? at_ : 0)), present);
       }
-      at_ += tiles_.unit_step() * UNIT<W>;
-      if (at_ >= tiles_.features()) next_tile();
+      at_ += WARPS * UNIT<W>;
+      if (at_ >= features_) next_tile();
     }
     close_group();
   }
 
   __device__ void next_tile() {
-    tiles_.next(now());
-    find_share();
-    if (!live_) begin_product();
+    at_ = first(), tile_ += tile_step_;
+    if (tile_ >= now_->tiles) begin_product();
     if (live_) find_rows();
   }
 
-  const Weights* products_;
-  const W* rows_[4];
+  const Weights *now_, *last_;  // the product whose weights are fetched, and the last one
+  const W* row_;   // the lane's first row
+  int others_[3];  // how many elements behind it its others are
   uint32_t ring_;  // where it lies in shared memory
-  Tiles tiles_;
-  int count_, slots_;
-  int now_ = -1;  // the product whose weights are fetched
+  int slots_, begin_, features_, tile_, tile_step_;
   int at_;  // of the part's features, the next unit's first
   int slot_ = 0;
   bool live_;
