@@ -6,7 +6,6 @@
 #pragma once
 
 #include "multiply.cuh"
-#include "normal.cuh"
 #include "step.h"
 
 namespace lmi {
@@ -47,6 +46,7 @@ class HeldRows {
  private:
   using X = typename Product::X;
   using W = typename Product::W;
+  using Two = typename TwoOf<X>::type;
   static constexpr int UNITS = HELD_FEATURES / (STEP_WARPS * UNIT<W>);
   static constexpr int EIGHTS = Product::EIGHTS;
 
@@ -64,42 +64,26 @@ class HeldRows {
     }
   }
 
-  static __device__ void unpack(const uint4& raw, float (&to)[8]) {
-    load8(reinterpret_cast<const X*>(&raw), to);
-  }
-
-  // A whole row's features are here: the block's warps have them all.
+  // A whole row's features are here: the block's warps have them all. Every block does this for all rows,
+  // so it is done two features an instruction, and sums by tensor cores.
   __device__ void normalize(const LinearParams& p, int features, float* scratch) {
-    Normal by[NT];
-    float sums[NT] = {};
+    const float count = features;
+    float sums[NT];
     if (p.norm_bias.data) {
-      for_all([&](int i, int e, int) {
-#pragma unroll
-        for (int n = 0; n < NT; ++n) {
-          float values[8];
-          unpack(x_[i][e][n], values);
-#pragma unroll
-          for (float value : values) sums[n] += value;
-        }
-      });
-      sum_rows(sums, scratch);
-#pragma unroll
-      for (int n = 0; n < NT; ++n) by[n].shift = __fdividef(sums[n], features), sums[n] = 0;
+      sum_features(sums);
+      sum_warps(sums, scratch);
+      shift([&](int n) { return __fdividef(sums[n], count); }, features);
       scratch += STEP_WARPS * NT * 8;
     }
-    for_all([&](int i, int e, int at) {
-      if (at >= features) return;
+    sum_squares(sums);
+    sum_warps(sums, scratch);
+    Two power[NT], high[NT], low[NT];  // the factor: a power of two times (high + low)
 #pragma unroll
-      for (int n = 0; n < NT; ++n) {
-        float values[8];
-        unpack(x_[i][e][n], values);
-#pragma unroll
-        for (float value : values) sums[n] += (value - by[n].shift) * (value - by[n].shift);
-      }
-    });
-    sum_rows(sums, scratch);
-#pragma unroll
-    for (int n = 0; n < NT; ++n) by[n].factor = rsqrtf(__fdividef(sums[n], features) + p.eps);
+    for (int n = 0; n < NT; ++n) {
+      const uint32_t factor = __float_as_uint(rsqrtf(__fdividef(sums[n], count) + p.eps));
+      power[n] = both(__uint_as_float(factor & 0x7f800000u));
+      split(__uint_as_float((factor & 0x7fffffu) | 0x3f800000u), high[n], low[n]);
+    }
     for_all([&](int i, int e, int at) {
       if (at >= features) return;
       Raw<X> weight, bias;
@@ -107,23 +91,87 @@ class HeldRows {
       if (p.norm_bias.data) bias.read(static_cast<const X*>(p.norm_bias.data) + at);
 #pragma unroll
       for (int n = 0; n < NT; ++n) {
-        float values[8];
-        unpack(x_[i][e][n], values);
-        apply(by[n], weight, bias, values);
-        store8(reinterpret_cast<X*>(&x_[i][e][n]), values);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const Two w = pair(weight.bits[0], j);
+          const Two scale = __hfma2(w, high[n], __hmul2(w, low[n]));
+          pair(x_[i][e][n], j) =
+              __hfma2(__hmul2(pair(x_[i][e][n], j), power[n]), scale, pair(bias.bits[0], j));
+        }
       }
     });
   }
 
-  // The lanes' rows' sums over the block, in each of them, in the same order for all rows.
-  static __device__ void sum_rows(float (&sums)[NT], float* scratch) {
+  // Take the rows' means off. A mean has more digits than X: what is left of it goes in a second step.
+  template <typename Mean>
+  __device__ void shift(Mean mean, int features) {
+    Two high[NT], low[NT];
+#pragma unroll
+    for (int n = 0; n < NT; ++n) split(mean(n), high[n], low[n]);
+    for_all([&](int i, int e, int at) {
+      if (at >= features) return;
+#pragma unroll
+      for (int n = 0; n < NT; ++n) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          Two& x = pair(x_[i][e][n], j);
+          x = __hsub2(__hsub2(x, high[n]), low[n]);
+        }
+      }
+    });
+  }
+
+  // The sums of the warp's features: in lane (g, t), of rows n * 8 + g. By products with ones: a lane gets
+  // those of rows 2t and 2t + 1.
+  __device__ void sum_features(float (&sums)[NT]) const {
+    const uint32_t one = reinterpret_cast<const uint32_t&>(static_cast<const Two&>(both(1)));
+    float c[NT][4] = {};
+    for_all([&](int i, int e, int) {
+#pragma unroll
+      for (int n = 0; n < NT; ++n) {
+        const uint4& x = x_[i][e][n];
+        mma<X>(c[n], one, one, one, one, x.x, x.y);
+        mma<X>(c[n], one, one, one, one, x.z, x.w);
+      }
+    });
+    const int g = lane() / 4;
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+      const float even = __shfl_sync(~0u, c[n][0], g / 2), odd = __shfl_sync(~0u, c[n][1], g / 2);
+      sums[n] = g % 2 ? odd : even;
+    }
+  }
+
+  // The same of squares. By products of the rows with themselves: what is wanted is on the diagonals.
+  __device__ void sum_squares(float (&sums)[NT]) const {
+    static_assert(NT == 2);
+    float c[NT][4] = {};
+    for_all([&](int i, int e, int) {
+      const uint4 &low = x_[i][e][0], &high = x_[i][e][1];
+#pragma unroll
+      for (int n = 0; n < NT; ++n) {
+        const uint4& x = x_[i][e][n];
+        mma<X>(c[n], low.x, high.x, low.y, high.y, x.x, x.y);
+        mma<X>(c[n], low.z, high.z, low.w, high.w, x.z, x.w);
+      }
+    });
+    const int g = lane() / 4;
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+      const int from = g * 4 + g / 2;  // the lane on the diagonal
+      const float even = __shfl_sync(~0u, c[n][n * 2], from);
+      const float odd = __shfl_sync(~0u, c[n][n * 2 + 1], from);
+      sums[n] = g % 2 ? odd : even;
+    }
+  }
+
+  // Add up what the block's warps have, in the same order in all of them.
+  static __device__ void sum_warps(float (&sums)[NT], float* scratch) {
     constexpr int ROWS = NT * 8, LANES = 32 / ROWS;  // that add up a row's
     static_assert(ROWS == 16);
     const int g = lane() / 4, warp = threadIdx.x / 32;
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
-      sums[n] += __shfl_xor_sync(~0u, sums[n], 1);
-      sums[n] += __shfl_xor_sync(~0u, sums[n], 2);
       if (lane() % 4 == 0) scratch[warp * ROWS + n * 8 + g] = sums[n];
     }
     __syncthreads();
@@ -134,6 +182,18 @@ class HeldRows {
 #pragma unroll
     for (int n = 0; n < NT; ++n) sums[n] = __shfl_sync(~0u, sum, n * 8 + g);
   }
+
+  static __device__ Two both(float x) {
+    const X narrowed = narrow<X>(x);
+    return {narrowed, narrowed};
+  }
+
+  // x as a sum of two, of which the second has the digits that the first has no room for.
+  static __device__ void split(float x, Two& high, Two& low) {
+    high = both(x), low = both(x - widen(high.x));
+  }
+
+  static __device__ Two& pair(uint4& eight, int j) { return reinterpret_cast<Two*>(&eight)[j]; }
 
   uint4 x_[UNITS][EIGHTS][NT];
 };

@@ -197,11 +197,13 @@ template <typename Product, int NT, int WARPS, typename S, typename Rows, typena
 __device__ void multiply(const LinearParams& p, const Part& part, S& weights, const Rows& x,
                          float* partial, Put put = {}) {
   const int features = part.end - part.begin, tiles = p.weights.tiles, splits = p.weights.splits;
-  int turn = 0;  // two buffers of partial sums: one barrier a tile is enough then
-  // Warps finish tiles in turns: one that always did would be late for every barrier.
-  int finisher = threadIdx.x;
+  int turn = 0;
 #pragma unroll 1
-  for (int tile = part.tile; tile < tiles; tile += part.tile_step, turn ^= 1) {
+  for (int tile = part.tile; tile < tiles; tile += part.tile_step, ++turn) {
+    // Warps finish tiles in turns: one that always did would be late for every barrier.
+    const int finisher = (threadIdx.x + turn * NT * 64) % (WARPS * 32);
+    // Two buffers of partial sums: one barrier a tile is enough then.
+    float* sums_of_warps = partial + turn % 2 * PARTIALS<NT, WARPS>;
     const Place<NT> at(finisher);
     Terms terms;
     if (at.mine && splits == 1) terms = read_terms(p, tile, at.g, at.m);
@@ -209,10 +211,9 @@ __device__ void multiply(const LinearParams& p, const Part& part, S& weights, co
     x.template multiply<Product, WARPS>(product, weights, features);
     float sums[NT][4];
     product.finish(sums);
-    const float2 sum = sum_warps<NT, WARPS>(sums, at, partial + turn * PARTIALS<NT, WARPS>);
+    const float2 sum = sum_warps<NT, WARPS>(sums, at, sums_of_warps);
     if (at.mine && splits == 1) put(p, tile, at.g, at.m, terms, sum);
     if (at.mine && splits > 1) work_of<NT>(p, tile, part.split)[finisher] = sum;
-    finisher = (finisher + NT * 64) % (WARPS * 32);
   }
   if (splits > 1) finish_splits<NT, WARPS>(p, part, reinterpret_cast<int*>(partial), put);
 }

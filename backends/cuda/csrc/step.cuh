@@ -80,6 +80,50 @@ __device__ void normalize_phase(const NormParams& p) {
   }
 }
 
+// The program's phases, one after the other: this one and the next in shared memory.
+class PhaseList {
+ public:
+  // Behind the block's next barrier the first one is there.
+  __device__ explicit PhaseList(const StepParams& s) : s_(s) {
+    if (copies()) held()[0][threadIdx.x] = word(0);
+  }
+
+  __device__ bool any() const { return at_ < s_.count; }
+  __device__ const Phase& now() const { return reinterpret_cast<const Phase&>(held()[at_ % 2]); }
+
+  // Ask for the next one, in front of the work on this one.
+  __device__ void read_ahead() {
+    if (copies() && at_ + 1 < s_.count) ahead_ = word(at_ + 1);
+  }
+
+  // The block is done with this one.
+  __device__ void next(GridBarrier& barrier) {
+    ++at_;
+    if (copies()) held()[at_ % 2][threadIdx.x] = ahead_;
+    __syncthreads();
+    if (!any()) return;
+    if (now().barrier) barrier.arrive();
+    read_ahead();
+  }
+
+ private:
+  static constexpr int WORDS = PHASE_BYTES / 4;
+  using Held = uint32_t[2][WORDS];
+
+  static __device__ Held& held() {
+    __shared__ alignas(16) Held phases;
+    return phases;
+  }
+  static __device__ bool copies() { return threadIdx.x < WORDS; }  // a word each
+  __device__ uint32_t word(int phase) const {
+    return reinterpret_cast<const uint32_t*>(s_.phases + phase)[threadIdx.x];
+  }
+
+  const StepParams& s_;
+  int at_ = 0;
+  uint32_t ahead_ = 0;
+};
+
 // Whether products take sums, and what attention hands over: a float32 one leaves that no registers.
 template <typename X, bool SUMS>
 constexpr bool takes_sums = SUMS && sizeof(X) == 2;
@@ -147,16 +191,12 @@ __global__ void __launch_bounds__(STEP_THREADS, 1) step_kernel(const StepParams 
   // The warps' rings; the partial sums and x, whose place attention has for itself; and what all
   // products' weights are.
   extern __shared__ __align__(128) unsigned char shared[];
-  constexpr int WORDS = PHASE_BYTES / 16;
   constexpr bool TAKES = takes_sums<X, SUMS>;
-  __shared__ uint4 held[2][WORDS];  // this phase and the next
   __shared__ Meeting peers;
-  const auto* words = reinterpret_cast<const uint4*>(s.phases);
-  const bool copies = threadIdx.x < WORDS;
   float* partial = reinterpret_cast<float*>(shared + s.slots * (STEP_WARPS * SLOT_BYTES));
   X* x = reinterpret_cast<X*>(partial + 2 * PARTIALS<NT, STEP_WARPS>);
 
-  if (copies) held[0][threadIdx.x] = words[threadIdx.x];
+  PhaseList phases(s);
   auto* products = reinterpret_cast<Weights*>(shared + s.products_at);
 #pragma unroll 1
   for (int i = threadIdx.x; i < s.products; i += STEP_THREADS) products[i] = s.weights[i];
@@ -167,21 +207,20 @@ __global__ void __launch_bounds__(STEP_THREADS, 1) step_kernel(const StepParams 
   __syncthreads();
   Stream<W, STEP_WARPS> weights(products, s.products, shared, s.slots);
   weights.fill();
+  phases.read_ahead();
 #pragma unroll 1
-  for (int i = 0; i < s.count; ++i) {
-    const Phase& phase = reinterpret_cast<const Phase&>(held[i % 2]);
-    uint4 ahead = {};
-    if (copies && i + 1 < s.count) ahead = words[(i + 1) * WORDS + threadIdx.x];
+  while (phases.any()) {
+    const Phase& phase = phases.now();
+    const auto wait = [&] {
+      if (phase.barrier) barrier.wait();
+    };
     if (phase.work == Work::linear) {
-      if constexpr (NT == 1) {
-        multiply_staged<Product, SUMS>(s, phase, barrier, weights, x, partial, peers);
-      } else {
+      if constexpr (NT > 1) {
         multiply_held<Product, NT>(phase, barrier, weights, partial);
+      } else {
+        multiply_staged<Product, SUMS>(s, phase, barrier, weights, x, partial, peers);
       }
     } else if (phase.work == Work::attention) {
-      const auto wait = [&] {
-        if (phase.barrier) barrier.wait();
-      };
       if constexpr (NT > 1) {
         attend_apart<X>(phase.attention, partial, wait);
       } else if constexpr (TAKES) {
@@ -190,18 +229,16 @@ __global__ void __launch_bounds__(STEP_THREADS, 1) step_kernel(const StepParams 
         attend_phase<X, true>(phase.attention, partial, wait);
       }
     } else if (SUMS && phase.work == Work::sum) {
-      if (phase.barrier) barrier.wait();
+      wait();
       if constexpr (SUMS) {
         forget_sum(peers, phase.sum, s.words);
         add_up(phase, peers);
       }
     } else {
-      if (phase.barrier) barrier.wait();
+      wait();
       normalize_phase<X>(phase.norm);
     }
-    if (copies) held[(i + 1) % 2][threadIdx.x] = ahead;
-    __syncthreads();
-    if (reinterpret_cast<const Phase&>(held[(i + 1) % 2]).barrier) barrier.arrive();
+    phases.next(barrier);
   }
   if constexpr (TAKES) forget_handed(peers, s.hands, s.handed);
   if constexpr (SUMS) {
