@@ -78,6 +78,15 @@ __device__ inline void copy_box(void* to, const CUtensorMap* from, int row, int 
       : "memory");
 }
 
+// The same in three dimensions: a box whose first element is [at.z, at.y, at.x].
+__device__ inline void copy_box(void* to, const CUtensorMap* from, int3 at, Barrier* done) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3, %4}], [%5];" ::"r"(shared_address(to)),
+      "l"(from), "r"(at.x), "r"(at.y), "r"(at.z), "r"(shared_address(done))
+      : "memory");
+}
+
 // Have the description itself at hand before the first copy.
 __device__ inline void prefetch(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");

@@ -5,6 +5,7 @@
 #include "inbox.h"
 #include "linear.h"
 #include "norm.h"
+#include "tensor_map.h"
 
 namespace lmi {
 
@@ -77,7 +78,9 @@ struct StepPeers {
 
 struct StepParams {
   const Phase* phases;
-  const Weights* weights;  // [products], of those phases that are products
+  // [products], of those phases that are products: see Products
+  const CUtensorMap* maps;
+  const Weights* weights;
   int count, products, slots;
   int products_at;  // where they lie in shared memory, in bytes
   unsigned* barrier;  // see GridBarrier
@@ -94,7 +97,8 @@ bool plan_linear(LinearParams& p, Type type, const Device& gpu, int64_t work_flo
 // Make what was recorded runnable by so many ranks, and list its products' weights, of which there may
 // be as many as phases; of these fewer may be left. False if it is not runnable: no product, types that
 // differ, too large.
-bool plan_program(Program& program, Phase* phases, Weights* weights, int ranks, const Device& gpu);
+bool plan_program(Program& program, Phase* phases, CUtensorMap* maps, Weights* weights, int ranks,
+                  const Device& gpu);
 
 void step_float32(const Program& program, const StepParams& p, const Device& gpu,
                   cudaStream_t stream);
