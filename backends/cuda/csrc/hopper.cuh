@@ -87,6 +87,11 @@ __device__ inline void copy_box(void* to, const CUtensorMap* from, int3 at, Barr
       : "memory");
 }
 
+// Before a block first uses a description that lies in memory: what the host has written there is seen.
+__device__ inline void acquire(const CUtensorMap* map) {
+  asm volatile("fence.proxy.tensormap::generic.acquire.sys [%0], 128;" ::"l"(map) : "memory");
+}
+
 // Have the description itself at hand before the first copy.
 __device__ inline void prefetch(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");

@@ -235,9 +235,11 @@ bool plan_program(Program& program, Phase* phases, CUtensorMap* maps, Weights* w
     if (phase.work == Work::sum) phase.sum = ++program.sums;
     if (phase.taken) phase.taken = static_cast<short>(++program.sums);
   }
-  beside += program.products * static_cast<int>(sizeof(Weights));
-  program.slots = ring_slots((gpu.shared_per_block - MARGIN - BOX_ALIGNED - beside) / RING_SLOTS);
-  program.shared_bytes = BOX_ALIGNED + program.slots * RING_SLOTS + beside;
+  const int list = program.products * static_cast<int>(sizeof(Weights));
+  const int room = gpu.shared_per_block - MARGIN - BOX_ALIGNED - beside - list;
+  program.slots = ring_slots(room / RING_SLOTS);
+  program.products_at = program.slots * RING_SLOTS + beside;
+  program.shared_bytes = BOX_ALIGNED + program.products_at + list;
   return program.products > 0 && program.slots > 0 && (waits || !program.sums);
 }
 

@@ -202,7 +202,10 @@ __global__ void __launch_bounds__(STEP_THREADS, 1) step_kernel(const StepParams 
   PhaseList phases(s);
   auto* products = reinterpret_cast<Weights*>(shared + s.products_at);
 #pragma unroll 1
-  for (int i = threadIdx.x; i < s.products; i += STEP_THREADS) products[i] = s.weights[i];
+  for (int i = threadIdx.x; i < s.products; i += STEP_THREADS) {
+    products[i] = s.weights[i];
+    acquire(s.maps + i);
+  }
   if constexpr (SUMS) {
     if (threadIdx.x == 0) peers.begin(s.peers);
   }

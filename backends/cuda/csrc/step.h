@@ -64,6 +64,7 @@ struct Program {
   int hands;         // of attention's results: see hand.cuh
   int handed;        // words of each, at most
   int slots;         // of a warp's ring
+  int products_at;   // where the list of products lies in shared memory, in bytes
   int shared_bytes;
 };
 
@@ -82,7 +83,7 @@ struct StepParams {
   const CUtensorMap* maps;
   const Weights* weights;
   int count, products, slots;
-  int products_at;  // where they lie in shared memory, in bytes
+  int products_at;  // see Program
   unsigned* barrier;  // see GridBarrier
   int sums, words;    // 0 sums: there are no peers
   int hands, handed;
