@@ -93,7 +93,7 @@ bool launch_gemm(GemmParams p, const LinearParams& given, const Resources& use, 
   if (!places<G>(use.gpu)[0]) return false;
   const Plan best = best_plan<G>(p, use.gpu);
   p.splits = best.splits, p.depth = best.depth, p.stride = best.stride, p.keep = best.keep;
-  p.x = tensor_map(given.x.data, type, {given.rows, given.weights.inputs}, G::ROWS);
+  p.x = tensor_map(given.x.data, type, given.rows, given.weights.inputs, G::ROWS);
   launch(&gemm_kernel<G>, p, dim3(best.clusters * best.splits), GEMM_THREADS,
          best.shared, early(use.gpu), use.stream, best.splits);
   return true;
@@ -105,7 +105,7 @@ bool gemm(const LinearParams& given, const Resources& use, Type type) {
   const Weights& w = given.weights;
   const int outputs = w.gated ? w.outputs / 2 : w.outputs, tile = w.gated ? HALF : 2 * HALF;
   const int features = BOX_BYTES / sizeof(W);
-  const GemmParams p{.weights = tensor_map(w.data, given.weight_type, {w.outputs, w.inputs}, HALF),
+  const GemmParams p{.weights = tensor_map(w.data, given.weight_type, w.outputs, w.inputs, HALF),
                      .x = {},
                      .bias = given.bias,
                      .residual = given.residual,

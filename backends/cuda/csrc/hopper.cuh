@@ -78,20 +78,6 @@ __device__ inline void copy_box(void* to, const CUtensorMap* from, int row, int 
       : "memory");
 }
 
-// The same in three dimensions: a box whose first element is [at.z, at.y, at.x].
-__device__ inline void copy_box(void* to, const CUtensorMap* from, int3 at, Barrier* done) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
-      "[%0], [%1, {%2, %3, %4}], [%5];" ::"r"(shared_address(to)),
-      "l"(from), "r"(at.x), "r"(at.y), "r"(at.z), "r"(shared_address(done))
-      : "memory");
-}
-
-// Before a block first uses a description that lies in memory: what the host has written there is seen.
-__device__ inline void acquire(const CUtensorMap* map) {
-  asm volatile("fence.proxy.tensormap::generic.acquire.sys [%0], 128;" ::"l"(map) : "memory");
-}
-
 // Have the description itself at hand before the first copy.
 __device__ inline void prefetch(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");

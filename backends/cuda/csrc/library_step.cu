@@ -1,7 +1,7 @@
 // Recording a step's phases into a program, and running it, as torch sees them.
 //
 // A program is uint8 [1 + 2 * phases, PHASE_BYTES] in host memory: the `Program`, the phases, and
-// room for the lists of weights. A copy of it is on the device. Recording a phase says whether the
+// room for the list of weights. A copy of it is on the device. Recording a phase says whether the
 // step kernel covers it.
 #include <cstring>
 
@@ -92,25 +92,8 @@ bool is_program(const Tensor& program) {
          program.size(0) > 1 && program.size(0) % 2 == 1;
 }
 
-// How many phases were recorded into a program: its lists have room for as many products.
+// How many phases were recorded into a program: their list has room for as many.
 int recorded(const Tensor& program) { return static_cast<int>(program.size(0)) / 2; }
-
-// Where these lie in it, wherever that is.
-template <typename Byte>
-struct Parts {
-  template <typename T>
-  using Of = std::conditional_t<std::is_const_v<Byte>, const T, T>*;
-  static_assert(sizeof(CUtensorMap) + sizeof(Weights) <= PHASE_BYTES);
-
-  Of<Phase> phases;
-  Of<CUtensorMap> maps;
-  Of<Weights> weights;
-
-  Parts(Byte* bytes, int count)
-      : phases(reinterpret_cast<Of<Phase>>(bytes + PHASE_BYTES)),
-        maps(reinterpret_cast<Of<CUtensorMap>>(phases + count)),
-        weights(reinterpret_cast<Of<Weights>>(maps + count)) {}
-};
 
 // `x`: what the program begins with, [rows, features]; `ranks`: how many run it together.
 bool finish_program(Tensor program, Tensor x, Tensor weight, int64_t ranks) {
@@ -125,15 +108,12 @@ bool finish_program(Tensor program, Tensor x, Tensor weight, int64_t ranks) {
                .hands = 0,
                .handed = 0,
                .slots = 0,
-               .products_at = 0,
                .shared_bytes = 0};
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   char* bytes = static_cast<char*>(program.data_ptr());
-  const Parts parts(bytes, made.phases);
-  if (!plan_program(made, parts.phases, parts.maps, parts.weights, static_cast<int>(ranks),
-                    device_of(x))) {
-    return false;
-  }
+  auto* phases = reinterpret_cast<Phase*>(bytes + PHASE_BYTES);
+  auto* weights = reinterpret_cast<Weights*>(phases + made.phases);
+  if (!plan_program(made, phases, weights, static_cast<int>(ranks), device_of(x))) return false;
   std::memcpy(bytes, &made, sizeof(made));
   return true;
 }
@@ -143,14 +123,15 @@ void run(const Tensor& program, const Tensor& on_device, const Tensor& barrier,
   const torch::stable::accelerator::DeviceGuard guard(on_device.get_device_index());
   Program made;
   std::memcpy(&made, program.data_ptr(), sizeof(made));
-  const Parts parts(static_cast<const char*>(on_device.data_ptr()), recorded(program));
-  const StepParams p{.phases = parts.phases,
-                     .maps = parts.maps,
-                     .weights = parts.weights,
+  const char* bytes = static_cast<const char*>(on_device.data_ptr());
+  const auto* phases = reinterpret_cast<const Phase*>(bytes + PHASE_BYTES);
+  const StepParams p{.phases = phases,
+                     .weights = reinterpret_cast<const Weights*>(phases + recorded(program)),
                      .count = made.phases,
                      .products = made.products,
                      .slots = made.slots,
-                     .products_at = made.products_at,
+                     .products_at = made.shared_bytes -
+                                    made.products * static_cast<int>(sizeof(Weights)),
                      .barrier = static_cast<unsigned*>(barrier.data_ptr()),
                      .sums = made.sums,
                      .words = made.words,

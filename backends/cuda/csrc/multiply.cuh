@@ -94,14 +94,6 @@ struct Place {
   }
 };
 
-// The same of weights as `S` streams them.
-template <int NT, typename S>
-__device__ Place<NT> streamed_place(int thread) {
-  Place<NT> at(thread);
-  at.g = S::row(at.g);
-  return at;
-}
-
 // Leave what the warp has of a tile for others to add up.
 template <int NT>
 __device__ void leave_sums(const float (&own)[NT][4], float* partial) {
@@ -143,13 +135,13 @@ __device__ float2* work_of(const LinearParams& p, int tile, int split) {
 
 // Finish those of the part's tiles whose other splits are all done. Whether they are is asked for
 // all tiles at once, since each question takes a while.
-template <int NT, int WARPS, typename S, typename Put>
+template <int NT, int WARPS, typename Put>
 __device__ __noinline__ void finish_splits(const LinearParams& p, Part part, int* is_last,
                                            Put put) {
   const Weights& w = p.weights;
   constexpr int TEAM = NT * 64, THREADS = WARPS * 32;
   const int thread = threadIdx.x % TEAM;
-  const Place<NT> at = streamed_place<NT, S>(thread);
+  const Place<NT> at(thread);
 #pragma unroll 1
   for (int first = part.tile; first < w.tiles; first += THREADS * part.tile_step) {
     __syncthreads();
@@ -172,8 +164,8 @@ __device__ __noinline__ void finish_splits(const LinearParams& p, Part part, int
       const Terms terms = read_terms(p, tile, at.g, at.m);
       float2 sum = make_float2(0, 0);
 #pragma unroll 1
-      for (int split = 0; split < w.splits; ++split) {
-        const float2 found = __ldcg(work_of<NT>(p, tile, split) + thread);
+      for (int s = 0; s < w.splits; ++s) {
+        const float2 found = __ldcg(work_of<NT>(p, tile, s) + thread);
         sum.x += found.x, sum.y += found.y;
       }
       put(p, tile, at.g, at.m, terms, sum);
@@ -212,7 +204,7 @@ __device__ void multiply(const LinearParams& p, const Part& part, S& weights, co
     const int finisher = (threadIdx.x + turn * NT * 64) % (WARPS * 32);
     // Two buffers of partial sums: one barrier a tile is enough then.
     float* sums_of_warps = partial + turn % 2 * PARTIALS<NT, WARPS>;
-    const Place<NT> at = streamed_place<NT, S>(finisher);
+    const Place<NT> at(finisher);
     Terms terms;
     if (at.mine && splits == 1) terms = read_terms(p, tile, at.g, at.m);
     Product product;
@@ -223,7 +215,7 @@ __device__ void multiply(const LinearParams& p, const Part& part, S& weights, co
     if (at.mine && splits == 1) put(p, tile, at.g, at.m, terms, sum);
     if (at.mine && splits > 1) work_of<NT>(p, tile, part.split)[finisher] = sum;
   }
-  if (splits > 1) finish_splits<NT, WARPS, S>(p, part, reinterpret_cast<int*>(partial), put);
+  if (splits > 1) finish_splits<NT, WARPS>(p, part, reinterpret_cast<int*>(partial), put);
 }
 
 }  // namespace lmi

@@ -2,7 +2,6 @@
 #include "step.h"
 
 #include "attention.cuh"
-#include "boxes.cuh"
 #include "multiply.cuh"
 
 namespace lmi {
@@ -30,7 +29,7 @@ int x_bytes(const Weights& w, int rows, Type type) {
 
 // A third of shared memory, and what the shortest rings leave; the rest makes rings longer.
 int x_room(const Device& gpu) {
-  const int left = gpu.shared_per_block - MARGIN - BOX_ALIGNED - LISTED - partial_bytes(1) - FEW_SLOTS * RING_SLOTS;
+  const int left = gpu.shared_per_block - MARGIN - LISTED - partial_bytes(1) - FEW_SLOTS * RING_SLOTS;
   return std::min(left, static_cast<int>(gpu.shared_per_block * 0.36));
 }
 
@@ -158,12 +157,6 @@ void join_sums(Program& program, Phase* phases, int ranks) {
   program.phases = count;
 }
 
-// A unit of a tile as a box: gated, some rows of the gate and as many that these gate.
-CUtensorMap unit_map(const Weights& w, Type type) {
-  const int parts = w.gated ? 2 : 1;
-  return tensor_map(w.data, type, {w.outputs / parts, w.inputs, parts}, TILE / parts, 3);
-}
-
 // What a phase wants of shared memory beside the rings.
 int beside_rings(const Program& program, const Phase& phase) {
   if (phase.work == Work::linear) {
@@ -195,9 +188,7 @@ bool plan_linear(LinearParams& p, Type type, const Device& gpu, int64_t work_flo
   return w.splits <= gpu.processors && w.tiles <= counters && (w.splits == 1 || left <= work_floats);
 }
 
-bool plan_program(Program& program, Phase* phases, CUtensorMap* maps, Weights* weights, int ranks,
-                  const Device& gpu) {
-  if (gpu.major < 9) return false;
+bool plan_program(Program& program, Phase* phases, Weights* weights, int ranks, const Device& gpu) {
   int beside = 0;
   bool dirty = false, summed = false, taken = false, waits = false;
   const LinearParams* staged = nullptr;  // whose x is in shared memory
@@ -216,9 +207,7 @@ bool plan_program(Program& program, Phase* phases, CUtensorMap* maps, Weights* w
     if (phase.work == Work::linear) {
       phase.staged = !phase.taken && is_staged(staged, phase.linear, gpu);
       if (!phase.staged) staged = &phase.linear;
-      const Weights& w = phase.linear.weights;
-      maps[program.products] = unit_map(w, program.weight_type);
-      weights[program.products++] = w;
+      weights[program.products++] = phase.linear.weights;
     }
     if (i > 0 && reads_own(program, phases, i)) phase.barrier = false;
     // Two phases at once may not leave their sums in the same place.
@@ -235,12 +224,10 @@ bool plan_program(Program& program, Phase* phases, CUtensorMap* maps, Weights* w
     if (phase.work == Work::sum) phase.sum = ++program.sums;
     if (phase.taken) phase.taken = static_cast<short>(++program.sums);
   }
-  const int list = program.products * static_cast<int>(sizeof(Weights));
-  const int room = gpu.shared_per_block - MARGIN - BOX_ALIGNED - beside - list;
-  program.slots = ring_slots(room / RING_SLOTS);
-  program.products_at = program.slots * RING_SLOTS + beside;
-  program.shared_bytes = BOX_ALIGNED + program.products_at + list;
-  return program.products > 0 && program.slots > 0 && (waits || !program.sums);
+  beside += program.products * static_cast<int>(sizeof(Weights));
+  program.slots = ring_slots((gpu.shared_per_block - MARGIN - beside) / RING_SLOTS);
+  program.shared_bytes = program.slots * RING_SLOTS + beside;
+  return gpu.major >= 9 && program.products > 0 && program.slots > 0 && (waits || !program.sums);
 }
 
 }  // namespace lmi

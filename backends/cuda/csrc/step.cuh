@@ -2,12 +2,11 @@
 //
 // A step of few rows is bound by reading its weights. Kernel by kernel, memory idles while one
 // kernel ends and the next one begins. Here a block for every processor stays for all layers: its
-// warps' streams (boxes.cuh) read weights on and on, past the barriers between the phases, so that
+// warps' streams (stream.cuh) read weights on and on, past the barriers between the phases, so that
 // the next product's are there before its inputs are.
 #pragma once
 
 #include "attention.cuh"
-#include "boxes.cuh"
 #include "grid.cuh"
 #include "hand.cuh"
 #include "held.cuh"
@@ -191,9 +190,7 @@ __global__ void __launch_bounds__(STEP_THREADS, 1) step_kernel(const StepParams 
   using W = typename Product::W;
   // The warps' rings; the partial sums and x, whose place attention has for itself; and what all
   // products' weights are.
-  extern __shared__ unsigned char dynamic[];
-  unsigned char* shared = dynamic + (-shared_address(dynamic) & (BOX_ALIGNED - 1));
-  __shared__ Barrier full[STEP_WARPS * MANY_SLOTS];
+  extern __shared__ __align__(128) unsigned char shared[];
   constexpr bool TAKES = takes_sums<X, SUMS>;
   __shared__ Meeting peers;
   float* partial = reinterpret_cast<float*>(shared + s.slots * (STEP_WARPS * SLOT_BYTES));
@@ -202,16 +199,13 @@ __global__ void __launch_bounds__(STEP_THREADS, 1) step_kernel(const StepParams 
   PhaseList phases(s);
   auto* products = reinterpret_cast<Weights*>(shared + s.products_at);
 #pragma unroll 1
-  for (int i = threadIdx.x; i < s.products; i += STEP_THREADS) {
-    products[i] = s.weights[i];
-    acquire(s.maps + i);
-  }
+  for (int i = threadIdx.x; i < s.products; i += STEP_THREADS) products[i] = s.weights[i];
   if constexpr (SUMS) {
     if (threadIdx.x == 0) peers.begin(s.peers);
   }
   GridBarrier barrier(s.barrier, SUMS ? s.barrier_patience : BARRIER_PATIENCE);
   __syncthreads();
-  BoxStream<W, STEP_WARPS> weights({s.maps, products, s.products}, shared, full, s.slots);
+  Stream<W, STEP_WARPS> weights(products, s.products, shared, s.slots);
   weights.fill();
   phases.read_ahead();
 #pragma unroll 1

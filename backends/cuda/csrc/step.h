@@ -5,7 +5,6 @@
 #include "inbox.h"
 #include "linear.h"
 #include "norm.h"
-#include "tensor_map.h"
 
 namespace lmi {
 
@@ -64,7 +63,6 @@ struct Program {
   int hands;         // of attention's results: see hand.cuh
   int handed;        // words of each, at most
   int slots;         // of a warp's ring
-  int products_at;   // where the list of products lies in shared memory, in bytes
   int shared_bytes;
 };
 
@@ -79,11 +77,9 @@ struct StepPeers {
 
 struct StepParams {
   const Phase* phases;
-  // [products], of those phases that are products: see Products
-  const CUtensorMap* maps;
-  const Weights* weights;
+  const Weights* weights;  // [products], of those phases that are products
   int count, products, slots;
-  int products_at;  // see Program
+  int products_at;  // where they lie in shared memory, in bytes
   unsigned* barrier;  // see GridBarrier
   int sums, words;    // 0 sums: there are no peers
   int hands, handed;
@@ -98,8 +94,7 @@ bool plan_linear(LinearParams& p, Type type, const Device& gpu, int64_t work_flo
 // Make what was recorded runnable by so many ranks, and list its products' weights, of which there may
 // be as many as phases; of these fewer may be left. False if it is not runnable: no product, types that
 // differ, too large.
-bool plan_program(Program& program, Phase* phases, CUtensorMap* maps, Weights* weights, int ranks,
-                  const Device& gpu);
+bool plan_program(Program& program, Phase* phases, Weights* weights, int ranks, const Device& gpu);
 
 void step_float32(const Program& program, const StepParams& p, const Device& gpu,
                   cudaStream_t stream);

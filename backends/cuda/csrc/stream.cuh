@@ -1,6 +1,7 @@
-// A warp's stream of a product's weights: units under way from memory to a ring in shared memory, which no
+// A warp's stream of weights: units under way from memory to a ring in shared memory, which no
 // other warp touches, so that it needs no barrier. Depth is what hides memory's latency, and a ring
-// can be deeper than registers allow.
+// can be deeper than registers allow. A stream runs through the products of a step one after the
+// other: the next one's weights are under way while this one's results are still awaited.
 #pragma once
 
 #include "copy.cuh"
@@ -64,19 +65,18 @@ __device__ inline void await_oldest(int slots) {
   }
 }
 
-// The warps of a block take a tile's units in turns.
+// Of a block's warp, through `count` products, which lie in shared or constant memory. The block's warps
+// take a tile's units in turns.
 template <typename W, int WARPS>
 class Stream {
  public:
-  __device__ Stream(const Weights& weights, const Part& part, unsigned char* rings, int slots)
-      : weights_(weights), part_(part), slots_(slots) {
+  __device__ Stream(const Weights* products, int count, unsigned char* rings, int slots)
+      : now_(products - 1), last_(products + count - 1), slots_(slots) {
     ring_ = static_cast<uint32_t>(__cvta_generic_to_shared(rings)) +
             threadIdx.x / 32 * slots * SLOT_BYTES;
-    begin_tile();
+    begin_product();
+    if (live_) find_rows();
   }
-
-  // The weight row, of eight, that a lane has as row g.
-  static __device__ int row(int g) { return g; }
 
   __device__ void fill() {
 #pragma unroll 1
@@ -97,11 +97,19 @@ class Stream {
  private:
   static constexpr int CHUNK = 16 / sizeof(W);
 
-  // The warp's share of this tile, if it has some.
-  __device__ void begin_tile() {
-    at_ = threadIdx.x / 32 * UNIT<W>;
-    live_ = part_.tile < weights_.tiles && at_ < part_.end - part_.begin;
-    if (live_) find_rows();
+  static __device__ int first() { return threadIdx.x / 32 * UNIT<W>; }
+
+  // The next product that this warp has a share of.
+  __device__ void begin_product() {
+    live_ = false;
+#pragma unroll 1
+    while (now_ != last_ && !live_) {
+      const Part part(*++now_, blockIdx.x, gridDim.x);
+      begin_ = part.begin, features_ = part.end - part.begin;
+      tile_ = part.tile, tile_step_ = part.tile_step;
+      at_ = first();
+      live_ = tile_ < now_->tiles && at_ < features_;
+    }
   }
 
   // Where the lane's features of the tile's rows begin: it copies a chunk of every fourth row. A
@@ -109,15 +117,20 @@ class Stream {
   // beyond the end, the last one again.
   __device__ void find_rows() {
     const int lane = threadIdx.x % 32;
-    const int outputs = weights_.gated ? weights_.outputs / 2 : weights_.outputs;
-    const int first = part_.tile * (weights_.gated ? 8 : 16), upper = weights_.gated ? 0 : 8;
-    const int moved = weights_.gated ? outputs : 0;
-    const W* chunk = static_cast<const W*>(weights_.data) + part_.begin + lane % 8 * CHUNK;
+    const int outputs = now_->gated ? now_->outputs / 2 : now_->outputs;
+    const int first = tile_ * (now_->gated ? 8 : 16), upper = now_->gated ? 0 : 8;
+    const int moved = now_->gated ? outputs : 0;
+    const W* chunk = static_cast<const W*>(now_->data) + begin_ + lane % 8 * CHUNK;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int r = first + i % 2 * 4 + lane / 8 + (i < 2 ? 0 : upper);
       const int64_t row = min(r, outputs - 1) + (i < 2 ? 0 : moved);
-      rows_[i] = chunk + row * weights_.inputs;
+      const W* found = chunk + row * now_->inputs;
+      if (i == 0) {
+        row_ = found;
+      } else {
+        others_[i - 1] = static_cast<int>(found - row_);
+      }
     }
   }
 
@@ -125,23 +138,29 @@ class Stream {
   __device__ void fetch(int slot) {
     if (live_) {
       const int lane = threadIdx.x % 32;
-      const bool present = at_ + lane % 8 * CHUNK < part_.end - part_.begin;
+      const bool present = at_ + lane % 8 * CHUNK < features_;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int to = slot * SLOT_BYTES + in_slot(i * 4 + lane / 8, lane % 8) * 16;
-        copy16(ring_ + to, rows_[i] + (present ? at_ : 0), present);
+        copy16(ring_ + to, row_ + ((i ? others_[i - 1] : 0) + (present ? at_ : 0)), present);
       }
       at_ += WARPS * UNIT<W>;
-      if (at_ >= part_.end - part_.begin) part_.tile += part_.tile_step, begin_tile();
+      if (at_ >= features_) next_tile();
     }
     close_group();
   }
 
-  const Weights& weights_;
-  Part part_;  // from the tile on that is fetched
-  const W* rows_[4];
+  __device__ void next_tile() {
+    at_ = first(), tile_ += tile_step_;
+    if (tile_ >= now_->tiles) begin_product();
+    if (live_) find_rows();
+  }
+
+  const Weights *now_, *last_;  // the product whose weights are fetched, and the last one
+  const W* row_;   // the lane's first row
+  int others_[3];  // how many elements behind it its others are
   uint32_t ring_;  // where it lies in shared memory
-  int slots_;
+  int slots_, begin_, features_, tile_, tile_step_;
   int at_;  // of the part's features, the next unit's first
   int slot_ = 0;
   bool live_;

@@ -1,5 +1,5 @@
 // Descriptions of matrices for the copy engine.
-#include "tensor_map.h"
+#include "gemm.h"
 
 namespace lmi {
 namespace {
@@ -19,23 +19,20 @@ Encode encode() {
 
 }  // namespace
 
-CUtensorMap tensor_map(const void* data, Type type, const Matrices& m, int box_rows,
-                       int dimensions) {
+CUtensorMap tensor_map(const void* data, Type type, int rows, int features, int box_rows) {
   static const Encode encode_tiled = encode();
-  const auto element = type == Type::float32    ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
-                       : type == Type::float16  ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+  const auto element = type == Type::float16    ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                        : type == Type::bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                                 : CU_TENSOR_MAP_DATA_TYPE_UINT8;
-  const cuuint64_t bytes = element == CU_TENSOR_MAP_DATA_TYPE_UINT8 ? 1 : type == Type::float32 ? 4 : 2;
-  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(m.features), static_cast<cuuint64_t>(m.rows),
-                              static_cast<cuuint64_t>(m.count)};
-  const cuuint64_t strides[] = {bytes * sizes[0], bytes * sizes[0] * sizes[1]};
+  const cuuint64_t bytes = element == CU_TENSOR_MAP_DATA_TYPE_UINT8 ? 1 : 2;
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(features), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t strides[] = {bytes * sizes[0]};
   const cuuint32_t box[] = {static_cast<cuuint32_t>(BOX_BYTES / bytes),
-                            static_cast<cuuint32_t>(box_rows), static_cast<cuuint32_t>(m.count)};
-  const cuuint32_t every[] = {1, 1, 1};
+                            static_cast<cuuint32_t>(box_rows)};
+  const cuuint32_t every[] = {1, 1};
   CUtensorMap map{};
   const CUresult done = encode_tiled(
-      &map, element, dimensions, const_cast<void*>(data), sizes, strides, box, every,
+      &map, element, 2, const_cast<void*>(data), sizes, strides, box, every,
       CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (done != CUDA_SUCCESS) {
