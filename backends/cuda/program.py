@@ -29,8 +29,7 @@ HELD_FEATURES = 4096  # see csrc/step.h
 LEAST_PRODUCT = 8 << 20
 PHASE_BYTES = 256  # see csrc/step.h
 # Rows up to which every block normalizes x by itself, in front of a product. A phase of its own was
-# the faster one at 16 rows, and no faster at 4; between them it has not been measured. With x in
-# registers every block normalizes again.
+# the faster one at 16 rows, and no faster at 4; between them it has not been measured.
 FUSED_NORM_ROWS = 4
 
 
@@ -83,7 +82,7 @@ class Recorder:
         counters: Tensor, out: Tensor,
     ) -> bool:  # fmt: skip
         """See `lmi_multi::linear`; `splits` is the step's own affair."""
-        if norm_weight is not None and not _fuses_norm(*x.shape):
+        if norm_weight is not None and not _fuses_norm(x, norm_bias):
             x, norm_weight, norm_bias = self._norm(x, norm_weight, norm_bias, eps), None, None
         reads = [x] if residual is None else [x, residual]
         terms = (scale, bias, norm_weight, norm_bias, eps, residual, activation, gated)
@@ -146,9 +145,13 @@ class Recorder:
         return True
 
 
-def _fuses_norm(rows: int, features: int) -> bool:
+def _fuses_norm(x: Tensor, bias: Tensor | None) -> bool:
     """Whether blocks normalize x in front of a product."""
-    return rows <= FUSED_NORM_ROWS or (rows > MOST_STAGED_ROWS and features <= HELD_FEATURES)
+    rows, features = x.shape
+    if rows <= MOST_STAGED_ROWS:
+        return rows <= FUSED_NORM_ROWS
+    # RMSNorm, behind the product: see csrc/held.cuh.
+    return bias is None and features <= HELD_FEATURES
 
 
 class RecordedSums:

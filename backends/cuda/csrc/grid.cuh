@@ -18,6 +18,12 @@ class GridBarrier {
     if (threadIdx.x == 0) before_ = read();
   }
 
+  // One that goes on where another one stands, which goes on where this one stands.
+  __device__ GridBarrier(unsigned* word, long long patience, unsigned stands)
+      : word_(word), patience_(patience), before_(stands) {}
+  __device__ unsigned stands() const { return before_; }
+  __device__ void go_on(unsigned stands) { before_ = stands; }
+
   // By all threads, behind a barrier of the block.
   __device__ void arrive() const {
     if (threadIdx.x > 0) return;

@@ -1,8 +1,11 @@
-// Rows of x in registers, normalized if there is a norm, in front of a product of a step.
+// Rows of x in registers, in front of a product of a step.
 //
 // Sixteen rows of x do not fit in shared memory beside rings of a useful depth. But a warp takes the
 // same units of every tile of a product, so it wants no more of x than these units' features: they stay
 // in its registers through all tiles, and shared memory is for rings alone.
+//
+// An RMSNorm's factor is one number a row, which a product's results can be multiplied by as well. So x
+// is multiplied by the norm's weights alone, and nobody waits for the whole row.
 #pragma once
 
 #include "multiply.cuh"
@@ -14,9 +17,23 @@ namespace lmi {
 template <typename Product, int NT>
 class HeldRows {
  public:
-  // Features `part` of x, once they are there. `scratch`: two floats a row for every warp, which nobody else
-  // uses before the block's next barrier but one.
-  __device__ HeldRows(const LinearParams& p, const Part& part, float* scratch) {
+  // Takes the norm's weights, if there is one, while x is still awaited, to `shared`: HELD_FEATURES of X,
+  // which nobody else uses before the block's next barrier but one.
+  __device__ HeldRows(const LinearParams& p, void* shared)
+      : weights_(static_cast<uint4*>(shared)), has_norm_(p.norm_weight.data) {
+    static_assert(STEP_THREADS * 8 == HELD_FEATURES);
+    if (has_norm_ && threadIdx.x * 8 < p.weights.inputs) {
+      uint4 eight = static_cast<const uint4*>(p.norm_weight.data)[threadIdx.x];
+#pragma unroll
+      for (int j = 0; j < 4 && UNIT_WEIGHT != 1; ++j) {
+        pair(eight, j) = __hmul2(pair(eight, j), Two{narrow<X>(UNIT_WEIGHT), narrow<X>(UNIT_WEIGHT)});
+      }
+      weights_[threadIdx.x] = eight;
+    }
+  }
+
+  // Features `part` of x, which are there. A barrier of the block has been between.
+  __device__ void read(const LinearParams& p, const Part& part) {
     const int inputs = p.weights.inputs, features = part.end - part.begin;
     const X* rows[NT];
 #pragma unroll
@@ -26,11 +43,22 @@ class HeldRows {
     }
     for_all([&](int i, int e, int at) {
 #pragma unroll
+      for (int n = 0; n < NT; ++n) x_[i][e][n] = at < features ? *eight(rows[n] + at) : uint4{};
+    });
+    if (!has_norm_) return;
+    sum_squares();
+    for_all([&](int i, int e, int at) {
+      if (at >= features) return;
+      uint4 weights = weights_[at / 8];
+#pragma unroll
       for (int n = 0; n < NT; ++n) {
-        x_[i][e][n] = at < features ? *reinterpret_cast<const uint4*>(rows[n] + at) : uint4{};
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          Two& x = pair(x_[i][e][n], j);
+          x = __hmul2(x, pair(weights, j));
+        }
       }
     });
-    if (p.norm_weight.data) normalize(p, features, scratch);
   }
 
   // The products of the warp's units of a tile.
@@ -43,12 +71,28 @@ class HeldRows {
     }
   }
 
+  // A result of row m, by the norm's factor. The first of the block's tiles' finishers find it, behind a
+  // barrier of the block, and another is in front of the others.
+  __device__ float2 scale(float2 sum, int m, bool first, const LinearParams& p) const {
+    if (!has_norm_) return sum;
+    if (first) {
+      float squares = 0;
+#pragma unroll 4
+      for (int w = 0; w < STEP_WARPS; ++w) squares += statistics().squares[w][m];
+      statistics().factors[m] = rsqrtf(__fdividef(squares, p.weights.inputs) + p.eps) / UNIT_WEIGHT;
+    }
+    const float factor = statistics().factors[m];
+    return make_float2(sum.x * factor, sum.y * factor);
+  }
+
  private:
   using X = typename Product::X;
   using W = typename Product::W;
   using Two = typename TwoOf<X>::type;
   static constexpr int UNITS = HELD_FEATURES / (STEP_WARPS * UNIT<W>);
   static constexpr int EIGHTS = Product::EIGHTS;
+  // A half's range is too short for x times a norm's weights: these are made smaller.
+  static constexpr float UNIT_WEIGHT = std::is_same_v<X, __half> ? 1 / 256.0f : 1;
 
   static __device__ int lane() { return threadIdx.x % 32; }
   // The first feature of the warp's unit number i.
@@ -64,86 +108,17 @@ class HeldRows {
     }
   }
 
-  // A whole row's features are here: the block's warps have them all. Every block does this for all rows,
-  // so it is done two features an instruction, and sums by tensor cores.
-  __device__ void normalize(const LinearParams& p, int features, float* scratch) {
-    const float count = features;
-    float sums[NT];
-    if (p.norm_bias.data) {
-      sum_features(sums);
-      sum_warps(sums, scratch);
-      shift([&](int n) { return __fdividef(sums[n], count); }, features);
-      scratch += STEP_WARPS * NT * 8;
-    }
-    sum_squares(sums);
-    sum_warps(sums, scratch);
-    Two power[NT], high[NT], low[NT];  // the factor: a power of two times (high + low)
-#pragma unroll
-    for (int n = 0; n < NT; ++n) {
-      const uint32_t factor = __float_as_uint(rsqrtf(__fdividef(sums[n], count) + p.eps));
-      power[n] = both(__uint_as_float(factor & 0x7f800000u));
-      split(__uint_as_float((factor & 0x7fffffu) | 0x3f800000u), high[n], low[n]);
-    }
-    for_all([&](int i, int e, int at) {
-      if (at >= features) return;
-      Raw<X> weight, bias;
-      weight.read(static_cast<const X*>(p.norm_weight.data) + at);
-      if (p.norm_bias.data) bias.read(static_cast<const X*>(p.norm_bias.data) + at);
-#pragma unroll
-      for (int n = 0; n < NT; ++n) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const Two w = pair(weight.bits[0], j);
-          const Two scale = __hfma2(w, high[n], __hmul2(w, low[n]));
-          pair(x_[i][e][n], j) =
-              __hfma2(__hmul2(pair(x_[i][e][n], j), power[n]), scale, pair(bias.bits[0], j));
-        }
-      }
-    });
+  // Of rows: sums of squares of each warp's features, and factors.
+  struct Statistics {
+    float squares[STEP_WARPS][NT * 8], factors[NT * 8];
+  };
+  static __device__ Statistics& statistics() {
+    __shared__ Statistics found;
+    return found;
   }
 
-  // Take the rows' means off. A mean has more digits than X: what is left of it goes in a second step.
-  template <typename Mean>
-  __device__ void shift(Mean mean, int features) {
-    Two high[NT], low[NT];
-#pragma unroll
-    for (int n = 0; n < NT; ++n) split(mean(n), high[n], low[n]);
-    for_all([&](int i, int e, int at) {
-      if (at >= features) return;
-#pragma unroll
-      for (int n = 0; n < NT; ++n) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          Two& x = pair(x_[i][e][n], j);
-          x = __hsub2(__hsub2(x, high[n]), low[n]);
-        }
-      }
-    });
-  }
-
-  // The sums of the warp's features: in lane (g, t), of rows n * 8 + g. By products with ones: a lane gets
-  // those of rows 2t and 2t + 1.
-  __device__ void sum_features(float (&sums)[NT]) const {
-    const uint32_t one = reinterpret_cast<const uint32_t&>(static_cast<const Two&>(both(1)));
-    float c[NT][4] = {};
-    for_all([&](int i, int e, int) {
-#pragma unroll
-      for (int n = 0; n < NT; ++n) {
-        const uint4& x = x_[i][e][n];
-        mma<X>(c[n], one, one, one, one, x.x, x.y);
-        mma<X>(c[n], one, one, one, one, x.z, x.w);
-      }
-    });
-    const int g = lane() / 4;
-#pragma unroll
-    for (int n = 0; n < NT; ++n) {
-      const float even = __shfl_sync(~0u, c[n][0], g / 2), odd = __shfl_sync(~0u, c[n][1], g / 2);
-      sums[n] = g % 2 ? odd : even;
-    }
-  }
-
-  // The same of squares. By products of the rows with themselves: what is wanted is on the diagonals.
-  __device__ void sum_squares(float (&sums)[NT]) const {
+  // By products of the rows with themselves, on tensor cores: what is wanted is on the diagonals.
+  __device__ void sum_squares() const {
     static_assert(NT == 2);
     float c[NT][4] = {};
     for_all([&](int i, int e, int) {
@@ -156,45 +131,18 @@ class HeldRows {
       }
     });
     const int g = lane() / 4;
+    if (lane() % 4 != g / 2) return;  // not on a diagonal
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
-      const int from = g * 4 + g / 2;  // the lane on the diagonal
-      const float even = __shfl_sync(~0u, c[n][n * 2], from);
-      const float odd = __shfl_sync(~0u, c[n][n * 2 + 1], from);
-      sums[n] = g % 2 ? odd : even;
+      statistics().squares[threadIdx.x / 32][n * 8 + g] = g % 2 ? c[n][n * 2 + 1] : c[n][n * 2];
     }
   }
 
-  // Add up what the block's warps have, in the same order in all of them.
-  static __device__ void sum_warps(float (&sums)[NT], float* scratch) {
-    constexpr int ROWS = NT * 8, LANES = 32 / ROWS;  // that add up a row's
-    static_assert(ROWS == 16);
-    const int g = lane() / 4, warp = threadIdx.x / 32;
-#pragma unroll
-    for (int n = 0; n < NT; ++n) {
-      if (lane() % 4 == 0) scratch[warp * ROWS + n * 8 + g] = sums[n];
-    }
-    __syncthreads();
-    float sum = 0;
-#pragma unroll
-    for (int w = lane() / ROWS; w < STEP_WARPS; w += LANES) sum += scratch[w * ROWS + lane() % ROWS];
-    sum += __shfl_xor_sync(~0u, sum, ROWS);
-#pragma unroll
-    for (int n = 0; n < NT; ++n) sums[n] = __shfl_sync(~0u, sum, n * 8 + g);
-  }
+  static __device__ const uint4* eight(const X* at) { return reinterpret_cast<const uint4*>(at); }
+  static __device__ Two& pair(uint4& of, int j) { return reinterpret_cast<Two*>(&of)[j]; }
 
-  static __device__ Two both(float x) {
-    const X narrowed = narrow<X>(x);
-    return {narrowed, narrowed};
-  }
-
-  // x as a sum of two, of which the second has the digits that the first has no room for.
-  static __device__ void split(float x, Two& high, Two& low) {
-    high = both(x), low = both(x - widen(high.x));
-  }
-
-  static __device__ Two& pair(uint4& eight, int j) { return reinterpret_cast<Two*>(&eight)[j]; }
-
+  uint4* weights_;
+  bool has_norm_;
   uint4 x_[UNITS][EIGHTS][NT];
 };
 

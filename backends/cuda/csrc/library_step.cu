@@ -108,6 +108,7 @@ bool finish_program(Tensor program, Tensor x, Tensor weight, int64_t ranks) {
                .hands = 0,
                .handed = 0,
                .slots = 0,
+               .products_at = 0,
                .shared_bytes = 0};
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   char* bytes = static_cast<char*>(program.data_ptr());
@@ -130,8 +131,7 @@ void run(const Tensor& program, const Tensor& on_device, const Tensor& barrier,
                      .count = made.phases,
                      .products = made.products,
                      .slots = made.slots,
-                     .products_at = made.shared_bytes -
-                                    made.products * static_cast<int>(sizeof(Weights)),
+                     .products_at = made.products_at,
                      .barrier = static_cast<unsigned*>(barrier.data_ptr()),
                      .sums = made.sums,
                      .words = made.words,

@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(THREADS, Product::AT_ONCE)
   const Part part(p.weights, blockIdx.x, gridDim.x);
 
   let_next_start();
-  Stream<W, WARPS> weights(&p.weights, 1, shared, launched.slots);
+  Stream<W, WARPS> weights(&p.weights, 1, shared, launched.slots * WARPS);
   weights.fill();  // weights are nobody's results: the last kernel may still be at work
   const RowShare<WARPS> share(p.rows);
   NormTerms<X> norm;

@@ -34,13 +34,15 @@ __device__ inline bool in_range(const LinearParams& p, int tile, int g, int m, i
   return m < p.rows && n < w.outputs && (!w.gated || tile * 8 + g < w.outputs / 2);
 }
 
-__device__ inline Terms read_terms(const LinearParams& p, int tile, int g, int m) {
+// W: of the weights, whose results have scales if they are quantized.
+template <typename W>
+__device__ Terms read_terms(const LinearParams& p, int tile, int g, int m) {
   Terms found;
 #pragma unroll
   for (int upper = 0; upper < 2; ++upper) {
     const int n = output(p.weights, tile, g, upper);
     if (!in_range(p, tile, g, m, n)) continue;
-    if (p.scale) found.scale[upper] = p.scale[n];
+    if (sizeof(W) == 1 && p.scale) found.scale[upper] = p.scale[n];
     if (p.bias.data) found.bias[upper] = read(p.bias, n);
     if (p.residual.data) {
       found.residual[upper] = read(p.residual, static_cast<int64_t>(m) * p.weights.outputs + n);
@@ -49,8 +51,8 @@ __device__ inline Terms read_terms(const LinearParams& p, int tile, int g, int m
   return found;
 }
 
-// Finish a thread's two results for row m of x. Not inlined, which keeps the kernels short.
-static __device__ __noinline__ void put(const LinearParams& p, int tile, int g, int m, Terms terms,
+// Finish a thread's two results for row m of x.
+__device__ inline void put(const LinearParams& p, int tile, int g, int m, Terms terms,
                                  float2 product) {
   const float y[2] = {product.x * terms.scale[0] + widen(terms.bias[0], p.bias.type),
                       product.y * terms.scale[1] + widen(terms.bias[1], p.bias.type)};
@@ -71,11 +73,22 @@ static __device__ __noinline__ void put(const LinearParams& p, int tile, int g, 
   }
 }
 
-// What becomes of results: they are stored.
+// Not inlined, which keeps the kernels short.
+static __device__ __noinline__ void put_apart(const LinearParams& p, int tile, int g, int m,
+                                              Terms terms, float2 product) {
+  put(p, tile, g, m, terms, product);
+}
+
+// What becomes of results: they are stored. HERE: without a call, for which x in registers leaves too few.
+template <bool HERE = false>
 struct Store {
   __device__ void operator()(const LinearParams& p, int tile, int g, int m, Terms terms,
                              float2 product) const {
-    put(p, tile, g, m, terms, product);
+    if constexpr (HERE) {
+      put(p, tile, g, m, terms, product);
+    } else {
+      put_apart(p, tile, g, m, terms, product);
+    }
   }
 };
 
@@ -118,6 +131,13 @@ __device__ float2 add_sums(const Place<NT>& at, const float* partial) {
   return sum;
 }
 
+// The thread's index, read anew: not to be kept in a register all the time.
+__device__ inline int thread_again() {
+  unsigned found;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(found));
+  return found;
+}
+
 // What the warps have, added up, for the threads that finish it.
 template <int NT, int WARPS>
 __device__ float2 sum_warps(const float (&own)[NT][4], const Place<NT>& at, float* partial) {
@@ -135,7 +155,7 @@ __device__ float2* work_of(const LinearParams& p, int tile, int split) {
 
 // Finish those of the part's tiles whose other splits are all done. Whether they are is asked for
 // all tiles at once, since each question takes a while.
-template <int NT, int WARPS, typename Put>
+template <int NT, int WARPS, typename W, typename Put>
 __device__ __noinline__ void finish_splits(const LinearParams& p, Part part, int* is_last,
                                            Put put) {
   const Weights& w = p.weights;
@@ -161,7 +181,7 @@ __device__ __noinline__ void finish_splits(const LinearParams& p, Part part, int
       const int tile = first + i * part.tile_step;
       if (tile >= w.tiles) break;
       if (!is_last[i]) continue;
-      const Terms terms = read_terms(p, tile, at.g, at.m);
+      const Terms terms = read_terms<W>(p, tile, at.g, at.m);
       float2 sum = make_float2(0, 0);
 #pragma unroll 1
       for (int s = 0; s < w.splits; ++s) {
@@ -189,33 +209,43 @@ struct StagedRows {
       product.add(weights.next(), x + f, stride, rows);
     }
   }
+
+  // It has been normalized before.
+  __device__ float2 scale(float2 sum, int, bool, const LinearParams&) const { return sum; }
 };
 
 // The part's tiles, with `x` at hand and everybody behind a barrier. `partial`: twice PARTIALS, of which
 // the second half may still be read.
-template <typename Product, int NT, int WARPS, typename S, typename Rows, typename Put = Store>
+template <typename Product, int NT, int WARPS, typename S, typename Rows, typename Put = Store<>>
 __device__ void multiply(const LinearParams& p, const Part& part, S& weights, const Rows& x,
                          float* partial, Put put = {}) {
+  using W = typename Product::W;
   const int features = part.end - part.begin, tiles = p.weights.tiles, splits = p.weights.splits;
   int turn = 0;
+  // Warps finish tiles in turns: one that always did would be late for every barrier.
+  const auto finisher = [&] { return (thread_again() + turn * NT * 64) % (WARPS * 32); };
 #pragma unroll 1
   for (int tile = part.tile; tile < tiles; tile += part.tile_step, ++turn) {
-    // Warps finish tiles in turns: one that always did would be late for every barrier.
-    const int finisher = (threadIdx.x + turn * NT * 64) % (WARPS * 32);
-    // Two buffers of partial sums: one barrier a tile is enough then.
-    float* sums_of_warps = partial + turn % 2 * PARTIALS<NT, WARPS>;
-    const Place<NT> at(finisher);
     Terms terms;
-    if (at.mine && splits == 1) terms = read_terms(p, tile, at.g, at.m);
+    if (const Place<NT> at(finisher()); at.mine && splits == 1) {
+      terms = read_terms<W>(p, tile, at.g, at.m);
+    }
     Product product;
     x.template multiply<Product, WARPS>(product, weights, features);
     float sums[NT][4];
     product.finish(sums);
-    const float2 sum = sum_warps<NT, WARPS>(sums, at, sums_of_warps);
-    if (at.mine && splits == 1) put(p, tile, at.g, at.m, terms, sum);
-    if (at.mine && splits > 1) work_of<NT>(p, tile, part.split)[finisher] = sum;
+    const Place<NT> at(finisher());
+    // Two buffers of partial sums: one barrier a tile is enough then.
+    float2 sum = sum_warps<NT, WARPS>(sums, at, partial + turn % 2 * PARTIALS<NT, WARPS>);
+    if (!at.mine) continue;
+    sum = x.scale(sum, at.m, turn == 0, p);
+    if (splits == 1) {
+      put(p, tile, at.g, at.m, terms, sum);
+    } else {
+      work_of<NT>(p, tile, part.split)[finisher()] = sum;
+    }
   }
-  if (splits > 1) finish_splits<NT, WARPS>(p, part, reinterpret_cast<int*>(partial), put);
+  if (splits > 1) finish_splits<NT, WARPS, W>(p, part, reinterpret_cast<int*>(partial), put);
 }
 
 }  // namespace lmi

@@ -7,8 +7,7 @@
 namespace lmi {
 namespace {
 
-constexpr int RING_SLOTS = STEP_WARPS * SLOT_BYTES;  // bytes of one slot of every warp
-constexpr int MARGIN = 4096;  // bytes of shared memory: what is static, and the system's own
+constexpr int MARGIN = 2560;  // bytes of shared memory: what is static
 constexpr int LISTED = 12 << 10;  // bytes that the list of products may take beside x
 // Bytes of all ranks' words up to which every block takes them itself: 132 blocks read so much of L2 in 1.6
 // microseconds, half of it while the peers' is awaited, and what that spares takes two.
@@ -29,7 +28,7 @@ int x_bytes(const Weights& w, int rows, Type type) {
 
 // A third of shared memory, and what the shortest rings leave; the rest makes rings longer.
 int x_room(const Device& gpu) {
-  const int left = gpu.shared_per_block - MARGIN - LISTED - partial_bytes(1) - FEW_SLOTS * RING_SLOTS;
+  const int left = gpu.shared_per_block - MARGIN - LISTED - partial_bytes(1) - FEW_SLOTS * STEP_WARPS * SLOT_BYTES;
   return std::min(left, static_cast<int>(gpu.shared_per_block * 0.36));
 }
 
@@ -176,7 +175,9 @@ bool plan_linear(LinearParams& p, Type type, const Device& gpu, int64_t work_flo
   Weights& w = p.weights;
   if (p.rows > MOST_STAGED_ROWS) {
     split(w, (w.inputs + HELD_FEATURES - 1) / HELD_FEATURES);
-    if (type == Type::float32 || (p.norm_weight.data && w.splits > 1)) return false;  // it wants whole rows
+    if (type == Type::float32) return false;
+    // A norm is RMSNorm, of whole rows.
+    if (p.norm_weight.data && (p.norm_bias.data || w.splits > 1)) return false;
   } else {
     for (int splits = 1;; ++splits) {
       split(w, splits);
@@ -189,6 +190,7 @@ bool plan_linear(LinearParams& p, Type type, const Device& gpu, int64_t work_flo
 }
 
 bool plan_program(Program& program, Phase* phases, Weights* weights, int ranks, const Device& gpu) {
+  if (gpu.major < 9) return false;
   int beside = 0;
   bool dirty = false, summed = false, taken = false, waits = false;
   const LinearParams* staged = nullptr;  // whose x is in shared memory
@@ -224,10 +226,12 @@ bool plan_program(Program& program, Phase* phases, Weights* weights, int ranks, 
     if (phase.work == Work::sum) phase.sum = ++program.sums;
     if (phase.taken) phase.taken = static_cast<short>(++program.sums);
   }
-  beside += program.products * static_cast<int>(sizeof(Weights));
-  program.slots = ring_slots((gpu.shared_per_block - MARGIN - beside) / RING_SLOTS);
-  program.shared_bytes = program.slots * RING_SLOTS + beside;
-  return gpu.major >= 9 && program.products > 0 && program.slots > 0 && (waits || !program.sums);
+  const int list = program.products * static_cast<int>(sizeof(Weights));
+  const int room = gpu.shared_per_block - MARGIN - beside - list;
+  program.slots = ring_slots(room / SLOT_BYTES, STEP_WARPS);
+  program.products_at = program.slots * SLOT_BYTES + beside;
+  program.shared_bytes = program.products_at + list;
+  return program.products > 0 && program.slots > 0 && (waits || !program.sums);
 }
 
 }  // namespace lmi

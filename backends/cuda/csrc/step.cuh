@@ -65,10 +65,16 @@ __device__ void attend_phase(const AttentionParams& p, float* shared, Wait wait,
                                    put);
 }
 
-// Not inlined: where a product holds x in registers there are too few for both.
-template <typename X, typename Wait>
-static __device__ __noinline__ void attend_apart(const AttentionParams& p, float* shared, Wait wait) {
-  attend_phase<X, false>(p, shared, wait);
+// Not inlined: where a product holds x in registers there are too few for both. The grid's barrier is handed
+// in and back in parts: a whole one would be kept in memory. Returns how it stands.
+template <typename X>
+static __device__ __noinline__ unsigned attend_apart(const AttentionParams& p, float* shared,
+                                                     unsigned* word, unsigned stands, bool waits) {
+  GridBarrier barrier(word, BARRIER_PATIENCE, stands);
+  attend_phase<X, false>(p, shared, [&] {
+    if (waits) barrier.wait();
+  });
+  return barrier.stands();
 }
 
 // The block's rows of a norm.
@@ -174,11 +180,16 @@ template <typename Product, int NT, typename S>
 __device__ void multiply_held(const Phase& phase, GridBarrier& barrier, S& weights, float* partial) {
   const LinearParams& p = phase.linear;
   const Part part(p.weights, blockIdx.x, gridDim.x);
-  if (phase.barrier) barrier.wait();
-  if (part.tile >= p.weights.tiles) return;
   // The half of `partial` that the first tile's sums do not go to is free so long.
-  const HeldRows<Product, NT> rows(p, part, partial + PARTIALS<NT, STEP_WARPS>);
-  multiply<Product, NT, STEP_WARPS>(p, part, weights, rows, partial);
+  HeldRows<Product, NT> rows(p, partial + PARTIALS<NT, STEP_WARPS>);
+  if (phase.barrier) {
+    barrier.wait();
+  } else {
+    __syncthreads();
+  }
+  if (part.tile >= p.weights.tiles) return;
+  rows.read(p, part);
+  multiply<Product, NT, STEP_WARPS>(p, part, weights, rows, partial, Store<true>());
 }
 
 // NT: times eight rows. More than eight have x in registers. SUMS: some products' results are summed over
@@ -193,7 +204,7 @@ __global__ void __launch_bounds__(STEP_THREADS, 1) step_kernel(const StepParams 
   extern __shared__ __align__(128) unsigned char shared[];
   constexpr bool TAKES = takes_sums<X, SUMS>;
   __shared__ Meeting peers;
-  float* partial = reinterpret_cast<float*>(shared + s.slots * (STEP_WARPS * SLOT_BYTES));
+  float* partial = reinterpret_cast<float*>(shared + s.slots * SLOT_BYTES);
   X* x = reinterpret_cast<X*>(partial + 2 * PARTIALS<NT, STEP_WARPS>);
 
   PhaseList phases(s);
@@ -222,7 +233,7 @@ __global__ void __launch_bounds__(STEP_THREADS, 1) step_kernel(const StepParams 
       }
     } else if (phase.work == Work::attention) {
       if constexpr (NT > 1) {
-        attend_apart<X>(phase.attention, partial, wait);
+        barrier.go_on(attend_apart<X>(phase.attention, partial, s.barrier, barrier.stands(), phase.barrier));
       } else if constexpr (TAKES) {
         attend_phase<X, true>(phase.attention, partial, wait, StoreOrHand{peers, phase});
       } else {

@@ -62,7 +62,8 @@ struct Program {
   int words;         // of each sum: rows * features
   int hands;         // of attention's results: see hand.cuh
   int handed;        // words of each, at most
-  int slots;         // of a warp's ring
+  int slots;         // of all warps' rings together
+  int products_at;   // where the list of products lies in shared memory, in bytes
   int shared_bytes;
 };
 
@@ -79,7 +80,7 @@ struct StepParams {
   const Phase* phases;
   const Weights* weights;  // [products], of those phases that are products
   int count, products, slots;
-  int products_at;  // where they lie in shared memory, in bytes
+  int products_at;  // see Program
   unsigned* barrier;  // see GridBarrier
   int sums, words;    // 0 sums: there are no peers
   int hands, handed;

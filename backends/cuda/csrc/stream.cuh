@@ -19,6 +19,12 @@ inline int ring_slots(int slots) {
   return slots < FEW_SLOTS ? 0 : slots < 8 ? slots : std::min(slots / 2 * 2, MANY_SLOTS);
 }
 
+// The same of so many warps' rings together, of which some may have one slot more.
+inline int ring_slots(int slots, int warps) {
+  const int each = ring_slots(slots / warps);
+  return each && each < 8 ? slots : each * warps;
+}
+
 // What a block does of a product.
 struct Part {
   int begin, end;       // features
@@ -39,15 +45,14 @@ struct Part {
 // swapped: eight lanes that read together then touch all banks.
 __device__ inline int in_slot(int row, int chunk) { return row * 8 + (chunk ^ (row % 2 * 4)); }
 
-// The lane's chunks of a unit in a slot.
+// The lane's chunks of a unit in a slot: t and t + 4 of rows g and g + 8, which are of one parity.
 __device__ inline Chunks read_chunks(const unsigned char* slot) {
-  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const auto* rows = reinterpret_cast<const uint4*>(slot);
+  const int lane = threadIdx.x % 32, own = in_slot(lane / 4, lane % 4);
   Chunks found;
 #pragma unroll
   for (int c = 0; c < 2; ++c) {
-    found.low[c] = rows[in_slot(g, t + 4 * c)];
-    found.high[c] = rows[in_slot(g + 8, t + 4 * c)];
+    const uint4* chunk = reinterpret_cast<const uint4*>(slot) + (own ^ c * 4);
+    found.low[c] = chunk[0], found.high[c] = chunk[in_slot(8, 0)];
   }
   return found;
 }
@@ -70,32 +75,39 @@ __device__ inline void await_oldest(int slots) {
 template <typename W, int WARPS>
 class Stream {
  public:
+  // `slots`: of all warps' rings together.
   __device__ Stream(const Weights* products, int count, unsigned char* rings, int slots)
-      : now_(products - 1), last_(products + count - 1), slots_(slots) {
-    ring_ = static_cast<uint32_t>(__cvta_generic_to_shared(rings)) +
-            threadIdx.x / 32 * slots * SLOT_BYTES;
+      : now_(products - 1), last_(products + count - 1), all_slots_(slots) {
+    const int warp = threadIdx.x / 32, before = warp * (slots / WARPS) + min(warp, slots % WARPS);
+    ring_ = static_cast<uint32_t>(__cvta_generic_to_shared(rings)) + before * SLOT_BYTES;
     begin_product();
     if (live_) find_rows();
   }
 
   __device__ void fill() {
 #pragma unroll 1
-    for (int i = 0; i < slots_ - 1; ++i) fetch(i);
+    for (int i = 0; i < slots() - 1; ++i) fetch(i);
   }
 
   // The next unit's chunks, once they are there; and one more unit is under way.
   __device__ Chunks next() {
-    await_oldest(slots_);
+    const int slots = this->slots();
+    await_oldest(slots);
     __syncwarp();  // everybody's copies are there, and everybody has read the slot before
-    fetch(slot_ ? slot_ - 1 : slots_ - 1);
+    fetch(slot_ ? slot_ - 1 : slots - 1);
     const void* slot = __cvta_shared_to_generic(ring_ + slot_ * SLOT_BYTES);
     const Chunks found = read_chunks(static_cast<const unsigned char*>(slot));
-    slot_ = slot_ + 1 == slots_ ? 0 : slot_ + 1;
+    slot_ = slot_ + 1 == slots ? 0 : slot_ + 1;
     return found;
   }
 
  private:
   static constexpr int CHUNK = 16 / sizeof(W);
+
+  // Of the warp's own ring; the first warps may have one more than others.
+  __device__ int slots() const {
+    return all_slots_ / WARPS + (threadIdx.x / 32 < static_cast<unsigned>(all_slots_ % WARPS));
+  }
 
   static __device__ int first() { return threadIdx.x / 32 * UNIT<W>; }
 
@@ -160,7 +172,7 @@ class Stream {
   const W* row_;   // the lane's first row
   int others_[3];  // how many elements behind it its others are
   uint32_t ring_;  // where it lies in shared memory
-  int slots_, begin_, features_, tile_, tile_step_;
+  int all_slots_, begin_, features_, tile_, tile_step_;
   int at_;  // of the part's features, the next unit's first
   int slot_ = 0;
   bool live_;
