@@ -31,7 +31,7 @@ from lmi_multi.backends.base import Executor
 from lmi_multi.backends.drawing import draw
 from lmi_multi.engine.batch import Row
 from lmi_multi.model import Model
-from lmi_multi.models.weights import Linear
+from lmi_multi.models.weights import Linear, Norm
 from lmi_multi.ops.beams import Beams
 from lmi_multi.ops.sampling import SampleRow
 from lmi_multi.parallel.collectives import SingleRank
@@ -271,12 +271,20 @@ def test_a_gpu_that_refuses_the_step_kernel_runs_others(
 def test_programs_are_for_large_products() -> None:
     from lmi_multi.backends.cuda.program import LEAST_PRODUCT, program_rows
 
-    def layer(nbytes: int, dtype: torch.dtype = torch.bfloat16) -> Any:
-        linear = Linear(torch.empty(1, nbytes // dtype.itemsize, dtype=dtype, device="meta"))
-        return SimpleNamespace(qkv=linear, up=linear, cross_q=None, index=0)
+    def layer(
+        nbytes: int, dtype: torch.dtype = torch.bfloat16, scale: Tensor | None = None,
+        norm: Norm | None = None,
+    ) -> Any:  # fmt: skip
+        weight = torch.empty(1, nbytes // dtype.itemsize, dtype=dtype, device="meta")
+        linear = Linear(weight, scale=scale)
+        return SimpleNamespace(qkv=linear, up=linear, norm1=norm, cross_q=None, index=0)
 
+    rms, centred = Norm(torch.ones(8), None), Norm(torch.ones(8), torch.ones(8))
+    codes, scale = torch.int8, torch.ones(1)
     assert program_rows([]) == 0
-    assert program_rows([layer(LEAST_PRODUCT - 4)] * 2) == 0
-    assert program_rows([layer(LEAST_PRODUCT)] * 2) == 16
-    assert program_rows([layer(LEAST_PRODUCT, torch.int8)] * 2) == 16
-    assert program_rows([layer(LEAST_PRODUCT, torch.float32)] * 2) == 8
+    assert program_rows([layer(LEAST_PRODUCT - 4, norm=rms)] * 2) == 0
+    assert program_rows([layer(LEAST_PRODUCT, norm=rms)] * 2) == 16
+    assert program_rows([layer(LEAST_PRODUCT, norm=Norm(torch.ones(8192), None))] * 2) == 8
+    assert program_rows([layer(LEAST_PRODUCT, norm=centred)] * 2) == 8
+    assert program_rows([layer(LEAST_PRODUCT, torch.float32, norm=rms)] * 2) == 8
+    assert program_rows([layer(LEAST_PRODUCT, codes, scale, centred)] * 2) == 16

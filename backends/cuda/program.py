@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmi_multi.models.weights import Layer, Linear
+from lmi_multi.models.weights import Layer, Linear, Norm
 from lmi_multi.parallel.collectives import Peers
 from lmi_multi.parallel.pipeline import Pipeline
 
 from .entry import Entered
 from .near import PeerMemory
 
-# Rows of a program. Up to so many have x in shared memory, float32's and those that sum over GPUs among
-# them, and others in registers, where a block has room for so many features of each.
+# Rows of a program. Up to so many have x in shared memory, float32's and those that sum over GPUs
+# among them, and others in registers, where a block has room for so many features of each.
 MOST_STAGED_ROWS, MOST_ROWS = 8, 16
 HELD_FEATURES = 4096  # see csrc/step.h
 # Bytes of a product's weights, in the mean, from which on a program is the faster one: it wins by
@@ -39,17 +39,19 @@ class NotCoveredError(Exception):
 
 def program_rows(layers: Sequence[Layer]) -> int:
     """Up to how many rows the steps of these layers are best made programs."""
-    linears = [
-        value
-        for layer in layers
-        for name, value in vars(layer).items()
-        if isinstance(value, Linear) and name != "cross_kv"  # of prompts, not of steps
-    ]
+    parts = [value for layer in layers for value in vars(layer).items()]
+    # Cross-attention's keys and values are of prompts, not of steps.
+    linears = [part for name, part in parts if isinstance(part, Linear) and name != "cross_kv"]
     total = sum(linear.weight.nbytes for linear in linears)
     if not linears or total / len(linears) < LEAST_PRODUCT:
         return 0
-    half = all(linear.weight.dtype != torch.float32 for linear in linears)
-    return MOST_ROWS if half else MOST_STAGED_ROWS
+    if any(linear.weight.dtype == torch.float32 for linear in linears):
+        return MOST_STAGED_ROWS
+    quantized = all(linear.scale is not None for linear in linears)
+    norms = [part for _, part in parts if isinstance(part, Norm)]
+    # Above, cuBLAS is as fast where norms are LayerNorms, which are phases of their own.
+    behind = all(norm.bias is None and norm.weight.numel() <= HELD_FEATURES for norm in norms)
+    return MOST_ROWS if quantized or behind else MOST_STAGED_ROWS
 
 
 class Recorder:

@@ -43,7 +43,7 @@ class HeldRows {
     }
     for_all([&](int i, int e, int at) {
 #pragma unroll
-      for (int n = 0; n < NT; ++n) x_[i][e][n] = at < features ? *eight(rows[n] + at) : uint4{};
+      for (int n = 0; n < NT; ++n) x_[i][e][n] = at < features ? __ldcg(eight(rows[n] + at)) : uint4{};
     });
     if (!has_norm_) return;
     sum_squares();

@@ -51,43 +51,69 @@ __device__ Terms read_terms(const LinearParams& p, int tile, int g, int m) {
   return found;
 }
 
-// Finish a thread's two results for row m of x.
-__device__ inline void put(const LinearParams& p, int tile, int g, int m, Terms terms,
-                                 float2 product) {
-  const float y[2] = {product.x * terms.scale[0] + widen(terms.bias[0], p.bias.type),
-                      product.y * terms.scale[1] + widen(terms.bias[1], p.bias.type)};
+// A term of type T, which is known when compiled, or, if that is void, of the operand's.
+template <typename T>
+__device__ float widen_term(uint32_t bits, Operand from) {
+  if constexpr (std::is_same_v<T, void>) {
+    return widen(bits, from.type);
+  } else if constexpr (std::is_same_v<T, __half>) {
+    return widen(__ushort_as_half(static_cast<uint16_t>(bits)));
+  } else {
+    return __uint_as_float(sizeof(T) == 2 ? bits << 16 : bits);
+  }
+}
+
+template <typename T>
+__device__ void store_result(const LinearParams& p, int64_t at, float value) {
+  if constexpr (std::is_same_v<T, void>) {
+    store(p.out, p.out_type, at, value);
+  } else {
+    static_cast<T*>(p.out)[at] = narrow<T>(value);
+  }
+}
+
+// Finish a thread's two results for row m of x. T: the type of all terms and results, or void.
+template <typename T>
+__device__ void put(const LinearParams& p, int tile, int g, int m, const Terms& terms,
+                    float2 product) {
+  float y[2] = {product.x * terms.scale[0] + widen_term<T>(terms.bias[0], p.bias),
+                product.y * terms.scale[1] + widen_term<T>(terms.bias[1], p.bias)};
   const int first = output(p.weights, tile, g, 0);
   if (p.weights.gated) {
     const int64_t at = static_cast<int64_t>(m) * (p.weights.outputs / 2) + first;
     const float gated = activate(y[0], p.activation) * y[1];
-    if (in_range(p, tile, g, m, first)) store(p.out, p.out_type, at, gated);
+    if (in_range(p, tile, g, m, first)) store_result<T>(p, at, gated);
     return;
+  }
+  if (p.activation != Activation::none) {
+#pragma unroll
+    for (float& value : y) value = activate(value, p.activation);
   }
 #pragma unroll
   for (int upper = 0; upper < 2; ++upper) {
     const int n = first + upper * 8;
-    const float sum =
-        activate(y[upper], p.activation) + widen(terms.residual[upper], p.residual.type);
+    const float sum = y[upper] + widen_term<T>(terms.residual[upper], p.residual);
     const int64_t at = static_cast<int64_t>(m) * p.weights.outputs + n;
-    if (in_range(p, tile, g, m, n)) store(p.out, p.out_type, at, sum);
+    if (in_range(p, tile, g, m, n)) store_result<T>(p, at, sum);
   }
 }
 
 // Not inlined, which keeps the kernels short.
+template <typename T>
 static __device__ __noinline__ void put_apart(const LinearParams& p, int tile, int g, int m,
                                               Terms terms, float2 product) {
-  put(p, tile, g, m, terms, product);
+  put<T>(p, tile, g, m, terms, product);
 }
 
 // What becomes of results: they are stored. HERE: without a call, for which x in registers leaves too few.
-template <bool HERE = false>
+template <typename T = void, bool HERE = false>
 struct Store {
   __device__ void operator()(const LinearParams& p, int tile, int g, int m, Terms terms,
                              float2 product) const {
     if constexpr (HERE) {
-      put(p, tile, g, m, terms, product);
+      put<T>(p, tile, g, m, terms, product);
     } else {
-      put_apart(p, tile, g, m, terms, product);
+      put_apart<T>(p, tile, g, m, terms, product);
     }
   }
 };

@@ -37,13 +37,16 @@ bool uses_work(const Phase& phase) {
          (phase.work == Work::attention && phase.attention.splits > 1);
 }
 
+bool is_of(const Operand& operand, Type type) { return !operand.data || operand.type == type; }
+
 bool fits(const Program& program, const Phase& phase) {
   switch (phase.work) {
     case Work::linear: {
       const ProductParams& p = phase.linear;
       return p.x.type == program.type && p.weight_type == program.weight_type &&
              (p.scale || p.weight_type == program.type) && p.rows == program.rows &&
-             (!p.norm_weight.data || p.norm_weight.type == program.type) &&
+             is_of(p.norm_weight, program.type) && is_of(p.bias, program.type) &&
+             is_of(p.residual, program.type) && p.out_type == program.type &&
              (!phase.taken || p.added.words == program.words);
     }
     case Work::norm:

@@ -168,10 +168,10 @@ __device__ void multiply_staged(const StepParams& s, const Phase& phase, GridBar
   __syncthreads();
   const StagedRows<X> rows{x, row_stride<X>(part.end - part.begin), p.rows};
   if constexpr (SUMS) {
-    const PutOrSend put{peers, phase};
+    const PutOrSend<X> put{peers, phase};
     multiply<Product, 1, STEP_WARPS>(p, part, weights, rows, partial, put);
   } else {
-    multiply<Product, 1, STEP_WARPS>(p, part, weights, rows, partial);
+    multiply<Product, 1, STEP_WARPS>(p, part, weights, rows, partial, Store<X>());
   }
 }
 
@@ -189,7 +189,7 @@ __device__ void multiply_held(const Phase& phase, GridBarrier& barrier, S& weigh
   }
   if (part.tile >= p.weights.tiles) return;
   rows.read(p, part);
-  multiply<Product, NT, STEP_WARPS>(p, part, weights, rows, partial, Store<true>());
+  multiply<Product, NT, STEP_WARPS>(p, part, weights, rows, partial, Store<typename Product::X, true>());
 }
 
 // NT: times eight rows. More than eight have x in registers. SUMS: some products' results are summed over

@@ -14,16 +14,17 @@ namespace lmi {
 
 // What becomes of a thread's two results for row m of x where there are sums. They are stored, or,
 // with a residual if there is one, sent to all ranks.
+template <typename X>
 static __device__ __noinline__ void put_or_send(const Meeting& peers, const Phase& phase, int tile,
                                                 int g, int m, Terms terms, float2 product) {
   const LinearParams& p = phase.linear;
-  if (!phase.sum) return put(p, tile, g, m, terms, product);
+  if (!phase.sum) return put<X>(p, tile, g, m, terms, product);
   const int set = peers.set(phase.sum), first = m * p.weights.outputs;
   const int n[2] = {output(p.weights, tile, g, 0), output(p.weights, tile, g, 1)};
   const bool sent[2] = {in_range(p, tile, g, m, n[0]), in_range(p, tile, g, m, n[1])};
   const float values[2] = {
-      product.x * terms.scale[0] + widen(terms.residual[0], p.residual.type),
-      product.y * terms.scale[1] + widen(terms.residual[1], p.residual.type)};
+      product.x * terms.scale[0] + widen_term<X>(terms.residual[0], p.residual),
+      product.y * terms.scale[1] + widen_term<X>(terms.residual[1], p.residual)};
 #pragma unroll 1
   for (int i = 1; i <= peers.ranks; ++i) {  // its own inbox is the last one
     unsigned* words = peers.inboxes[(peers.rank + i) % peers.ranks]->words[set][peers.rank] + first;
@@ -32,13 +33,14 @@ static __device__ __noinline__ void put_or_send(const Meeting& peers, const Phas
   }
 }
 
+template <typename X>
 struct PutOrSend {
   const Meeting& peers;
   const Phase& phase;
 
   __device__ void operator()(const LinearParams&, int tile, int g, int m, Terms terms,
                              float2 product) const {
-    put_or_send(peers, phase, tile, g, m, terms, product);
+    put_or_send<X>(peers, phase, tile, g, m, terms, product);
   }
 };
 
