@@ -132,7 +132,11 @@ inline std::optional<AttentionParams> attention_params(
       .block_shift = shift,
       .splits = static_cast<int>(splits),
       .chunks = 0,
-      .width = 0};
+      .width = 0,
+      .by_rows = {},
+      .by_heads = {},
+      .by_chunks = {},
+      .by_pieces = {}};
 }
 
 }  // namespace lmi

@@ -155,7 +155,7 @@ __device__ void share_heads(const AttentionParams& p, const Item<G>& it, const T
   const T* queries = static_cast<const T*>(p.q) + of_row;
 #pragma unroll 1
   for (int piece = team.thread / 32; piece < count * pieces; piece += team.warps) {
-    const int head = piece / pieces, d = piece % pieces * 32 + lane;
+    const int head = p.by_pieces(piece), d = (piece - head * pieces) * 32 + lane;
     const bool is_key = head == it.heads(), rotated = d < 2 * p.pairs;
     const T* from = is_key ? static_cast<const T*>(p.new_k) + of_kv
                            : queries + static_cast<int64_t>(it.first_head + head) * p.dim;

@@ -10,6 +10,19 @@ constexpr int MOST_HEAD_DIM = 256;
 // Warps that at least do a head in a step: fewer take a query by more turns.
 __host__ __device__ constexpr int least_team(int dim) { return dim > 64 ? 2 : 1; }
 
+// Division by what the host knows: of n by d, where n * d is below 2^32 ("Division by invariant integers
+// using multiplication", Granlund and Montgomery, 1994).
+struct Divisor {
+  unsigned factor = 0;  // 0: by one
+
+  Divisor() = default;
+  explicit Divisor(unsigned by) : factor(by > 1 ? 0xffffffffu / by + 1 : 0) {}
+
+#ifdef __CUDACC__
+  __device__ unsigned operator()(unsigned n) const { return factor ? __umulhi(n, factor) : n; }
+#endif
+};
+
 struct AttentionParams {
   const void* q;      // [rows, heads, dim], rows `q_stride` elements apart; unrotated
   const void* new_k;  // [rows, kv_heads, dim], likewise; null: everything is in the cache
@@ -32,13 +45,17 @@ struct AttentionParams {
   int splits;  // blocks that may share a row's tokens
   int chunks;  // of a kv head's query heads; a block does one
   int width;   // lanes a key: dim / 8, rounded up to a power of two
+  // Rows; chunks of all kv heads, and of one; and 32 features of a head.
+  Divisor by_rows, by_heads, by_chunks, by_pieces;
 };
 
-// Choose `chunks` and `width`; returns how many query heads a chunk has at most: 1, 2 or 4.
+// Choose `chunks` and `width`, and how to divide; returns how many query heads a chunk has at most: 1, 2 or 4.
 inline int arrange(AttentionParams& p, int most = 4) {
   for (p.width = 1; p.width * 8 < p.dim;) p.width *= 2;
   const int heads = p.heads / p.kv_heads, size = std::min(heads > 2 ? 4 : heads, most);
   p.chunks = (heads + size - 1) / size;
+  p.by_rows = Divisor(p.rows), p.by_chunks = Divisor(p.chunks);
+  p.by_heads = Divisor(p.kv_heads * p.chunks), p.by_pieces = Divisor((p.dim + 31) / 32);
   return size;
 }
 

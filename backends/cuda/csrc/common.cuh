@@ -152,6 +152,9 @@ __device__ inline void wait_for_last() {
 #endif
 }
 
+// Of a power of two.
+__device__ inline int log2_of(int x) { return 31 - __clz(x); }
+
 // Warps of a block that work together: all of them, or some of several teams.
 struct Team {
   int barrier;  // 0: the whole block's; else one more than the team's place in the block
@@ -162,10 +165,11 @@ struct Team {
     return {0, static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x) / 32};
   }
 
+  // Of a power of two of warps.
   static __device__ Team of_warps(int warps) {
     const int thread = threadIdx.x, threads = warps * 32;
     if (threads == static_cast<int>(blockDim.x)) return whole_block();
-    return {thread / threads + 1, thread % threads, warps};
+    return {(thread >> log2_of(threads)) + 1, thread & (threads - 1), warps};
   }
 
   __device__ int place() const { return barrier ? barrier - 1 : 0; }

@@ -36,11 +36,12 @@ struct Item {
 
   Item() = default;
   __device__ Item(const AttentionParams& p, unsigned index) {
-    const unsigned chunks = p.kv_heads * p.chunks, rows = p.rows, of_kv = p.chunks;
-    row = index / chunks % rows, split = index / chunks / rows;
-    kv = index % chunks / of_kv;
-    const int chunk = index % chunks - kv * of_kv;
-    const int group = G == 1 ? of_kv : static_cast<unsigned>(p.heads) / p.kv_heads;
+    const unsigned heads = p.kv_heads * p.chunks, outer = p.by_heads(index);
+    const unsigned inner = index - outer * heads;
+    split = p.by_rows(outer), row = outer - split * p.rows;
+    kv = p.by_chunks(inner);
+    const int chunk = inner - kv * p.chunks;
+    const int group = G == 1 ? p.chunks : static_cast<unsigned>(p.heads) / p.kv_heads;
     first_head = kv * group + chunk * G;
     of_chunk = min(G, group - chunk * G);
     length = p.lengths[row];
@@ -81,8 +82,8 @@ struct Lane {
   bool active;          // it has some
 
   __device__ Lane(const AttentionParams& p, const Team& team)
-      : worker(team.thread / p.width),
-        workers(team.warps * 32 / p.width),
+      : worker(team.thread >> log2_of(p.width)),
+        workers(team.warps * 32 >> log2_of(p.width)),
         first((threadIdx.x & (p.width - 1)) * 8),
         active(first < p.dim) {}
 };

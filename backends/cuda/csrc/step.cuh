@@ -40,11 +40,14 @@ __device__ int team_warps(const AttentionParams& p) {
   const int row = threadIdx.x % 32;
   const int longest = __reduce_max_sync(~0u, row < p.rows ? p.lengths[row] : 1);
   const int tokens = p.window ? min(longest, p.window) : longest, share = share_of(p, tokens);
-  const int items = p.rows * p.kv_heads * p.chunks * ((tokens + share - 1) / share);
+  const int items = p.rows * p.kv_heads * p.chunks *
+                    (p.splits == 1 ? 1 : (tokens + share - 1) / share);
   int warps = STEP_WARPS;
-  while (warps > least_team(p.dim) && (items > static_cast<int>(gridDim.x) * (STEP_WARPS / warps) ||
-                       (min(share, tokens) <= warps / 2 * 32 / p.width * KEYS<T> &&
-                        2 * p.dim <= warps / 2 * 32))) {
+  // Shifts in place of divisions: all of this is in front of the first key.
+  while (warps > least_team(p.dim) &&
+         (items > static_cast<int>(gridDim.x * STEP_WARPS >> log2_of(warps)) ||
+          (min(share, tokens) <= (warps / 2 * 32 >> log2_of(p.width)) * KEYS<T> &&
+           2 * p.dim <= warps / 2 * 32))) {
     warps /= 2;
   }
   return warps;
@@ -55,7 +58,7 @@ __device__ int team_warps(const AttentionParams& p) {
 template <typename X, bool PREFETCH, typename Wait, typename Put = Stored>
 __device__ void attend_phase(const AttentionParams& p, float* shared, Wait wait, Put put = {}) {
   const Team team = Team::of_warps(team_warps<X>(p));
-  const int stride = gridDim.x * (STEP_WARPS / team.warps);
+  const int stride = gridDim.x * STEP_WARPS >> log2_of(team.warps);
   float* of_team = shared + team.place() * shared_floats(STEP_HEADS, team.warps, p.dim);
   attend_all<X, STEP_HEADS, false>(p, team, team.place() * gridDim.x + blockIdx.x, stride, of_team,
                                    [&](const Item<STEP_HEADS>& it, const Lane& lane) {
