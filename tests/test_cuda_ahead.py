@@ -271,20 +271,41 @@ def test_a_gpu_that_refuses_the_step_kernel_runs_others(
 def test_programs_are_for_large_products() -> None:
     from lmi_multi.backends.cuda.program import LEAST_PRODUCT, program_rows
 
-    def layer(
-        nbytes: int, dtype: torch.dtype = torch.bfloat16, scale: Tensor | None = None,
-        norm: Norm | None = None,
-    ) -> Any:  # fmt: skip
+    def layer(nbytes: int, dtype: torch.dtype, norm: Norm, scale: Tensor | None = None) -> Any:
         weight = torch.empty(1, nbytes // dtype.itemsize, dtype=dtype, device="meta")
         linear = Linear(weight, scale=scale)
         return SimpleNamespace(qkv=linear, up=linear, norm1=norm, cross_q=None, index=0)
 
-    rms, centred = Norm(torch.ones(8), None), Norm(torch.ones(8), torch.ones(8))
-    codes, scale = torch.int8, torch.ones(1)
+    def norm(features: int, dtype: torch.dtype, centred: bool = False) -> Norm:
+        weight = torch.empty(features, dtype=dtype, device="meta")
+        return Norm(weight, weight if centred else None)
+
+    bf16, fp16, fp32, codes = torch.bfloat16, torch.float16, torch.float32, torch.int8
+    scale, enough = torch.ones(1), LEAST_PRODUCT
     assert program_rows([]) == 0
-    assert program_rows([layer(LEAST_PRODUCT - 4, norm=rms)] * 2) == 0
-    assert program_rows([layer(LEAST_PRODUCT, norm=rms)] * 2) == 16
-    assert program_rows([layer(LEAST_PRODUCT, norm=Norm(torch.ones(8192), None))] * 2) == 8
-    assert program_rows([layer(LEAST_PRODUCT, norm=centred)] * 2) == 8
-    assert program_rows([layer(LEAST_PRODUCT, torch.float32, norm=rms)] * 2) == 8
-    assert program_rows([layer(LEAST_PRODUCT, codes, scale, centred)] * 2) == 16
+    for expected, given in (
+        (0, layer(enough - 4, bf16, norm(4096, bf16))),
+        (16, layer(enough, bf16, norm(4096, bf16))),
+        (8, layer(enough, bf16, norm(4104, bf16))),
+        (8, layer(enough, bf16, norm(4096, bf16, centred=True))),
+        (8, layer(enough, fp16, norm(4096, fp16))),
+        (8, layer(enough, fp32, norm(4096, fp32))),
+        (16, layer(enough, codes, norm(4104, fp16, centred=True), scale)),
+        (8, layer(enough, codes, norm(4096, fp32), scale)),
+    ):
+        assert program_rows([given] * 2) == expected
+
+
+@pytest.mark.parametrize("rows", [1, 4, 5, 8, 9, 16])
+def test_who_takes_a_norm(rows: int) -> None:
+    """A product itself, or a phase of its own in front of it."""
+    from lmi_multi.backends.cuda.program import _fuses_norm
+
+    for features, dtype, bias, behind in (
+        (4096, torch.bfloat16, None, True),
+        (4104, torch.bfloat16, None, False),
+        (4096, torch.float16, None, False),
+        (4096, torch.bfloat16, torch.ones(1), False),
+    ):
+        x = torch.empty(rows, features, dtype=dtype, device="meta")
+        assert _fuses_norm(x, bias) == (rows <= 4 if rows <= 8 else behind)

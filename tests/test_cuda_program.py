@@ -58,8 +58,20 @@ SHAPES = {
         {"hidden_size": 1024, "num_hidden_layers": 3, "num_attention_heads": 16, "ffn_dim": 4096}
         | {"do_layer_norm_before": False, "word_embed_proj_dim": 512, "vocab_size": 999},
     ),
-    # A row has more features than registers hold of it.
-    "wide": Shape(
+    # A row has as many features as registers hold of it, and more.
+    "held": Shape(
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        {"hidden_size": 4096, "num_hidden_layers": 1, "num_attention_heads": 32}
+        | {"num_key_value_heads": 8, "intermediate_size": 1024, "vocab_size": 999},
+    ),
+    "too-wide": Shape(
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        {"hidden_size": 4224, "num_hidden_layers": 1, "num_attention_heads": 33}
+        | {"num_key_value_heads": 11, "intermediate_size": 1024, "vocab_size": 999},
+    ),
+    "too-wide-opt": Shape(
         "OPTForCausalLM",
         "OPTConfig",
         {"hidden_size": 4224, "num_hidden_layers": 1, "num_attention_heads": 33, "ffn_dim": 1024}
@@ -93,6 +105,9 @@ def opened(shape: str, dtype: Any, quantize: Any, program_rows: int) -> Any:
 
     device = torch.device("cuda", 0)
     spec, tensors = random_model(SHAPES[shape], dtype, quantize, device)
+    for name, tensor in tensors.items():
+        if name.endswith("norm2.weight"):  # so that what an FFN finds counts
+            tensor.uniform_(0.5, 1.5)
     scratch = Scratch(device, LIMITS.max_batch * spec.heads)
     executor = CudaExecutor(spec, tensors, LIMITS, scratch, SingleRank(), program_rows=program_rows)
     torch.manual_seed(1)
@@ -140,8 +155,11 @@ CASES = [
         ("neox", "bf16", "int8"),
         ("llama-gqa", "bf16", "int8"),
         ("opt-350m", "bf16", "fp8"),
+        ("held", "bf16", "int8"),
+        ("held", "fp16", "fp8"),
+        ("too-wide", "bf16", "int8"),
     ),
-    *(("gptj", "fp16", None), ("bloom", "fp16", None)),
+    *(("gptj", "fp16", None), ("bloom", "fp16", None), ("llama-gqa", "fp16", None)),
 ]
 
 

@@ -28,8 +28,9 @@ HELD_FEATURES = 4096  # see csrc/step.h
 # not letting memory idle, and loses by its barriers. Measured at 2.7 MB (loses), 38 to 76 (wins).
 LEAST_PRODUCT = 8 << 20
 PHASE_BYTES = 256  # see csrc/step.h
-# Rows up to which every block normalizes x by itself, in front of a product. A phase of its own was
-# the faster one at 16 rows, and no faster at 4; between them it has not been measured.
+# Rows up to which every block normalizes x by itself, in front of a product, of those that have x
+# in shared memory. A phase of its own was the faster one at 16 rows, and no faster at 4; between
+# them it has not been measured.
 FUSED_NORM_ROWS = 4
 
 
@@ -45,13 +46,15 @@ def program_rows(layers: Sequence[Layer]) -> int:
     total = sum(linear.weight.nbytes for linear in linears)
     if not linears or total / len(linears) < LEAST_PRODUCT:
         return 0
-    if any(linear.weight.dtype == torch.float32 for linear in linears):
-        return MOST_STAGED_ROWS
-    quantized = all(linear.scale is not None for linear in linears)
     norms = [part for _, part in parts if isinstance(part, Norm)]
-    # Above, cuBLAS is as fast where norms are LayerNorms, which are phases of their own.
-    behind = all(norm.bias is None and norm.weight.numel() <= HELD_FEATURES for norm in norms)
-    return MOST_ROWS if quantized or behind else MOST_STAGED_ROWS
+    types = {linear.weight.dtype for linear in linears} | {norm.weight.dtype for norm in norms}
+    if torch.float32 in types:
+        return MOST_STAGED_ROWS
+    if all(linear.scale is not None for linear in linears):
+        return MOST_ROWS
+    # Norms that a product takes itself; where they are phases, cuBLAS is as fast.
+    behind = all(_is_behind(norm.weight, norm.bias) for norm in norms)
+    return MOST_ROWS if behind else MOST_STAGED_ROWS
 
 
 class Recorder:
@@ -148,12 +151,16 @@ class Recorder:
 
 
 def _fuses_norm(x: Tensor, bias: Tensor | None) -> bool:
-    """Whether blocks normalize x in front of a product."""
-    rows, features = x.shape
-    if rows <= MOST_STAGED_ROWS:
-        return rows <= FUSED_NORM_ROWS
-    # RMSNorm, behind the product: see csrc/held.cuh.
-    return bias is None and features <= HELD_FEATURES
+    """Whether a product takes its norm itself."""
+    if len(x) <= MOST_STAGED_ROWS:
+        return len(x) <= FUSED_NORM_ROWS
+    return _is_behind(x[0], bias)
+
+
+def _is_behind(row: Tensor, bias: Tensor | None) -> bool:
+    """Whether a norm of such rows comes behind products of more than MOST_STAGED_ROWS: an RMSNorm,
+    where a row fits and is in range times the norm's weights. See csrc/held.cuh."""
+    return bias is None and row.numel() <= HELD_FEATURES and row.dtype == torch.bfloat16
 
 
 class RecordedSums:

@@ -46,7 +46,7 @@ inline std::optional<LinearParams> linear_params(
       !is_dense(weight) || !is_float(x) || !is_dense(x) || !is_float32(scale) ||
       !is_vector(bias, outputs) || !is_vector(norm_weight, inputs) ||
       !is_vector(norm_bias, inputs) || !is_float(out) || !is_dense(out) ||
-      (gated && outputs % 2) || tiles > counters.numel() ||
+      (gated && (outputs % 2 || outputs / 2 * inputs > INT32_MAX)) || tiles > counters.numel() ||
       (residual && !(is_float(*residual) && residual->is_contiguous()))) {
     return std::nullopt;
   }

@@ -18,9 +18,7 @@ struct Divisor {
   Divisor() = default;
   explicit Divisor(unsigned by) : factor(by > 1 ? 0xffffffffu / by + 1 : 0) {}
 
-#ifdef __CUDACC__
   __device__ unsigned operator()(unsigned n) const { return factor ? __umulhi(n, factor) : n; }
-#endif
 };
 
 struct AttentionParams {

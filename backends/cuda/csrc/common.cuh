@@ -265,9 +265,9 @@ void launch(void (*kernel)(Params), const Params& params, dim3 grid, int threads
 // How many clusters of such blocks find room at a time on the current device, or the part of it that
 // there is.
 template <typename Params>
-int most_clusters(void (*kernel)(Params), int threads, int shared, Start start, unsigned cluster) {
+int most_clusters(void (*kernel)(Params), int threads, int shared, unsigned cluster) {
   allow_shared(reinterpret_cast<const void*>(kernel), shared);
-  Attributes how(start, cluster);
+  Attributes how(Start::after_last, cluster);
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(cluster);
   config.blockDim = dim3(threads);

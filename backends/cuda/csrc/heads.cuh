@@ -244,7 +244,7 @@ bool launch_heads(HeadsParams p, const Device& gpu, cudaStream_t stream) {
   if (!bytes) return false;
   const dim3 grid(p.attention.kv_heads * p.cluster);
   const auto kernel = &heads_kernel<T, From, NT>;
-  if (!most_clusters(kernel, threads, bytes, Start::after_last, p.cluster)) return false;
+  if (!most_clusters(kernel, threads, bytes, p.cluster)) return false;
   launch(kernel, p, grid, threads, bytes, early(gpu), stream, p.cluster);
   return true;
 }

@@ -5,7 +5,8 @@
 // in its registers through all tiles, and shared memory is for rings alone.
 //
 // An RMSNorm's factor is one number a row, which a product's results can be multiplied by as well. So x
-// is multiplied by the norm's weights alone, and nobody waits for the whole row.
+// is multiplied by the norm's weights alone, and nobody waits for the whole row. Not in float16, whose
+// range is too short for that.
 #pragma once
 
 #include "multiply.cuh"
@@ -23,12 +24,7 @@ class HeldRows {
       : weights_(static_cast<uint4*>(shared)), has_norm_(p.norm_weight.data) {
     static_assert(STEP_THREADS * 8 == HELD_FEATURES);
     if (has_norm_ && threadIdx.x * 8 < p.weights.inputs) {
-      uint4 eight = static_cast<const uint4*>(p.norm_weight.data)[threadIdx.x];
-#pragma unroll
-      for (int j = 0; j < 4 && UNIT_WEIGHT != 1; ++j) {
-        pair(eight, j) = __hmul2(pair(eight, j), Two{narrow<X>(UNIT_WEIGHT), narrow<X>(UNIT_WEIGHT)});
-      }
-      weights_[threadIdx.x] = eight;
+      weights_[threadIdx.x] = static_cast<const uint4*>(p.norm_weight.data)[threadIdx.x];
     }
   }
 
@@ -79,7 +75,7 @@ class HeldRows {
       float squares = 0;
 #pragma unroll 4
       for (int w = 0; w < STEP_WARPS; ++w) squares += statistics().squares[w][m];
-      statistics().factors[m] = rsqrtf(__fdividef(squares, p.weights.inputs) + p.eps) / UNIT_WEIGHT;
+      statistics().factors[m] = rsqrtf(__fdividef(squares, p.weights.inputs) + p.eps);
     }
     const float factor = statistics().factors[m];
     return make_float2(sum.x * factor, sum.y * factor);
@@ -91,8 +87,6 @@ class HeldRows {
   using Two = typename TwoOf<X>::type;
   static constexpr int UNITS = HELD_FEATURES / (STEP_WARPS * UNIT<W>);
   static constexpr int EIGHTS = Product::EIGHTS;
-  // A half's range is too short for x times a norm's weights: these are made smaller.
-  static constexpr float UNIT_WEIGHT = std::is_same_v<X, __half> ? 1 / 256.0f : 1;
 
   static __device__ int lane() { return threadIdx.x % 32; }
   // The first feature of the warp's unit number i.

@@ -58,9 +58,9 @@ bool record_sum(Tensor product, Tensor x, Tensor residual, Maybe bias, Tensor ou
   const LinearParams& p = made.linear;
   const int64_t features = p.weights.outputs, words = p.rows * features;
   if (p.out != x.data_ptr() || p.weights.gated || p.activation != Activation::none ||
-      p.bias.data || p.rows > MOST_STAGED_ROWS || words > MOST_STEP_WORDS || !is_float(residual) || !residual.is_contiguous() ||
-      residual.numel() != words || !is_vector(bias, features) || !is_float(out) ||
-      !out.is_contiguous() || out.numel() != words) {
+      p.bias.data || p.rows > MOST_STAGED_ROWS || words > MOST_STEP_WORDS || !is_float(residual) ||
+      !residual.is_contiguous() || residual.numel() != words ||
+      !is_vector(bias, features) || !is_float(out) || !out.is_contiguous() || out.numel() != words) {
     return false;
   }
   const SumParams sum{.residual = operand(residual),

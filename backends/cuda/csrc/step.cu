@@ -7,7 +7,7 @@
 namespace lmi {
 namespace {
 
-constexpr int MARGIN = 2560;  // bytes of shared memory: what is static
+constexpr int MARGIN = 2560;  // bytes of shared memory: what is static (1,792 at most) and some more
 constexpr int LISTED = 12 << 10;  // bytes that the list of products may take beside x
 // Bytes of all ranks' words up to which every block takes them itself: 132 blocks read so much of L2 in 1.6
 // microseconds, half of it while the peers' is awaited, and what that spares takes two.
@@ -162,8 +162,8 @@ void join_sums(Program& program, Phase* phases, int ranks) {
 // What a phase wants of shared memory beside the rings.
 int beside_rings(const Program& program, const Phase& phase) {
   if (phase.work == Work::linear) {
-    const int x = program.rows > MOST_STAGED_ROWS ? 0 : x_bytes(phase.linear.weights, program.rows, program.type);
-    return partial_bytes(program.rows) + x;
+    if (program.rows > MOST_STAGED_ROWS) return partial_bytes(program.rows);
+    return partial_bytes(program.rows) + x_bytes(phase.linear.weights, program.rows, program.type);
   }
   if (phase.work != Work::attention) return 0;
   AttentionParams p = phase.attention;
@@ -179,8 +179,9 @@ bool plan_linear(LinearParams& p, Type type, const Device& gpu, int64_t work_flo
   if (p.rows > MOST_STAGED_ROWS) {
     split(w, (w.inputs + HELD_FEATURES - 1) / HELD_FEATURES);
     if (type == Type::float32) return false;
-    // A norm is RMSNorm, of whole rows.
-    if (p.norm_weight.data && (p.norm_bias.data || w.splits > 1)) return false;
+    // A norm is RMSNorm of whole rows, and x times its weights is in range.
+    const bool behind = type == Type::bfloat16 && !p.norm_bias.data && w.splits == 1;
+    if (p.norm_weight.data && !behind) return false;
   } else {
     for (int splits = 1;; ++splits) {
       split(w, splits);

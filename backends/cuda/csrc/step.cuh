@@ -236,7 +236,8 @@ __global__ void __launch_bounds__(STEP_THREADS, 1) step_kernel(const StepParams 
       }
     } else if (phase.work == Work::attention) {
       if constexpr (NT > 1) {
-        barrier.go_on(attend_apart<X>(phase.attention, partial, s.barrier, barrier.stands(), phase.barrier));
+        barrier.go_on(attend_apart<X>(phase.attention, partial, s.barrier, barrier.stands(),
+                                      phase.barrier));
       } else if constexpr (TAKES) {
         attend_phase<X, true>(phase.attention, partial, wait, StoreOrHand{peers, phase});
       } else {

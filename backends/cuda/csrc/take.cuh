@@ -103,7 +103,7 @@ __device__ inline float quick_row_sum(float value, int width, float* scratch) {
 template <typename X, typename W>
 static __device__ __noinline__ void take(const Phase& phase, const Meeting& peers, X* to,
                                          float* scratch) {
-  static_assert(MOST_STEP_ROWS <= STEP_WARPS);  // all rows at once
+  static_assert(MOST_STAGED_ROWS <= STEP_WARPS);  // all rows at once
   const ProductParams& p = phase.linear;
   const SumParams& s = p.added;
   const RowShare<STEP_WARPS> share(p.rows);
