@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,15 +11,12 @@ import torch
 from lmi_multi.backends.cuda import BACKEND, backend
 from lmi_multi.backends.cuda.backend import _devices
 
-import lmi_multi
-from lmi_multi import backends
 from lmi_multi.backends.base import Availability
 from lmi_multi.errors import CapacityError
 from lmi_multi.fallback import loading
 from lmi_multi.parallel.grid import Grid
 from tests import tiny_models
 from tests.test_cuda_ahead import open_model, programs  # noqa: F401
-from tests.test_cuda_graphs import prompts
 
 TOLD = {"RANK": "6", "WORLD_SIZE": "8", "LOCAL_RANK": "2", "MASTER_ADDR": "127.0.0.1"}
 
@@ -109,29 +105,3 @@ def test_calls_are_made_on_the_executors_gpu(tmp_path: Path) -> None:
         entered.clear()
         call()
         assert entered == ["in", "out"]
-
-
-@pytest.mark.cuda
-def test_answers_of_the_second_gpu(monkeypatch: pytest.MonkeyPatch, checkpoints: Path) -> None:
-    """Asked from a thread whose current GPU is the first."""
-    state = backends.probe("cuda")
-    if not state.ok or len(state.devices) < 2:
-        pytest.skip(f"cuda: 2 GPUs wanted, {len(state.devices)} here; {state.reason}")
-    folder = tiny_models.checkpoint(checkpoints, "llama")
-    own, answers = prompts(5, 3), []
-    for number in ("0", "1"):
-        for name, value in (TOLD | {"MASTER_PORT": "1", "LOCAL_RANK": number}).items():
-            monkeypatch.setenv(name, value)
-        with lmi_multi.load(folder, backend="cuda", dtype="fp32", max_batch=4) as model:
-            assert model.device.startswith(f"cuda:{number}")
-
-            def ask(model: lmi_multi.Model = model) -> None:
-                torch.cuda.set_device(0)
-                for more in ({}, {"do_sample": True, "seed": 2}, {"num_beams": 2}):
-                    found = model.generate(own, max_new_tokens=20, **more)
-                    answers.append([c.token_ids for c in found])
-
-            asking = threading.Thread(target=ask)
-            asking.start()
-            asking.join(120)
-    assert len(answers) == 6 and answers[:3] == answers[3:]

@@ -106,7 +106,8 @@ def opened(shape: str, dtype: Any, quantize: Any, program_rows: int) -> Any:
     device = torch.device("cuda", 0)
     spec, tensors = random_model(SHAPES[shape], dtype, quantize, device)
     for name, tensor in tensors.items():
-        if name.endswith("norm2.weight"):  # so that what an FFN finds counts
+        # So that what an FFN finds counts, as it does anyway with codes.
+        if name.endswith("norm2.weight") and quantize is None:
             tensor.uniform_(0.5, 1.5)
     scratch = Scratch(device, LIMITS.max_batch * spec.heads)
     executor = CudaExecutor(spec, tensors, LIMITS, scratch, SingleRank(), program_rows=program_rows)
@@ -156,7 +157,6 @@ CASES = [
         ("llama-gqa", "bf16", "int8"),
         ("opt-350m", "bf16", "fp8"),
         ("held", "bf16", "int8"),
-        ("held", "fp16", "fp8"),
         ("too-wide", "bf16", "int8"),
     ),
     *(("gptj", "fp16", None), ("bloom", "fp16", None), ("llama-gqa", "fp16", None)),

@@ -94,7 +94,7 @@ class Run:
         self.log, self.errors = folder / "log", folder / "errors"
         environ = {
             **os.environ,
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
             "OMP_NUM_THREADS": "1",
             "ASKED": json.dumps([PROMPTS, OPTIONS]),
             "BACKEND": backend,
