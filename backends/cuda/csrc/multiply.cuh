@@ -1,7 +1,8 @@
 // What a block does of a fused product: norm, product, scale, bias, activation, gate and residual.
 //
-// It keeps its rows of x, normalized, in shared memory (many of a step in registers: held.cuh), and goes
-// through tiles of sixteen weight rows. Its warps share the features of a tile, so every weight byte is read once.
+// It keeps its rows of x, normalized, in shared memory (many of a step in registers: held.cuh), and
+// goes through tiles of sixteen weight rows. Its warps share the features of a tile, so every weight
+// byte is read once.
 // Where x does not fit, features are also shared among `splits` blocks; the last of these
 // that is done with a tile adds up what they have found.
 #pragma once

@@ -7,7 +7,7 @@
 namespace lmi {
 namespace {
 
-constexpr int MARGIN = 2560;  // bytes of shared memory: what is static (1,792 at most) and some more
+constexpr int MARGIN = 2560;  // bytes of shared memory: what is static, 1,792 at most, and more
 constexpr int LISTED = 12 << 10;  // bytes that the list of products may take beside x
 // Bytes of all ranks' words up to which every block takes them itself: 132 blocks read so much of L2 in 1.6
 // microseconds, half of it while the peers' is awaited, and what that spares takes two.
@@ -28,7 +28,8 @@ int x_bytes(const Weights& w, int rows, Type type) {
 
 // A third of shared memory, and what the shortest rings leave; the rest makes rings longer.
 int x_room(const Device& gpu) {
-  const int left = gpu.shared_per_block - MARGIN - LISTED - partial_bytes(1) - FEW_SLOTS * STEP_WARPS * SLOT_BYTES;
+  const int rings = FEW_SLOTS * STEP_WARPS * SLOT_BYTES;
+  const int left = gpu.shared_per_block - MARGIN - LISTED - partial_bytes(1) - rings;
   return std::min(left, static_cast<int>(gpu.shared_per_block * 0.36));
 }
 
