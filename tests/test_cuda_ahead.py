@@ -309,3 +309,19 @@ def test_who_takes_a_norm(rows: int) -> None:
     ):
         x = torch.empty(rows, features, dtype=dtype, device="meta")
         assert _fuses_norm(x, bias) == (rows <= 4 if rows <= 8 else behind)
+
+
+@pytest.mark.parametrize(
+    ("rows", "centred", "phases"), [(4, True, 1), (16, False, 1), (16, True, 2)]
+)
+def test_a_norm_that_no_product_takes_is_a_phase(rows: int, centred: bool, phases: int) -> None:
+    from lmi_multi.backends.cuda.program import Recorder
+
+    def made(*shape: int) -> Tensor:
+        return torch.ones(shape, dtype=torch.bfloat16)
+
+    x, weight, norm = made(rows, 64), made(32, 64), made(64)
+    recorder = Recorder([x])
+    terms = (None, None, norm, norm if centred else None, 1e-5, None, 0, False, 1)
+    assert recorder.linear(x, weight, *terms, made(1), made(1), made(rows, 32))
+    assert len(recorder.phases) == phases

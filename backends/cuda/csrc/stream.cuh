@@ -15,15 +15,25 @@ constexpr int SLOT_BYTES = TILE * UNIT_BYTES;
 constexpr int FEW_SLOTS = 4, MANY_SLOTS = 12;
 
 // The largest choice that is not above `slots`; 0: there is none.
-inline int ring_slots(int slots) {
+constexpr int ring_slots(int slots) {
   return slots < FEW_SLOTS ? 0 : slots < 8 ? slots : std::min(slots / 2 * 2, MANY_SLOTS);
 }
 
 // The same of so many warps' rings together, of which some may have one slot more.
-inline int ring_slots(int slots, int warps) {
+constexpr int ring_slots(int slots, int warps) {
   const int each = ring_slots(slots / warps);
   return each && each < 8 ? slots : each * warps;
 }
+
+// Whether each warp's ring is then one of the choices.
+constexpr bool are_choices(int warps) {
+  for (int slots = 0; slots < 2 * MANY_SLOTS * warps; ++slots) {
+    const int all = ring_slots(slots, warps), each = all / warps, most = each + (all % warps > 0);
+    if (all > slots || ring_slots(each) != each || ring_slots(most) != most) return false;
+  }
+  return true;
+}
+static_assert(are_choices(8) && are_choices(16));
 
 // What a block does of a product.
 struct Part {
