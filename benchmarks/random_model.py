@@ -111,7 +111,7 @@ def _executor(
 
 
 def _random(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """As large as trained ones are about: norms near one, products that keep the size of x."""
+    """Products keep the size of x; norms, biases and scales are below 1/64."""
     if dtype in LARGEST:
         codes = torch.randint(-127, 128, shape, dtype=torch.int8, device=device)
         return codes if dtype == torch.int8 else codes.to(torch.bfloat16).to(dtype)

@@ -12,8 +12,7 @@ import lmi_multi
 from lmi_multi import backends
 from tests import tiny_models
 from tests.test_cuda_graphs import prompts
-
-TOLD = {"RANK": "6", "WORLD_SIZE": "8", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+from tests.test_cuda_own_gpu import TOLD
 
 
 @pytest.mark.cuda
@@ -25,7 +24,7 @@ def test_answers_of_the_second_gpu(monkeypatch: pytest.MonkeyPatch, checkpoints:
     folder = tiny_models.checkpoint(checkpoints, "llama")
     own, answers = prompts(5, 3), []
     for number in ("0", "1"):
-        for name, value in (TOLD | {"LOCAL_RANK": number}).items():
+        for name, value in (TOLD | {"MASTER_PORT": "1", "LOCAL_RANK": number}).items():
             monkeypatch.setenv(name, value)
         with lmi_multi.load(folder, backend="cuda", dtype="fp32", max_batch=4) as model:
             assert model.device.startswith(f"cuda:{number}")

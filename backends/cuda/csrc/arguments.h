@@ -78,6 +78,12 @@ inline std::optional<LinearParams> linear_params(
                       .rows = static_cast<int>(rows)};
 }
 
+// Whether a Divisor divides every item's number by rows and heads: blocks go some further than the last.
+inline bool can_divide(int64_t rows, int64_t heads, int64_t splits) {
+  constexpr int64_t FURTHER = 1 << 16;
+  return (rows * heads * splits + FURTHER) * std::max(rows, heads) <= UINT32_MAX;
+}
+
 inline std::optional<AttentionParams> attention_params(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& table,
     const Tensor& lengths, bool write, int64_t heads, const Maybe& q_norm, const Maybe& k_norm,
@@ -94,7 +100,8 @@ inline std::optional<AttentionParams> attention_params(
       lengths.scalar_type() != ScalarType::Int || !table.is_contiguous() || !is_float32(cos) ||
       !is_float32(sin) || !is_float32(bias) || !is_float32(slopes) || !is_vector(q_norm, dim) ||
       !is_vector(k_norm, dim) || rows * heads > counters.numel() ||
-      (splits > 1 && rows * heads * splits * (dim + 2) > work.numel())) {
+      (splits > 1 && rows * heads * splits * (dim + 2) > work.numel()) ||
+      !can_divide(rows, heads, splits)) {
     return std::nullopt;
   }
   const char* start = static_cast<const char*>(q.data_ptr());

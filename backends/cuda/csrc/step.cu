@@ -7,7 +7,7 @@
 namespace lmi {
 namespace {
 
-constexpr int MARGIN = 2560;  // bytes of shared memory: what is static, 1,792 at most, and more
+constexpr int MARGIN = 2560;  // bytes of shared memory: of what is static, 1,792 at most now
 constexpr int LISTED = 12 << 10;  // bytes that the list of products may take beside x
 // Bytes of all ranks' words up to which every block takes them itself: 132 blocks read so much of L2 in 1.6
 // microseconds, half of it while the peers' is awaited, and what that spares takes two.
