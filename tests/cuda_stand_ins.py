@@ -120,6 +120,19 @@ def linear(
     out.copy_(y if residual is None else residual + y)
 
 
+def recorded_linear(
+    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None,
+    norm_weight: Tensor | None, norm_bias: Tensor | None, norm_terms: Tensor | None, eps: float,
+    *others: Any,
+) -> None:  # fmt: skip
+    """A product of a step: as `linear`, or with a LayerNorm behind it."""
+    if norm_terms is not None:
+        assert norm_weight is not None and norm_bias is None and bias is None
+        norm_bias = torch.zeros_like(norm_weight)
+        bias = norm_terms[:, 1] if scale is None else norm_terms[:, 1] * scale
+    linear(x, weight, scale, bias, norm_weight, norm_bias, eps, *others)
+
+
 def heads(
     x: Tensor, weight: Tensor, bias: Tensor | None, norm_weight: Tensor | None,
     norm_bias: Tensor | None, norm_eps: float, *attention: Any,
@@ -202,7 +215,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Programs:
         linear=lambda *_: False, norm=lambda *_: False,
         activate=lambda *_: False, widen=lambda *_: False, gemm=lambda *_: False,
         record_norm=made.recording(norm),
-        record_linear=made.recording(linear), record_attention=made.recording(attend),
+        record_linear=made.recording(recorded_linear),
+        record_attention=made.recording(attend),
         record_sum=made.recording(made.add_up), finish_program=lambda *_: True,
         run_program=made.run, run_program_of_ranks=made.run_of_ranks,
         all_reduce=lambda *_: False,

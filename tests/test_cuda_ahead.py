@@ -29,14 +29,16 @@ from torch import Tensor
 
 from lmi_multi.backends.base import Executor
 from lmi_multi.backends.drawing import draw
+from lmi_multi.checkpoint.quantize import quantize
 from lmi_multi.engine.batch import Row
 from lmi_multi.model import Model
 from lmi_multi.models.weights import Linear, Norm
 from lmi_multi.ops.beams import Beams
+from lmi_multi.ops.reference import Reference
 from lmi_multi.ops.sampling import SampleRow
 from lmi_multi.parallel.collectives import SingleRank
 from tests import tiny_models
-from tests.cuda_stand_ins import Programs, stand_in
+from tests.cuda_stand_ins import Programs, recorded_linear, stand_in
 from tests.families import VOCAB
 from tests.test_cuda_graphs import LIMITS, SEARCHES, assert_same_as_cpu, cpu_model, prompts
 
@@ -287,7 +289,7 @@ def test_programs_are_for_large_products() -> None:
         (0, layer(enough - 4, bf16, norm(4096, bf16))),
         (16, layer(enough, bf16, norm(4096, bf16))),
         (8, layer(enough, bf16, norm(4104, bf16))),
-        (8, layer(enough, bf16, norm(4096, bf16, centred=True))),
+        (16, layer(enough, bf16, norm(4096, bf16, centred=True))),
         (8, layer(enough, fp16, norm(4096, fp16))),
         (8, layer(enough, fp32, norm(4096, fp32))),
         (16, layer(enough, codes, norm(4104, fp16, centred=True), scale)),
@@ -301,27 +303,56 @@ def test_who_takes_a_norm(rows: int) -> None:
     """A product itself, or a phase of its own in front of it."""
     from lmi_multi.backends.cuda.program import _fuses_norm
 
-    for features, dtype, bias, behind in (
-        (4096, torch.bfloat16, None, True),
-        (4104, torch.bfloat16, None, False),
-        (4096, torch.float16, None, False),
-        (4096, torch.bfloat16, torch.ones(1), False),
+    for features, dtype, behind in (
+        (4096, torch.bfloat16, True),
+        (4104, torch.bfloat16, False),
+        (4096, torch.float16, False),
     ):
         x = torch.empty(rows, features, dtype=dtype, device="meta")
-        assert _fuses_norm(x, bias) == (rows <= 4 if rows <= 8 else behind)
+        assert _fuses_norm(x) == (rows <= 4 if rows <= 8 else behind)
 
 
 @pytest.mark.parametrize(
-    ("rows", "centred", "phases"), [(4, True, 1), (16, False, 1), (16, True, 2)]
+    ("rows", "name", "phases"), [(4, "float16", 1), (8, "bfloat16", 2), (16, "bfloat16", 1)]
 )
-def test_a_norm_that_no_product_takes_is_a_phase(rows: int, centred: bool, phases: int) -> None:
+@pytest.mark.parametrize("centred", [True, False])
+def test_a_norm_that_no_product_takes_is_a_phase(
+    rows: int, name: str, phases: int, centred: bool
+) -> None:
     from lmi_multi.backends.cuda.program import Recorder
 
     def made(*shape: int) -> Tensor:
-        return torch.ones(shape, dtype=torch.bfloat16)
+        return torch.ones(shape, dtype=getattr(torch, name))
 
     x, weight, norm = made(rows, 64), made(32, 64), made(64)
     recorder = Recorder([x])
     terms = (None, None, norm, norm if centred else None, 1e-5, None, 0, False, 1)
     assert recorder.linear(x, weight, *terms, made(1), made(1), made(rows, 32))
     assert len(recorder.phases) == phases
+
+
+@pytest.mark.parametrize("codes", [None, torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("biased", [True, False])
+def test_a_layer_norm_behind_a_product(
+    codes: torch.dtype | None, biased: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """x - mean need not be known in front of it: see `norm_terms`."""
+    from lmi_multi.backends.cuda import program
+
+    monkeypatch.setattr(program, "TERMS_AT_ONCE", 7 * 64)  # the last part is a smaller one
+    torch.manual_seed(0)
+    weight, scale = torch.randn(40, 64), None
+    if codes is not None:
+        weight, scale = quantize(weight, codes)
+    bias = torch.randn(40) if biased else None
+    norm = Norm(torch.rand(64) + 0.5, torch.randn(64))
+    assert norm.bias is not None
+    x = torch.randn(12, 64) + 3
+    terms = program.norm_terms(weight, scale, bias, norm.weight, norm.bias)
+    assert terms.dtype == torch.float32
+    found = torch.empty(12, 40)
+    given = (x, weight, scale, None, norm.weight, None, terms, 1e-5, None, 0, False)
+    recorded_linear(*given, torch.empty(0), torch.empty(0), found)
+    ops = Reference()
+    expected = ops.linear(ops.norm(x, norm, 1e-5), Linear(weight, bias, scale))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

@@ -109,6 +109,11 @@ def opened(shape: str, dtype: Any, quantize: Any, program_rows: int) -> Any:
         # So that what an FFN finds counts, as it does anyway with codes.
         if name.endswith("norm2.weight") and quantize is None:
             tensor.uniform_(0.5, 1.5)
+        # So that rows have a mean, and LayerNorms something to add.
+        if name in ("embed.weight", "embed_norm.bias"):
+            tensor.add_(tensor.std() + 0.1)
+        if name.endswith(("norm1.bias", "norm2.bias")):
+            tensor.uniform_(-0.5, 0.5)
     scratch = Scratch(device, LIMITS.max_batch * spec.heads)
     executor = CudaExecutor(spec, tensors, LIMITS, scratch, SingleRank(), program_rows=program_rows)
     torch.manual_seed(1)

@@ -102,8 +102,8 @@ def test_searches(dtype: torch.dtype, vocab: int) -> None:
     assert not made.counters.any()
 
 
-@pytest.mark.parametrize("most", [8, 0], ids=["as-one", "single"])
-@pytest.mark.parametrize("rows", [2, 5])
+@pytest.mark.parametrize("most", [16, 0], ids=["as-one", "single"])
+@pytest.mark.parametrize("rows", [2, 5, 13])
 @pytest.mark.parametrize("shape", ["flan", "llama-gqa", "gpt2"])
 def test_steps(shape: str, rows: int, most: int) -> None:
     """Layers as one kernel and kernel by kernel: attention of all kinds, products, barriers."""

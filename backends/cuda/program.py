@@ -32,6 +32,7 @@ PHASE_BYTES = 256  # see csrc/step.h
 # in shared memory. A phase of its own was the faster one at 16 rows, and no faster at 4; between
 # them it has not been measured.
 FUSED_NORM_ROWS = 4
+TERMS_AT_ONCE = 1 << 24  # weights that `norm_terms` widens at a time
 
 
 class NotCoveredError(Exception):
@@ -53,7 +54,7 @@ def program_rows(layers: Sequence[Layer]) -> int:
     if all(linear.scale is not None for linear in linears):
         return MOST_ROWS
     # Norms that a product takes itself; where they are phases, cuBLAS is as fast.
-    behind = all(_is_behind(norm.weight, norm.bias) for norm in norms)
+    behind = all(_is_behind(norm.weight) for norm in norms)
     return MOST_ROWS if behind else MOST_STAGED_ROWS
 
 
@@ -87,13 +88,17 @@ class Recorder:
         counters: Tensor, out: Tensor,
     ) -> bool:  # fmt: skip
         """See `lmi_multi::linear`; `splits` is the step's own affair."""
-        if norm_weight is not None and not _fuses_norm(x, norm_bias):
+        if norm_weight is not None and not _fuses_norm(x):
             x, norm_weight, norm_bias = self._norm(x, norm_weight, norm_bias, eps), None, None
+        terms = None
+        if norm_weight is not None and norm_bias is not None and len(x) > MOST_STAGED_ROWS:
+            terms = norm_terms(weight, scale, bias, norm_weight, norm_bias)
+            bias = norm_bias = None
         reads = [x] if residual is None else [x, residual]
-        terms = (scale, bias, norm_weight, norm_bias, eps, residual, activation, gated)
+        others = (scale, bias, norm_weight, norm_bias, terms, eps, residual, activation, gated)
         self.weight = weight
         op = torch.ops.lmi_multi.record_linear
-        return self._add(op, (x, weight, *terms, work, counters, out), reads, out)
+        return self._add(op, (x, weight, *others, work, counters, out), reads, out)
 
     def _norm(self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
         """x normalized, once for all that want it (GPT-J's attention and FFN)."""
@@ -150,17 +155,42 @@ class Recorder:
         return True
 
 
-def _fuses_norm(x: Tensor, bias: Tensor | None) -> bool:
+def norm_terms(
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+) -> Tensor:
+    """What a product [outputs, inputs] needs for a LayerNorm behind it: float32 [outputs, 2].
+
+    For a row x of mean m and factor f = 1 / sqrt(variance + eps), W (f (x - m) * w + b) + bias is
+    f (W (x * w) - m terms[:, 0]) + terms[:, 1], with W w and W b + bias for terms. Quantized
+    weights count as their codes, behind whose results `scale` comes.
+    """
+    sums = torch.empty(len(weight), 2, dtype=torch.float32, device=weight.device)
+    rows = max(1, TERMS_AT_ONCE // weight.size(1))
+    for first in range(0, len(weight), rows):
+        some = slice(first, first + rows)
+        wide = weight[some].float()
+        for column, vector in enumerate((norm_weight, norm_bias)):
+            sums[some, column] = (wide * vector.float()).sum(dim=1)
+    if bias is not None:
+        sums[:, 1] += bias if scale is None else bias / scale
+    return sums
+
+
+def _fuses_norm(x: Tensor) -> bool:
     """Whether a product takes its norm itself."""
     if len(x) <= MOST_STAGED_ROWS:
         return len(x) <= FUSED_NORM_ROWS
-    return _is_behind(x[0], bias)
+    return _is_behind(x[0])
 
 
-def _is_behind(row: Tensor, bias: Tensor | None) -> bool:
-    """Whether a norm of such rows comes behind products of more than MOST_STAGED_ROWS: an RMSNorm,
-    where a row fits and is in range times the norm's weights. See csrc/held.cuh."""
-    return bias is None and row.numel() <= HELD_FEATURES and row.dtype == torch.bfloat16
+def _is_behind(row: Tensor) -> bool:
+    """Whether the norm of such rows comes behind products of more than MOST_STAGED_ROWS: where a
+    row fits and is in range times the norm's weights. See csrc/held.cuh."""
+    return row.numel() <= HELD_FEATURES and row.dtype == torch.bfloat16
 
 
 class RecordedSums:

@@ -68,6 +68,7 @@ inline std::optional<LinearParams> linear_params(
                       .bias = operand(bias),
                       .residual = operand(residual),
                       .scale = pointer<float>(scale),
+                      .norm_terms = nullptr,
                       .out = out.data_ptr(),
                       .work = pointer<float>(work),
                       .counters = pointer<int>(counters),

@@ -37,12 +37,22 @@ bool record_norm(Tensor x, Tensor weight, Maybe bias, double eps, Tensor out, bo
   return p && put_phase(phase, Work::norm, &Phase::norm, *p, barrier);
 }
 
+// See LinearParams::norm_terms.
+bool are_terms(const Maybe& terms, const LinearParams& p) {
+  if (!terms) return true;
+  return p.rows > MOST_STAGED_ROWS && p.norm_weight.data && !p.norm_bias.data && !p.bias.data &&
+         is_float32(terms) && terms->is_contiguous() && terms->numel() == 2 * p.weights.outputs;
+}
+
 bool record_linear(Tensor x, Tensor weight, Maybe scale, Maybe bias, Maybe norm_weight,
-                   Maybe norm_bias, double eps, Maybe residual, int64_t activation, bool gated,
-                   Tensor work, Tensor counters, Tensor out, bool barrier, Tensor phase) {
+                   Maybe norm_bias, Maybe norm_terms, double eps, Maybe residual,
+                   int64_t activation, bool gated, Tensor work, Tensor counters, Tensor out,
+                   bool barrier, Tensor phase) {
   auto p = linear_params(x, weight, scale, bias, norm_weight, norm_bias, eps, residual, activation,
                          gated, work, counters, out);
-  const bool planned = p && p->rows <= MOST_STEP_ROWS &&
+  if (!p || !are_terms(norm_terms, *p)) return false;
+  p->norm_terms = static_cast<const float2*>(norm_terms ? norm_terms->data_ptr() : nullptr);
+  const bool planned = p->rows <= MOST_STEP_ROWS &&
                        plan_linear(*p, computed_in(x, weight, norm_weight), device_of(x),
                                    work.numel(), counters.numel());
   return planned && put_phase(phase, Work::linear, &Phase::linear, ProductParams{*p, {}}, barrier);
@@ -186,8 +196,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lmi_multi, m) {
       "Tensor(a!) phase) -> bool");
   m.def(
       "record_linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor? norm_weight, "
-      "Tensor? norm_bias, float eps, Tensor? residual, int activation, bool gated, Tensor work, "
-      "Tensor counters, Tensor out, bool barrier, Tensor(a!) phase) -> bool");
+      "Tensor? norm_bias, Tensor? norm_terms, float eps, Tensor? residual, int activation, bool gated, "
+      "Tensor work, Tensor counters, Tensor out, bool barrier, Tensor(a!) phase) -> bool");
   m.def(
       "record_sum(Tensor(a!) product, Tensor x, Tensor residual, Tensor? bias, Tensor out, "
       "bool barrier, Tensor(b!) phase) -> bool");

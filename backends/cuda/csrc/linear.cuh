@@ -57,8 +57,8 @@ __global__ void __launch_bounds__(THREADS, Product::AT_ONCE)
     stage<X, W, X>(p, share, norm, part.begin, part.end, x, partial);
   }
   __syncthreads();
-  const StagedRows<X> rows{x, row_stride<X>(part.end - part.begin), p.rows};
-  multiply<Product, NT, WARPS>(p, part, weights, rows, partial);
+  StagedRows<Product, NT, WARPS> rows{x, row_stride<X>(part.end - part.begin), p.rows};
+  multiply<WARPS>(p, part, weights, rows, partial);
 }
 
 template <typename Product, int NT>

@@ -25,6 +25,10 @@ struct LinearParams {
   // Norms are of the type that is computed in; x is that or float32.
   Operand x, norm_weight, norm_bias, bias, residual;
   const float* scale;  // of each output channel, for quantized weights
+  // Of each output channel, where a LayerNorm comes behind the product (held.cuh) and has no biases here,
+  // nor has the product: the sum of its weights times the norm's; and its bias with the sum of its
+  // weights times the norm's biases, over its scale.
+  const float2* norm_terms;
   void* out;
   float* work;    // what the splits have found: [tiles, splits] tiles of results
   int* counters;  // [tiles], zero

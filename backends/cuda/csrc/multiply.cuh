@@ -125,11 +125,12 @@ constexpr int PARTIALS = WARPS * NT * 4 * 32;  // floats
 // One of the two results that a thread finishes: row n * 8 + lane % 4 * 2 + c.
 template <int NT>
 struct Place {
-  int g, m, c, n;
+  static constexpr int THREADS = NT * 64;  // that finish a tile
+  int thread, g, m, c, n;
   bool mine;
 
   __device__ explicit Place(int thread)
-      : g(thread % 32 / 4), c(thread / 32 % 2), n(thread / 64), mine(thread < NT * 64) {
+      : thread(thread), g(thread % 32 / 4), c(thread / 32 % 2), n(thread / 64), mine(thread < THREADS) {
     m = n * 8 + thread % 4 * 2 + c;
   }
 };
@@ -165,114 +166,171 @@ __device__ inline int thread_again() {
   return found;
 }
 
-// What the warps have, added up, for the threads that finish it.
-template <int NT, int WARPS>
-__device__ float2 sum_warps(const float (&own)[NT][4], const Place<NT>& at, float* partial) {
-  leave_sums<NT>(own, partial);
-  __syncthreads();
-  return at.mine ? add_sums<NT, WARPS>(at, partial) : make_float2(0, 0);
-}
-
 // Where a split of a tile leaves its sums.
-template <int NT>
+template <typename Place>
 __device__ float2* work_of(const LinearParams& p, int tile, int split) {
   const int64_t at = static_cast<int64_t>(tile) * p.weights.splits + split;
-  return reinterpret_cast<float2*>(p.work) + at * NT * 64;
+  return reinterpret_cast<float2*>(p.work) + at * Place::THREADS;
 }
 
+// One more of a tile's splits is done: how many were before. What they have left is there then.
+__device__ inline int count_split(int* counter) {
+  int before;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;"
+               : "=r"(before)
+               : "l"(counter)
+               : "memory");
+  return before;
+}
+
+// What a tile's splits have left for a thread, on its way: of up to so many, others are added up when it
+// is taken.
+template <typename Place>
+struct SplitSums {
+  static constexpr int AT_ONCE = 4;
+  float2 found[AT_ONCE] = {};
+
+  __device__ void read(const LinearParams& p, int tile, int thread, int first = 0) {
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i) {
+      const int split = first + i;
+      found[i] = make_float2(0, 0);
+      if (split < p.weights.splits) found[i] = __ldcg(work_of<Place>(p, tile, split) + thread);
+    }
+  }
+
+  __device__ float2 take(const LinearParams& p, int tile, int thread) {
+    float2 sum = make_float2(0, 0);
+#pragma unroll 1
+    for (int first = AT_ONCE;; first += AT_ONCE) {
+#pragma unroll
+      for (const float2& some : found) sum.x += some.x, sum.y += some.y;
+      if (first >= p.weights.splits) return sum;
+      read(p, tile, thread, first);
+    }
+  }
+};
+
 // Finish those of the part's tiles whose other splits are all done. Whether they are is asked for
-// all tiles at once, since each question takes a while.
-template <int NT, int WARPS, typename W, typename Put>
+// all tiles at once, since each question takes a while; and what they wait for, of two.
+template <typename Place, int WARPS, typename W, typename Put>
 __device__ __noinline__ void finish_splits(const LinearParams& p, Part part, int* is_last,
                                            Put put) {
   const Weights& w = p.weights;
-  constexpr int TEAM = NT * 64, THREADS = WARPS * 32;
+  constexpr int TEAM = Place::THREADS, THREADS = WARPS * 32, TEAMS = THREADS / TEAM;
   const int thread = threadIdx.x % TEAM;
-  const Place<NT> at(thread);
+  const Place at(thread);
 #pragma unroll 1
   for (int first = part.tile; first < w.tiles; first += THREADS * part.tile_step) {
     __syncthreads();
-    __threadfence();
     const int asked = first + threadIdx.x * part.tile_step;
     bool last = false;
     if (asked < w.tiles) {
       int* counter = p.counters + asked;
-      last = atomicAdd(counter, 1) == w.splits - 1;
+      last = count_split(counter) == w.splits - 1;
       if (last) *counter = 0;
     }
     is_last[threadIdx.x] = last;
     __syncthreads();
-    __threadfence();
 #pragma unroll 1
-    for (int i = threadIdx.x / TEAM; i < THREADS; i += THREADS / TEAM) {
-      const int tile = first + i * part.tile_step;
-      if (tile >= w.tiles) break;
-      if (!is_last[i]) continue;
-      const Terms terms = read_terms<W>(p, tile, at.g, at.m);
-      float2 sum = make_float2(0, 0);
-#pragma unroll 1
-      for (int s = 0; s < w.splits; ++s) {
-        const float2 found = __ldcg(work_of<NT>(p, tile, s) + thread);
-        sum.x += found.x, sum.y += found.y;
+    for (int i = threadIdx.x / TEAM; i < THREADS; i += 2 * TEAMS) {
+      if (first + i * part.tile_step >= w.tiles) break;
+      Terms terms[2];
+      SplitSums<Place> sums[2];
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        const int index = i + k * TEAMS, tile = first + index * part.tile_step;
+        if (index >= THREADS || !is_last[index]) continue;
+        terms[k] = read_terms<W>(p, tile, at.g, at.m);
+        sums[k].read(p, tile, thread);
       }
-      put(p, tile, at.g, at.m, terms, sum);
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        const int index = i + k * TEAMS, tile = first + index * part.tile_step;
+        if (index >= THREADS || !is_last[index]) continue;
+        put(p, tile, at.g, at.m, terms[k], sums[k].take(p, tile, thread));
+      }
     }
     __syncthreads();
   }
 }
 
 // x in shared memory, as `stage` puts it there.
-template <typename X>
+template <typename Product_, int NT, int WARPS>
 struct StagedRows {
-  const X* x;
+  using Product = Product_;
+  using Place = lmi::Place<NT>;
+  using Terms = lmi::Terms;
+  static constexpr int PARTIALS = lmi::PARTIALS<NT, WARPS>;
+
+  const typename Product::X* x;
   int stride, rows;
 
   // The products of the warp's units of a tile.
-  template <typename Product, int WARPS, typename S>
-  __device__ void multiply(Product& product, S& weights, int features) const {
+  template <typename S>
+  __device__ void multiply(Product& product, S& weights, const Part& part) const {
+    const int features = part.end - part.begin;
     using W = typename Product::W;
 #pragma unroll 1
     for (int f = threadIdx.x / 32 * UNIT<W>; f < features; f += WARPS * UNIT<W>) {
-      product.add(weights.next(), x + f, stride, rows);
+      const Chunks chunks = weights.next();
+      weights.refill();
+      product.add(chunks, x + f, stride, rows);
     }
   }
 
+  static __device__ void leave(const Product& product, float* partial) {
+    float sums[NT][4];
+    product.finish(sums);
+    leave_sums<NT>(sums, partial);
+  }
+
+  static __device__ float2 add(const Place& at, const float* partial) {
+    return add_sums<NT, WARPS>(at, partial);
+  }
+
+  static __device__ Terms terms(const LinearParams& p, int tile, const Place& at) {
+    return read_terms<typename Product::W>(p, tile, at.g, at.m);
+  }
+
   // It has been normalized before.
-  __device__ float2 scale(float2 sum, int, bool, const LinearParams&) const { return sum; }
+  __device__ float2 normalize(float2 sum, int, bool, const LinearParams&, Terms&) const {
+    return sum;
+  }
 };
 
 // The part's tiles, with `x` at hand and everybody behind a barrier. `partial`: twice PARTIALS, of which
 // the second half may still be read.
-template <typename Product, int NT, int WARPS, typename S, typename Rows, typename Put = Store<>>
-__device__ void multiply(const LinearParams& p, const Part& part, S& weights, const Rows& x,
+template <int WARPS, typename S, typename Rows, typename Put = Store<>>
+__device__ void multiply(const LinearParams& p, const Part& part, S& weights, Rows& x,
                          float* partial, Put put = {}) {
-  using W = typename Product::W;
-  const int features = part.end - part.begin, tiles = p.weights.tiles, splits = p.weights.splits;
+  using Place = typename Rows::Place;
+  const int tiles = p.weights.tiles, splits = p.weights.splits;
   int turn = 0;
   // Warps finish tiles in turns: one that always did would be late for every barrier.
-  const auto finisher = [&] { return (thread_again() + turn * NT * 64) % (WARPS * 32); };
+  const auto finisher = [&] { return (thread_again() + turn * Place::THREADS) % (WARPS * 32u); };
 #pragma unroll 1
   for (int tile = part.tile; tile < tiles; tile += part.tile_step, ++turn) {
-    Terms terms;
-    if (const Place<NT> at(finisher()); at.mine && splits == 1) {
-      terms = read_terms<W>(p, tile, at.g, at.m);
-    }
-    Product product;
-    x.template multiply<Product, WARPS>(product, weights, features);
-    float sums[NT][4];
-    product.finish(sums);
-    const Place<NT> at(finisher());
+    typename Rows::Terms terms;
+    if (const Place at(finisher()); at.mine && splits == 1) terms = x.terms(p, tile, at);
+    typename Rows::Product product;
+    x.multiply(product, weights, part);
     // Two buffers of partial sums: one barrier a tile is enough then.
-    float2 sum = sum_warps<NT, WARPS>(sums, at, partial + turn % 2 * PARTIALS<NT, WARPS>);
+    float* sums = partial + turn % 2 * Rows::PARTIALS;
+    x.leave(product, sums);
+    __syncthreads();
+    const Place at(finisher());
     if (!at.mine) continue;
-    sum = x.scale(sum, at.m, turn == 0, p);
+    const float2 sum = x.normalize(x.add(at, sums), at.m, turn == 0, p, terms);
     if (splits == 1) {
       put(p, tile, at.g, at.m, terms, sum);
     } else {
-      work_of<NT>(p, tile, part.split)[finisher()] = sum;
+      work_of<Place>(p, tile, part.split)[at.thread] = sum;
     }
   }
-  if (splits > 1) finish_splits<NT, WARPS, W>(p, part, reinterpret_cast<int*>(partial), put);
+  if (splits > 1) {
+    finish_splits<Place, WARPS, typename Rows::Product::W>(p, part, reinterpret_cast<int*>(partial), put);
+  }
 }
 
 }  // namespace lmi

@@ -82,6 +82,13 @@ __device__ inline uint32_t expand(uint32_t bytes, uint32_t selector, __nv_fp8_e4
   }
 }
 
+// Eight bytes as eight of X, in units of ONE.
+template <typename X, typename W>
+__device__ inline uint4 widened(uint32_t first, uint32_t second) {
+  return make_uint4(expand(first, 0x4140, W(), X()), expand(first, 0x4342, W(), X()),
+                    expand(second, 0x4140, W(), X()), expand(second, 0x4342, W(), X()));
+}
+
 __device__ inline float4 widen4(uint32_t four, int8_t) {
   const char4 bytes = reinterpret_cast<const char4&>(four);
   return make_float4(bytes.x, bytes.y, bytes.z, bytes.w);
@@ -146,11 +153,6 @@ struct TensorProduct {
     multiply8(low, high, x);
   }
 
-  static __device__ uint4 widened(uint32_t first, uint32_t second) {
-    return make_uint4(expand(first, 0x4140, W(), X()), expand(first, 0x4342, W(), X()),
-                      expand(second, 0x4140, W(), X()), expand(second, 0x4342, W(), X()));
-  }
-
   // x: the unit's first feature in row 0.
   __device__ void add(const Chunks& w, const X* x, int stride, int rows) {
     x += threadIdx.x % 4 * 8;
@@ -160,31 +162,8 @@ struct TensorProduct {
       if constexpr (sizeof(W) == 2) {
         add8(low, high, x + c * 32, stride, rows);
       } else {
-        add8(widened(low.x, low.y), widened(high.x, high.y), x + c * 64, stride, rows);
-        add8(widened(low.z, low.w), widened(high.z, high.w), x + c * 64 + 32, stride, rows);
-      }
-    }
-  }
-
-  // Eights of features that a lane has of a unit.
-  static constexpr int EIGHTS = UNIT<W> / 32;
-
-  // Where they begin in the unit.
-  static __device__ int eight(int i) {
-    const int t = threadIdx.x % 4;
-    return sizeof(W) == 2 ? i * 32 + t * 8 : i / 2 * 64 + t * 16 + i % 2 * 8;
-  }
-
-  // The same as `add` where a lane has its part of x at hand.
-  __device__ void add(const Chunks& w, const uint4 (&x)[EIGHTS][NT]) {
-#pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      const uint4 &low = w.low[c], &high = w.high[c];
-      if constexpr (sizeof(W) == 2) {
-        multiply8(low, high, x[c]);
-      } else {
-        multiply8(widened(low.x, low.y), widened(high.x, high.y), x[2 * c]);
-        multiply8(widened(low.z, low.w), widened(high.z, high.w), x[2 * c + 1]);
+        add8(widened<X, W>(low.x, low.y), widened<X, W>(high.x, high.y), x + c * 64, stride, rows);
+        add8(widened<X, W>(low.z, low.w), widened<X, W>(high.z, high.w), x + c * 64 + 32, stride, rows);
       }
     }
   }

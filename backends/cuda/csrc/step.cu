@@ -7,7 +7,8 @@
 namespace lmi {
 namespace {
 
-constexpr int MARGIN = 2560;  // bytes of shared memory: of what is static, 1,792 at most now
+// Bytes of shared memory for what is static: 896 at most now, and 2,944 where x is in registers.
+constexpr int STAGED_MARGIN = 1024, HELD_MARGIN = 3072;
 constexpr int LISTED = 12 << 10;  // bytes that the list of products may take beside x
 // Bytes of all ranks' words up to which every block takes them itself: 132 blocks read so much of L2 in 1.6
 // microseconds, half of it while the peers' is awaited, and what that spares takes two.
@@ -29,7 +30,7 @@ int x_bytes(const Weights& w, int rows, Type type) {
 // A third of shared memory, and what the shortest rings leave; the rest makes rings longer.
 int x_room(const Device& gpu) {
   const int rings = FEW_SLOTS * STEP_WARPS * SLOT_BYTES;
-  const int left = gpu.shared_per_block - MARGIN - LISTED - partial_bytes(1) - rings;
+  const int left = gpu.shared_per_block - STAGED_MARGIN - LISTED - partial_bytes(1) - rings;
   return std::min(left, static_cast<int>(gpu.shared_per_block * 0.36));
 }
 
@@ -180,7 +181,7 @@ bool plan_linear(LinearParams& p, Type type, const Device& gpu, int64_t work_flo
   if (p.rows > MOST_STAGED_ROWS) {
     split(w, (w.inputs + HELD_FEATURES - 1) / HELD_FEATURES);
     if (type == Type::float32) return false;
-    // A norm is RMSNorm of whole rows, and x times its weights is in range.
+    // A norm is of whole rows, and x times its weights is in range; a LayerNorm's biases are in `norm_terms`.
     const bool behind = type == Type::bfloat16 && !p.norm_bias.data && w.splits == 1;
     if (p.norm_weight.data && !behind) return false;
   } else {
@@ -232,7 +233,8 @@ bool plan_program(Program& program, Phase* phases, Weights* weights, int ranks, 
     if (phase.taken) phase.taken = static_cast<short>(++program.sums);
   }
   const int list = program.products * static_cast<int>(sizeof(Weights));
-  const int room = gpu.shared_per_block - MARGIN - beside - list;
+  const int margin = program.rows > MOST_STAGED_ROWS ? HELD_MARGIN : STAGED_MARGIN;
+  const int room = gpu.shared_per_block - margin - beside - list;
   program.slots = ring_slots(room / SLOT_BYTES, STEP_WARPS);
   program.products_at = program.slots * SLOT_BYTES + beside;
   program.shared_bytes = program.products_at + list;

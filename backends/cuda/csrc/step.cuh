@@ -169,22 +169,23 @@ __device__ void multiply_staged(const StepParams& s, const Phase& phase, GridBar
     stage<X, W, X>(p, share, norm, part.begin, part.end, x, partial);
   }
   __syncthreads();
-  const StagedRows<X> rows{x, row_stride<X>(part.end - part.begin), p.rows};
+  StagedRows<Product, 1, STEP_WARPS> rows{x, row_stride<X>(part.end - part.begin), p.rows};
   if constexpr (SUMS) {
     const PutOrSend<X> put{peers, phase};
-    multiply<Product, 1, STEP_WARPS>(p, part, weights, rows, partial, put);
+    multiply<STEP_WARPS>(p, part, weights, rows, partial, put);
   } else {
-    multiply<Product, 1, STEP_WARPS>(p, part, weights, rows, partial, Store<X>());
+    multiply<STEP_WARPS>(p, part, weights, rows, partial, Store<X>());
   }
 }
 
 // The same with x in registers.
-template <typename Product, int NT, typename S>
+template <typename Product, typename S>
 __device__ void multiply_held(const Phase& phase, GridBarrier& barrier, S& weights, float* partial) {
   const LinearParams& p = phase.linear;
   const Part part(p.weights, blockIdx.x, gridDim.x);
   // The half of `partial` that the first tile's sums do not go to is free so long.
-  HeldRows<Product, NT> rows(p, partial + PARTIALS<NT, STEP_WARPS>);
+  using Rows = HeldRows<Product>;
+  Rows rows(p, part, partial + Rows::PARTIALS);
   if (phase.barrier) {
     barrier.wait();
   } else {
@@ -192,7 +193,7 @@ __device__ void multiply_held(const Phase& phase, GridBarrier& barrier, S& weigh
   }
   if (part.tile >= p.weights.tiles) return;
   rows.read(p, part);
-  multiply<Product, NT, STEP_WARPS>(p, part, weights, rows, partial, Store<typename Product::X, true>());
+  multiply<STEP_WARPS>(p, part, weights, rows, partial, Store<typename Product::X, true>());
 }
 
 // NT: times eight rows. More than eight have x in registers. SUMS: some products' results are summed over
@@ -230,7 +231,7 @@ __global__ void __launch_bounds__(STEP_THREADS, 1) step_kernel(const StepParams 
     };
     if (phase.work == Work::linear) {
       if constexpr (NT > 1) {
-        multiply_held<Product, NT>(phase, barrier, weights, partial);
+        multiply_held<Product>(phase, barrier, weights, partial);
       } else {
         multiply_staged<Product, SUMS>(s, phase, barrier, weights, x, partial, peers);
       }
@@ -275,7 +276,7 @@ void step_of(const Program& program, const StepParams& p, const Device& gpu, cud
   using Product = std::conditional_t<sizeof(X) == 4, PlainProduct<W, 1>, TensorProduct<X, W, 1>>;
   if constexpr (sizeof(X) == 2) {
     if (program.rows > MOST_STAGED_ROWS) {
-      return launch_step<TensorProduct<X, W, 2>, 2>(program, p, gpu, stream);
+      return launch_step<HeldProduct<X, W>, 2>(program, p, gpu, stream);
     }
   }
   if (program.sums) return launch_step<Product, 1, true>(program, p, gpu, stream);

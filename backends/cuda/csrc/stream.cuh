@@ -67,16 +67,16 @@ __device__ inline Chunks read_chunks(const unsigned char* slot) {
   return found;
 }
 
-// Until the oldest of `slots` - 1 groups of copies is there.
+// Until the oldest of `slots` groups of copies is there.
 __device__ inline void await_oldest(int slots) {
   switch (slots) {
-    case 4: return await<2>();
-    case 5: return await<3>();
-    case 6: return await<4>();
-    case 7: return await<5>();
-    case 8: return await<6>();
-    case 10: return await<8>();
-    default: return await<10>();
+    case 4: return await<3>();
+    case 5: return await<4>();
+    case 6: return await<5>();
+    case 7: return await<6>();
+    case 8: return await<7>();
+    case 10: return await<9>();
+    default: return await<11>();
   }
 }
 
@@ -96,19 +96,22 @@ class Stream {
 
   __device__ void fill() {
 #pragma unroll 1
-    for (int i = 0; i < slots() - 1; ++i) fetch(i);
+    for (int i = 0; i < slots(); ++i) fetch(i);
   }
 
-  // The next unit's chunks, once they are there; and one more unit is under way.
-  __device__ Chunks next() {
-    const int slots = this->slots();
-    await_oldest(slots);
-    __syncwarp();  // everybody's copies are there, and everybody has read the slot before
-    fetch(slot_ ? slot_ - 1 : slots - 1);
+  // The next unit's chunks, once they are there.
+  __device__ Chunks next() const {
+    await_oldest(slots());
+    __syncwarp();  // everybody's copies are there
     const void* slot = __cvta_shared_to_generic(ring_ + slot_ * SLOT_BYTES);
-    const Chunks found = read_chunks(static_cast<const unsigned char*>(slot));
-    slot_ = slot_ + 1 == slots ? 0 : slot_ + 1;
-    return found;
+    return read_chunks(static_cast<const unsigned char*>(slot));
+  }
+
+  // The lane has what it wants of these: one more unit is on its way to where they were.
+  __device__ void refill() {
+    __syncwarp();  // so has everybody
+    fetch(slot_);
+    slot_ = slot_ + 1 == slots() ? 0 : slot_ + 1;
   }
 
  private:
