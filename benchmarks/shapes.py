@@ -62,6 +62,12 @@ SHAPES = {
     "flan-t5-base": _flan(768, 2048, 12, 12),
     "flan-t5-xxl": _flan(4096, 10240, 24, 64),
     "gpt-j-6b": Shape("GPTJForCausalLM", "GPTJConfig"),
+    "opt-1.3b": Shape(
+        "OPTForCausalLM",
+        "OPTConfig",
+        {"hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 32}
+        | {"ffn_dim": 8192, "word_embed_proj_dim": 2048},
+    ),
     "llama-2-7b": Shape("LlamaForCausalLM", "LlamaConfig", {"max_position_embeddings": 4096}),
     # To try the harness itself.
     "tiny-t5": _t5(64, 128, 2, 4, vocab_size=512, d_kv=16),

@@ -126,11 +126,18 @@ def recorded_linear(
     *others: Any,
 ) -> None:  # fmt: skip
     """A product of a step: as `linear`, or with a LayerNorm behind it."""
-    if norm_terms is not None:
-        assert norm_weight is not None and norm_bias is None and bias is None
-        norm_bias = torch.zeros_like(norm_weight)
-        bias = norm_terms[:, 1] if scale is None else norm_terms[:, 1] * scale
-    linear(x, weight, scale, bias, norm_weight, norm_bias, eps, *others)
+    if norm_terms is None:
+        linear(x, weight, scale, bias, norm_weight, norm_bias, eps, *others)
+        return
+    assert norm_weight is not None and norm_bias is None and bias is None
+    residual, activation, gated, _, _, out = others
+    mean = x.mean(-1, keepdim=True)
+    factor = torch.rsqrt(x.var(-1, correction=0, keepdim=True) + eps)
+    y = factor * ((x * norm_weight) @ weight.to(x.dtype).T - mean * norm_terms[:, 0])
+    y = (y + norm_terms[:, 1]) * (1 if scale is None else scale)
+    kind = next(k for k, number in ACTIVATIONS.items() if number == activation)
+    y = y if kind is None else Reference().activate(y, kind, gated)
+    out.copy_(y if residual is None else residual + y)
 
 
 def heads(

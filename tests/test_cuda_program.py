@@ -8,6 +8,7 @@ address.
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -77,6 +78,19 @@ SHAPES = {
         {"hidden_size": 4224, "num_hidden_layers": 1, "num_attention_heads": 33, "ffn_dim": 1024}
         | {"word_embed_proj_dim": 4224, "vocab_size": 999},
     ),
+    "held-gptj": Shape(
+        "GPTJForCausalLM",
+        "GPTJConfig",
+        {"n_embd": 4096, "n_layer": 1, "n_head": 16, "rotary_dim": 64, "n_inner": 1024}
+        | {"vocab_size": 999},
+    ),
+    # Its last product's features are shared by more blocks than are added up at a time.
+    "many-splits": Shape(
+        "OPTForCausalLM",
+        "OPTConfig",
+        {"hidden_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8, "ffn_dim": 20480}
+        | {"word_embed_proj_dim": 512, "vocab_size": 999},
+    ),
     "llama-gqa": Shape(
         "LlamaForCausalLM",
         "LlamaConfig",
@@ -99,7 +113,9 @@ def need_programs() -> None:
         pytest.skip("cuda: there are no step programs for this GPU")
 
 
-def opened(shape: str, dtype: Any, quantize: Any, program_rows: int) -> Any:
+def opened(
+    shape: str, dtype: Any, quantize: Any, program_rows: int, limits: Limits = LIMITS
+) -> Any:
     from lmi_multi.backends.cuda.executor import CudaExecutor
     from lmi_multi.backends.cuda.ops import Scratch
 
@@ -110,12 +126,14 @@ def opened(shape: str, dtype: Any, quantize: Any, program_rows: int) -> Any:
         if name.endswith("norm2.weight") and quantize is None:
             tensor.uniform_(0.5, 1.5)
         # So that rows have a mean, and LayerNorms something to add.
-        if name in ("embed.weight", "embed_norm.bias"):
+        if name == "embed.weight":
             tensor.add_(tensor.std() + 0.1)
+        if name == "embed_norm.bias":
+            tensor.add_(1)
         if name.endswith(("norm1.bias", "norm2.bias")):
             tensor.uniform_(-0.5, 0.5)
-    scratch = Scratch(device, LIMITS.max_batch * spec.heads)
-    executor = CudaExecutor(spec, tensors, LIMITS, scratch, SingleRank(), program_rows=program_rows)
+    scratch = Scratch(device, limits.max_batch * spec.heads)
+    executor = CudaExecutor(spec, tensors, limits, scratch, SingleRank(), program_rows=program_rows)
     torch.manual_seed(1)
     for kept in (*executor._cache.k, *executor._cache.v):
         kept.normal_()
@@ -129,10 +147,10 @@ def arrange(executor: Any, rows: int) -> None:
     # Prompts have blocks of their own: their keys are read before what is written in a step.
     blocks = chance.sample(range(LIMITS.blocks), 2 * inputs.table.numel())
     table, cross_table = torch.tensor(blocks, dtype=torch.int32).view(2, *inputs.table.shape)
-    lengths = [chance.choice((1, 2, 16, 17, 129, 300, 639)) for _ in range(LIMITS.max_batch)]
+    lengths = [chance.choice((1, 2, 16, 17, 129, 300, 639)) for _ in inputs.lengths]
     inputs.table.copy_(table)
     inputs.lengths.copy_(torch.tensor(lengths, dtype=torch.int32))
-    inputs.ids.copy_(torch.tensor([chance.randrange(999) for _ in range(LIMITS.max_batch)]))
+    inputs.ids.copy_(torch.tensor([chance.randrange(999) for _ in inputs.ids]))
     if inputs.cross_table.numel():
         inputs.cross_table.copy_(cross_table)
         inputs.cross_lengths.copy_(torch.tensor(lengths, dtype=torch.int32).flip(0))
@@ -162,6 +180,9 @@ CASES = [
         ("llama-gqa", "bf16", "int8"),
         ("opt-350m", "bf16", "fp8"),
         ("held", "bf16", "int8"),
+        ("bloom", "bf16", "fp8"),
+        ("held-gptj", "bf16", "int8"),
+        ("many-splits", "bf16", "int8"),
         ("too-wide", "bf16", "int8"),
     ),
     *(("gptj", "fp16", None), ("bloom", "fp16", None), ("llama-gqa", "fp16", None)),
@@ -180,3 +201,18 @@ def test_logits_are_those_of_single_kernels(shape: str, dtype: str, quantize: st
     assert ours._fed._programs
     assert all(ours._fed._programs.values())  # none was refused
     assert not any(ours._fed._scratch.counters.tolist())
+
+
+@pytest.mark.parametrize("most", [9, 11, 13])
+@pytest.mark.parametrize(
+    ("shape", "quantize"), [("flan", None), ("gptj", None), ("bloom", "int8"), ("held", None)]
+)
+def test_a_largest_batch_between_powers_of_two(shape: str, quantize: str | None, most: int) -> None:
+    """Its program has as many rows, and not sixteen."""
+    limits = replace(LIMITS, max_batch=most)
+    ours, theirs = (opened(shape, "bf16", quantize, rows, limits) for rows in (16, 0))
+    for rows in (most - 1, most):
+        found, expected = logits(ours, rows, 2), logits(theirs, rows, 2)
+        for a, b in zip(found, expected, strict=True):
+            assert ((a - b).norm() / b.norm()).item() < TOLERANCE["bf16"]
+    assert ours._fed._programs[most]

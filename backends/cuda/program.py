@@ -32,7 +32,7 @@ PHASE_BYTES = 256  # see csrc/step.h
 # in shared memory. A phase of its own was the faster one at 16 rows, and no faster at 4; between
 # them it has not been measured.
 FUSED_NORM_ROWS = 4
-TERMS_AT_ONCE = 1 << 24  # weights that `norm_terms` widens at a time
+TERMS_AT_ONCE = 1 << 22  # weights that `norm_terms` widens at a time
 
 
 class NotCoveredError(Exception):
@@ -172,9 +172,8 @@ def norm_terms(
     rows = max(1, TERMS_AT_ONCE // weight.size(1))
     for first in range(0, len(weight), rows):
         some = slice(first, first + rows)
-        wide = weight[some].float()
         for column, vector in enumerate((norm_weight, norm_bias)):
-            sums[some, column] = (wide * vector.float()).sum(dim=1)
+            sums[some, column] = weight[some].float().mul_(vector).sum(dim=1)
     if bias is not None:
         sums[:, 1] += bias if scale is None else bias / scale
     return sums

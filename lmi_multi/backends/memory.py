@@ -26,9 +26,9 @@ _RANK = 1024 * _MIB
 _DRAW_BYTES = 32
 # The driver's own of a captured kernel, kernels a layer, and graphs that are made while serving.
 _NODE_BYTES, _NODES, _GRAPHS = 16 * 1024, 16, 64
-# Rows of all steps whose layers are one kernel: of 1, 2, 4 and 8, for two kinds of step. Nothing
-# that one of their layers computes makes room for the next one's.
-_PROGRAM_ROWS = 2 * (1 + 2 + 4 + 8)
+# Rows of all steps whose layers are one kernel: of 1, 2, 4, 8 and 16, for two kinds of step.
+# Nothing that one of their layers computes makes room for the next one's.
+_PROGRAM_ROWS = 2 * (1 + 2 + 4 + 8 + 16)
 
 
 @dataclass(frozen=True)

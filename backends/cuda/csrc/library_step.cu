@@ -41,7 +41,7 @@ bool record_norm(Tensor x, Tensor weight, Maybe bias, double eps, Tensor out, bo
 bool are_terms(const Maybe& terms, const LinearParams& p) {
   if (!terms) return true;
   return p.rows > MOST_STAGED_ROWS && p.norm_weight.data && !p.norm_bias.data && !p.bias.data &&
-         is_float32(terms) && terms->is_contiguous() && terms->numel() == 2 * p.weights.outputs;
+         is_float32(terms) && is_dense(*terms) && terms->numel() == 2 * p.weights.outputs;
 }
 
 bool record_linear(Tensor x, Tensor weight, Maybe scale, Maybe bias, Maybe norm_weight,

@@ -185,6 +185,7 @@ __device__ void multiply_held(const Phase& phase, GridBarrier& barrier, S& weigh
   const Part part(p.weights, blockIdx.x, gridDim.x);
   // The half of `partial` that the first tile's sums do not go to is free so long.
   using Rows = HeldRows<Product>;
+  static_assert(Rows::PARTIALS == PARTIALS<2, STEP_WARPS>);  // for which the plan leaves room
   Rows rows(p, part, partial + Rows::PARTIALS);
   if (phase.barrier) {
     barrier.wait();
