@@ -173,7 +173,7 @@ def norm_terms(
     for first in range(0, len(weight), rows):
         some = slice(first, first + rows)
         for column, vector in enumerate((norm_weight, norm_bias)):
-            sums[some, column] = weight[some].float().mul_(vector).sum(dim=1)
+            sums[some, column] = (weight[some].float() * vector).sum(dim=1)
     if bias is not None:
         sums[:, 1] += bias if scale is None else bias / scale
     return sums
