@@ -25,7 +25,8 @@ from .near import PeerMemory
 MOST_STAGED_ROWS, MOST_ROWS = 8, 16
 HELD_FEATURES = 4096  # see csrc/step.h
 # Bytes of a product's weights, in the mean, from which on a program is the faster one: it wins by
-# not letting memory idle, and loses by its barriers. Measured at 2.7 MB (loses), 38 to 76 (wins).
+# not letting memory idle, and loses by its barriers. Measured at 2.7 MB (loses), 25
+# (16 rows) and 38 to 76 (wins).
 LEAST_PRODUCT = 8 << 20
 PHASE_BYTES = 256  # see csrc/step.h
 # Rows up to which every block normalizes x by itself, in front of a product, of those that have x
