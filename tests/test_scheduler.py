@@ -104,7 +104,8 @@ class Traffic(RuleBasedStateMachine):
         assert all(counts) and counts == sorted(counts, key=lambda n: n > 1)
         encoded = sum(len(prompt.token_ids) for prompt in batch.prompts)
         alone = len(batch.prompts) == len(batch.rows) == counts[0] == 1
-        assert sum(counts) + encoded <= self.limits.max_step_tokens or alone
+        assert sum(counts) <= self.limits.max_step_tokens
+        assert encoded <= self.limits.max_step_tokens or alone
 
     def check_rows(self, batch: Batch, sequences: list[Sequence]) -> None:
         for row, own in zip(batch.rows, sequences, strict=True):
@@ -192,7 +193,7 @@ def test_a_long_prompt_is_prefilled_beside_what_runs() -> None:
 
 def test_an_encoder_prompt_beyond_the_step_goes_alone() -> None:
     scheduler = Scheduler(LIMITS)
-    first, long, last = (sequence(n, 5, encoder=True) for n in (3, 8, 2))
+    first, long, last = (sequence(n, 5, encoder=True) for n in (3, 9, 2))
     for own in (first, long, last):
         scheduler.add(own)
     tokens = []
@@ -203,7 +204,22 @@ def test_an_encoder_prompt_beyond_the_step_goes_alone() -> None:
         for own in sequences:
             own.push(5)
         scheduler.commit(shares)
-    assert tokens == [[3, 1], [8, 1], [2, 3]]
+    assert tokens == [[3, 1], [9, 1], [2, 3]]
+
+
+def test_an_encoders_tokens_are_not_those_of_rows() -> None:
+    """Prompts that fill the encoder's share are one step, with their first rows and all that run."""
+    scheduler = Scheduler(LIMITS)
+    for length in (3, 5, 8, 2):
+        scheduler.add(sequence(length, 9, encoder=True))
+    found = []
+    for _ in range(3):
+        batch, shares = scheduler.plan()
+        found.append(([len(prompt.token_ids) for prompt in batch.prompts], len(batch.rows)))
+        for own in requests(shares):
+            own.push(5)
+        scheduler.commit(shares)
+    assert found == [([3, 5], 2), ([8], 3), ([2], 4)]
 
 
 def test_what_runs_has_a_step_between_two_that_are_a_newcomers_alone() -> None:

@@ -29,7 +29,7 @@ class Limits:
 
     `max_batch` rows run at once; `max_tokens` bounds prompt plus generated tokens of a sequence
     (encoder-decoders: each of prompt and generated tokens); `max_step_tokens` bounds the tokens
-    of one step, so that prefill never stalls running rows for long; the cache holds `blocks`
+    of one step, an encoder's by themselves, so that prefill never stalls running rows for long; the cache holds `blocks`
     blocks of `block_size` tokens. Without `beams` it cannot copy blocks, which beam search needs.
     """
 

@@ -50,21 +50,21 @@ class Scheduler:
         """The next step, and what each request has of it; shares follow each other as the rows do.
 
         Running requests come first, so that newcomers' prefill only takes what is left of
-        `max_step_tokens`; a prompt that is longer than that is prefilled in slices. Encoders take
-        a prompt whole: one that does not fit beside what runs gets a step for itself, and the next
-        one such a step only after one of those that run.
+        `max_step_tokens`; a prompt that is longer than that is prefilled in slices. Encoders have
+        as many tokens of their own, but take a prompt whole: a longer one gets a step for itself,
+        and the next one such a step only after one of those that run.
 
         What the last plan admitted goes back to the queue unless `commit` has confirmed it: that
         step has failed, or was interrupted.
         """
         self._drop_finished()
         self._requeue_newcomers()
-        budget = self.limits.max_step_tokens
+        budget = encoded = self.limits.max_step_tokens
         counts: list[tuple[Request, int]] = []
         for request in sorted(self.running, key=lambda r: r.pending):
             budget -= self._share(request, budget, counts)
-        while newcomer := self._admit(budget):
-            budget -= len(newcomer.encoder_ids or ())
+        while budget > 0 and (newcomer := self._admit(encoded)):
+            encoded -= len(newcomer.encoder_ids or ())
             budget -= self._share(newcomer, budget, counts)
         turn = not (self._held_up and counts)
         self._held_up = False
@@ -103,22 +103,22 @@ class Scheduler:
         return count * rows
 
     def _too_long(self) -> bool:
-        """Whether the first waiting prompt is an encoder's that fits beside nothing that runs."""
+        """Whether the first waiting prompt is an encoder's that fits into no step."""
         if not self.waiting or self.waiting[0].encoder_ids is None:
             return False
-        return len(self.waiting[0].encoder_ids) >= self.limits.max_step_tokens - self.rows
+        return len(self.waiting[0].encoder_ids) > self.limits.max_step_tokens
 
-    def _admit(self, budget: int | None = None) -> Request | None:
+    def _admit(self, encoded: int | None = None) -> Request | None:
         """Move the first waiting request to the running ones, if there is room for it now.
 
-        `budget`: the step's tokens that are left; None if it may take as many as it has.
+        `encoded`: how many tokens the step's encoder may still take; None: as many as there are.
         """
         if not self.waiting:
             return None
         request = self.waiting[0]
         if self.rows + request.width > self.limits.max_batch:
             return None
-        if budget is not None and len(request.encoder_ids or ()) >= budget:
+        if encoded is not None and len(request.encoder_ids or ()) > encoded:
             return None
         own, cross = request.blocks_needed(self.limits.block_size)
         shared = [] if cross else self.cache.find(request.first_tokens)
