@@ -1,6 +1,6 @@
 // What a block does of a fused product: norm, product, scale, bias, activation, gate and residual.
 //
-// It keeps its rows of x, normalized, in shared memory (many of a step in registers: held.cuh), and
+// It keeps its rows of x, normalized, in shared memory (more than eight of a step in registers: held.cuh), and
 // goes through tiles of sixteen weight rows. Its warps share the features of a tile, so every weight
 // byte is read once.
 // Where x does not fit, features are also shared among `splits` blocks; the last of these
@@ -183,8 +183,8 @@ __device__ inline int count_split(int* counter) {
   return before;
 }
 
-// What a tile's splits have left for a thread, on its way: of up to so many, others are added up when it
-// is taken.
+// What a tile's splits have left for a thread, on its way: of up to AT_ONCE splits. Those of more are read
+// when it is taken.
 template <typename Place>
 struct SplitSums {
   static constexpr int AT_ONCE = 4;
@@ -212,7 +212,8 @@ struct SplitSums {
 };
 
 // Finish those of the part's tiles whose other splits are all done. Whether they are is asked for
-// all tiles at once, since each question takes a while; and what they wait for, of two.
+// all tiles at once, since each question takes a while; and what finishing waits for is asked for two
+// tiles at a time.
 template <typename Place, int WARPS, typename W, typename Put>
 __device__ __noinline__ void finish_splits(const LinearParams& p, Part part, int* is_last,
                                            Put put) {
@@ -255,7 +256,8 @@ __device__ __noinline__ void finish_splits(const LinearParams& p, Part part, int
   }
 }
 
-// x in shared memory, as `stage` puts it there.
+// How `multiply` comes by x, and what becomes of a tile's sums, if x is in shared memory, as `stage` puts it
+// there. HeldRows (held.cuh) has the same members for x in registers.
 template <typename Product_, int NT, int WARPS>
 struct StagedRows {
   using Product = Product_;
@@ -269,8 +271,8 @@ struct StagedRows {
   // The products of the warp's units of a tile.
   template <typename S>
   __device__ void multiply(Product& product, S& weights, const Part& part) const {
-    const int features = part.end - part.begin;
     using W = typename Product::W;
+    const int features = part.end - part.begin;
 #pragma unroll 1
     for (int f = threadIdx.x / 32 * UNIT<W>; f < features; f += WARPS * UNIT<W>) {
       const Chunks chunks = weights.next();
