@@ -102,6 +102,37 @@ def test_every_step_but_the_first_is_begun_ahead(folder: Path, found: list[int |
         assert found == []
 
 
+@pytest.mark.parametrize(
+    "sampled", [{}, {"temperature": 0.8, "seed": 3}], ids=["greedy", "sampled"]
+)
+def test_nobody_waits_for_the_prefill_of_newcomers(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, sampled: dict[str, Any]
+) -> None:
+    """Their first tokens are drawn among those of rows that run, in steps that were begun ahead."""
+    waited: list[Row] = []
+
+    def noted(logits: Tensor, rows: Any) -> Any:
+        waited.extend(rows)
+        return draw_by_row(logits, rows)
+
+    draw_by_row = executor.draw_by_row
+    monkeypatch.setattr(executor, "draw_by_row", noted)
+    own, options = prompts(5, 7), {"max_new_tokens": 30, "ignore_eos": True} | sampled
+    with cpu_model(folder, "gpt2") as cpu, open_model(folder, "gpt2") as model:
+        expected = [cpu.generate([p], options)[0].token_ids for p in own]
+        _, _, jobs = model._jobs(own, None, options)
+        first, *others = [answer for job in jobs for answer in job.answers]
+        model.engine.submit([first])
+        while len(first.generated) < 3:
+            model.engine.step()
+        assert len(waited) == 1
+        model.engine.submit(others)
+        while any(answer.finish_reason is None for answer in (first, *others)):
+            model.engine.step()
+        assert len(waited) == 1
+        assert [answer.generated for answer in (first, *others)] == expected
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_searches_go_on_inside_graphs(
     monkeypatch: pytest.MonkeyPatch, folder: Path, family: str

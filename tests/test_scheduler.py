@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import HealthCheck, note, settings
 from hypothesis import strategies as st
@@ -37,14 +39,24 @@ class Traffic(RuleBasedStateMachine):
         max_step_tokens=st.integers(1, 12),
         block_size=st.integers(1, 4),
         spare=st.integers(0, 25),
+        begins_ahead=st.booleans(),
     )
     def start(
-        self, encoder: bool, max_batch: int, max_step_tokens: int, block_size: int, spare: int
+        self,
+        encoder: bool,
+        max_batch: int,
+        max_step_tokens: int,
+        block_size: int,
+        spare: int,
+        begins_ahead: bool,
     ) -> None:
         self.encoder, self.longest = encoder, 20
         row = -(-self.longest // block_size)
         blocks = row * (2 if encoder else 1) + spare
-        self.limits = Limits(max_batch, self.longest, max_step_tokens, blocks, block_size)
+        self.limits = Limits(
+            *(max_batch, self.longest, max_step_tokens, blocks, block_size),
+            begins_ahead=begins_ahead,
+        )
         self.scheduler = Scheduler(self.limits)
         self.alive: list[Sequence] = []
         self.queue: list[Sequence] = []  # not admitted yet, in order of arrival
@@ -207,8 +219,33 @@ def test_an_encoder_prompt_beyond_the_step_goes_alone() -> None:
     assert tokens == [[3, 1], [9, 1], [2, 3]]
 
 
+@pytest.mark.parametrize("begins_ahead", [True, False])
+def test_a_newcomers_first_token_is_drawn_among_those_that_run(begins_ahead: bool) -> None:
+    """Not in the step that ends its prefill, where the host begins steps ahead; nor alone."""
+    scheduler = Scheduler(replace(LIMITS, begins_ahead=begins_ahead))
+    found = []
+    for number in range(6):
+        if number in (0, 2):
+            scheduler.add(sequence(12, 9))
+        batch, shares = scheduler.plan()
+        found.append([(len(row.token_ids), row.sample is not None) for row in batch.rows])
+        for row, own in zip(batch.rows, requests(shares), strict=True):
+            if row.sample is not None:
+                own.push(5)
+            left = own.tokens[row.length : row.length + 1] if row.sample is None else []
+            last = len(own.tokens) - row.length == 1
+            assert [row.next_token] == (left if left and last else [None])
+            assert row.sample is not None or (row.ahead is not None) == bool(left and last)
+        scheduler.commit(shares)
+    one, alone = (1, True), [[(8, False)], [(4, True)]]
+    if begins_ahead:
+        assert found == [*alone, [one, (7, False)], [one, (4, False)], [one, one], [one, one]]
+    else:
+        assert found == [*alone, [one, (7, False)], [one, (5, True)], [one, one], [one, one]]
+
+
 def test_an_encoders_tokens_are_not_those_of_rows() -> None:
-    """Prompts that fill the encoder's share are one step, with their first rows and all that run."""
+    """Prompts that fill the encoder's share are one step, with their first rows."""
     scheduler = Scheduler(LIMITS)
     for length in (3, 5, 8, 2):
         scheduler.add(sequence(length, 9, encoder=True))

@@ -115,6 +115,8 @@ class CudaExecutor(TorchExecutor):
             )
             self._ahead = Ahead(ahead)
             self._try_captured(angles, stream)
+        if self._ahead is not None:
+            self.limits = replace(limits, begins_ahead=True)
         if self._fed is not None:
             # Ranks that are not of one kind might find others best. No step may leave out what ran
             # in the last one; and a block is not cleared before it is another's.
@@ -145,6 +147,7 @@ class CudaExecutor(TorchExecutor):
         if rest:
             found |= self._draw(rest, [rows[i] for i in rest], not taken)
         tokens = self._agreed(rows, [_token(found.get(i)) for i in range(len(rows))], rest)
+        tokens = [row.next_token if t is None else t for row, t in zip(rows, tokens, strict=True)]
         going = [i for i in range(len(rows)) if places[i] is not None or tokens[i] is not None]
         begun = None
         if self._ahead is not None and going:

@@ -29,8 +29,10 @@ class Limits:
 
     `max_batch` rows run at once; `max_tokens` bounds prompt plus generated tokens of a sequence
     (encoder-decoders: each of prompt and generated tokens); `max_step_tokens` bounds the tokens
-    of one step, an encoder's by themselves, so that prefill never stalls running rows for long; the cache holds `blocks`
-    blocks of `block_size` tokens. Without `beams` it cannot copy blocks, which beam search needs.
+    of one step, an encoder's by themselves, so that prefill never stalls running rows for long;
+    the cache holds `blocks` blocks of `block_size` tokens. Without `beams` it cannot copy blocks,
+    which beam search needs. One that `begins_ahead` starts a step before the last one's tokens are
+    read: it had better not wait for a newcomer's first token while others run.
     """
 
     max_batch: int
@@ -39,6 +41,7 @@ class Limits:
     blocks: int
     block_size: int
     beams: bool = True
+    begins_ahead: bool = False
 
 
 class Executor(Protocol):

@@ -24,7 +24,8 @@ class Row(NamedTuple):
 
     `ahead` is what `sample` will be in the step after this one, if the row is in it, has the same
     blocks, and gets the token that this step draws: a hint for an executor that begins the next
-    step before anybody has seen that token. None: not known, or there is no such step.
+    step before anybody has seen that token. None: not known, or there is no such step. A slice that
+    leaves but one token of a prompt has an `ahead` too, and says with `next_token` which that is.
     """
 
     token_ids: Sequence[int]
@@ -38,6 +39,7 @@ class Row(NamedTuple):
     beams: Beams | None = None
     fresh: Sequence[int] = ()
     copies: Sequence[tuple[int, int]] = ()
+    next_token: int | None = None
 
     @property
     def length(self) -> int:

@@ -103,13 +103,16 @@ class Sequence:
     def rows(self, count: int) -> list[Row]:
         """See `Request.rows`."""
         stop = self.computed + count
-        sample = ahead = None
+        sample = ahead = next_token = None
         if stop == len(self.tokens):
             drawn = stop - self.given
             sample = self._ahead
             if sample is None or sample.step != drawn:
                 sample = self.options.row(drawn, self.tokens, self.encoder_ids or (), self.stream)
             ahead = self._ahead = self.options.ahead(drawn + 1, self.stream)
+        elif stop + 1 == len(self.tokens):
+            next_token = self.tokens[stop]
+            ahead = self._ahead = self.options.ahead(stop + 1 - self.given, self.stream)
         fresh: tuple[int, ...] = ()
         if self.computed == self.reused:  # its first step
             fresh = (*self.blocks[self.shared :], *self.cross_blocks)
@@ -123,6 +126,7 @@ class Sequence:
             sample=sample,
             ahead=ahead,
             fresh=fresh,
+            next_token=next_token,
         )
         return [row]
 
