@@ -67,7 +67,7 @@ class Load:
     def slice(self, spec: ModelSpec, step_tokens: int) -> list[int]:
         """Tokens of the prompts in a step that is full of newcomers."""
         if spec.kind != "decoder":
-            fitting = max(1, (step_tokens - self.rows - 1) // (self.long + 1))
+            fitting = max(1, step_tokens // self.long)
             return [self.long] * min(self.newcomers, fitting)
         left = min(step_tokens - self.rows, self.newcomers * self.long)
         return [self.long] * (left // self.long) + ([left % self.long] if left % self.long else [])

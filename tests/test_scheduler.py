@@ -244,6 +244,50 @@ def test_a_newcomers_first_token_is_drawn_among_those_that_run(begins_ahead: boo
         assert found == [*alone, [one, (7, False)], [one, (5, True)], [one, one], [one, one]]
 
 
+def test_the_token_that_is_left_of_a_prompt_is_nobody_elses() -> None:
+    """A prompt that fills the step beside what runs: no slice of one token for the one behind."""
+    scheduler = Scheduler(replace(LIMITS, begins_ahead=True))
+    found = []
+    for number in range(4):
+        for length in ((2,), (7, 7), (), ())[number]:
+            scheduler.add(sequence(length, 9))
+        batch, shares = scheduler.plan()
+        found.append([len(row.token_ids) for row in batch.rows])
+        for row, own in zip(batch.rows, requests(shares), strict=True):
+            if row.sample is not None:
+                own.push(5)
+        scheduler.commit(shares)
+    assert found == [[2], [1, 6], [1, 1, 6], [1, 1, 1]]
+
+
+def test_newcomers_among_themselves_leave_nothing() -> None:
+    scheduler = Scheduler(replace(LIMITS, begins_ahead=True))
+    for length in (1, 5):
+        scheduler.add(sequence(length, 9))
+    batch, _ = scheduler.plan()
+    assert [(len(row.token_ids), row.sample is not None) for row in batch.rows] == [
+        (1, True),
+        (5, True),
+    ]
+
+
+def test_no_prompt_is_encoded_without_a_row() -> None:
+    """Where more rows may run than a step has tokens."""
+    scheduler = Scheduler(Limits(6, 20, 3, blocks=200, block_size=4))
+    for length in (3, 2, 3, 1, 2, 3):
+        scheduler.add(sequence(length, 4, encoder=True))
+    for _ in range(30):
+        batch, shares = scheduler.plan()
+        owners = {row.cross_blocks for row in batch.rows}
+        assert all(prompt.cross_blocks in owners for prompt in batch.prompts)
+        for own in requests(shares):
+            own.push(5)
+        scheduler.commit(shares)
+        if scheduler.idle:
+            return
+    raise AssertionError("they have not ended")
+
+
 def test_an_encoders_tokens_are_not_those_of_rows() -> None:
     """Prompts that fill the encoder's share are one step, with their first rows."""
     scheduler = Scheduler(LIMITS)

@@ -173,7 +173,8 @@ class CudaExecutor(TorchExecutor):
     ) -> list[int | None]:
         """The tokens that rank 0 has drawn for the rows `rest`, if any may go on with them at once:
         ranks that went on with different ones would part."""
-        if self._ahead is None or self._peers.alone or not any(rows[i].ahead for i in rest):
+        going = any(rows[i].sample and rows[i].ahead for i in rest)
+        if self._ahead is None or self._peers.alone or not going:
             return tokens
         own = torch.tensor([-1 if t is None else t for t in tokens], device=self._device)
         with progress.waiting():

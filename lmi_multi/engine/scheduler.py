@@ -98,20 +98,23 @@ class Scheduler:
         other, a beam search's, advance together or not at all."""
         rows = request.tokens_of_step
         count = max(0, min(request.pending, budget // rows))
+        taken = count * rows
         if self._leaves_last(request, count, counts):
-            count -= 1
+            count -= 1  # nobody gets a slice of the one token that is left
         if count:
             counts.append((request, count))
-        return count * rows
+        return taken
 
     def _leaves_last(
         self, request: Request, count: int, counts: Sequence[tuple[Request, int]]
     ) -> bool:
         """Whether the last token of a prompt is for the next step, where it is a row like those
-        that run: a step that draws a newcomer's first token waits for its prefill, and so do the
-        tokens of rows that were computed before."""
-        ends = count == request.pending > 1 and request.width == 1
-        return self.limits.begins_ahead and ends and bool(counts) and counts[0][1] == 1
+        that run already: a step that draws a newcomer's first token waits for its prefill, and so
+        do the tokens of rows that were computed before."""
+        if not self.limits.begins_ahead or not counts or request.width > 1:
+            return False
+        first, tokens = counts[0]
+        return count == request.pending > 1 and tokens == 1 and first not in self._newcomers
 
     def _too_long(self) -> bool:
         """Whether the first waiting prompt is an encoder's that fits into no step."""
