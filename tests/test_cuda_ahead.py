@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -360,6 +361,21 @@ def test_a_norm_that_no_product_takes_is_a_phase(
     terms = (None, None, norm, norm if centred else None, 1e-5, None, 0, False, 1)
     assert recorder.linear(x, weight, *terms, made(1), made(1), made(rows, 32))
     assert len(recorder.phases) == phases
+
+
+def test_a_bias_over_next_to_nothing_is_left_to_other_kernels() -> None:
+    from lmi_multi.backends.cuda.program import NotCoveredError, Recorder
+
+    def made(*shape: int) -> Tensor:
+        return torch.ones(shape, dtype=torch.bfloat16)
+
+    x, weight, norm = made(16, 64), torch.ones(32, 64, dtype=torch.int8), made(64)
+    recorder = Recorder([x])
+    for scale, covered in ((1e-30, True), (1e-39, False)):
+        terms = (torch.full((32,), scale), made(32), norm, norm, 1e-5, None, 0, False, 1)
+        given = (x, weight, *terms, made(1), made(1), made(16, 32))
+        with nullcontext() if covered else pytest.raises(NotCoveredError):
+            assert recorder.linear(*given)
 
 
 @pytest.mark.parametrize("codes", [None, torch.int8, torch.float8_e4m3fn], ids=str)

@@ -299,7 +299,8 @@ def test_strangers_are_turned_away() -> None:
         stranger.close()
     wrong = Client((address, port))
     wrong.send(other)
-    with pytest.raises(AuthenticationError):
+    # By an answer, or by a connection that is gone before it is read.
+    with pytest.raises((AuthenticationError, ConnectionError)):
         answer_challenge(wrong, b"a guess")
         deliver_challenge(wrong, b"a guess")
     wrong.close()

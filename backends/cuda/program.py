@@ -94,6 +94,8 @@ class Recorder:
         terms = None
         if norm_weight is not None and norm_bias is not None and len(x) > MOST_STAGED_ROWS:
             terms = norm_terms(weight, scale, bias, norm_weight, norm_bias)
+            if not terms.isfinite().all():  # a bias over a scale that is next to nothing
+                raise NotCoveredError
             bias = norm_bias = None
         reads = [x] if residual is None else [x, residual]
         others = (scale, bias, norm_weight, norm_bias, terms, eps, residual, activation, gated)

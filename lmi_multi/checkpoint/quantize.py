@@ -8,15 +8,14 @@ from torch import Tensor
 from lmi_multi.models.weights import LARGEST
 
 _ROW_BYTES = 8 * 2**20
-_LEAST_SCALE = 2.0**-100  # what is divided by a scale stays finite
 
 
 def quantize(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """`weight` [out, in] of any floating dtype -> codes [out, in] of `dtype`, float32 scale [out].
 
     `dtype` is int8 or float8_e4m3fn. `weight[o, i]` is close to `codes[o, i] * scale[o]`, and the
-    largest of a row is the largest code; a row of zeros, or of nothing that would have a scale of
-    2**-100, has scale 1. Codes are rounded to the nearest, to even ones between two, and saturate.
+    largest of a row is the largest code; a row of zeros has scale 1. Codes are rounded to the
+    nearest, to even ones between two, and saturate.
     """
     rows, columns = weight.shape
     largest = LARGEST[dtype]
@@ -26,7 +25,7 @@ def quantize(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     for start in range(0, rows, step):
         chunk = weight[start : start + step].float()
         scale = chunk.abs().amax(dim=1) / largest
-        scale[scale < _LEAST_SCALE] = 1.0
+        scale[scale == 0] = 1.0  # also where the division underflows
         scales[start : start + step] = scale
         # Not every release of torch saturates when it casts to e4m3.
         exact = (chunk / scale[:, None]).clamp_(-largest, largest)
