@@ -58,6 +58,53 @@ def test_gemm(dtype: torch.dtype, codes: torch.dtype | None) -> None:
         found[0] = fused._gemm(x, linear, residual.dtype, residual)
         assert error(found[0], expected) < TOLERANCE[dtype], f"residual, {case}"
     assert not fused._scratch.counters.any()
-    x, linear = randn(65, 64, dtype=dtype), make_linear(64, 64, dtype, False, False)
-    assert fused._gemm(x, linear, dtype) is None
-    assert fused._gemm(x[:9].float(), linear, dtype) is None
+    x, linear = randn(9, 64, dtype=dtype), make_linear(64, 64, dtype, False, False)
+    assert fused._gemm(x.float(), linear, dtype) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_many_rows(dtype: torch.dtype) -> None:
+    """Tiles that end within a box or beyond both ends, fewer tiles than blocks and many a block."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("cuda: these kernels are for sm_90a")
+    torch.manual_seed(7)
+    chance = random.Random(7)
+    fused = ops()
+    shapes = [(8, 8), (64, 128), (72, 136), (768, 264), (1032, 2056), (4096, 4096), (10240, 1024)]
+    for rows, (inputs, outputs) in itertools.product((65, 128, 129, 256, 300, 2050), shapes):
+        bias, gated, wide_stream = (chance.random() < 0.5 for _ in range(3))
+        kind: Activation | None = chance.choice((None, "gelu", "gelu_tanh", "relu", "silu"))
+        if gated and kind is None:
+            kind = "silu"
+        case = f"{rows} x {inputs} -> {outputs}, {kind}, gated {gated}, bias {bias}"
+        linear = make_linear(outputs * (1 + gated), inputs, dtype, False, bias)
+        x = randn(rows, inputs, dtype=dtype)
+        expected = Reference().linear(x.double(), wide(linear), kind, gated)
+        found = [fused._gemm(x, linear, dtype, None, kind, gated) for _ in range(3)]
+        assert error(found[0], expected) < TOLERANCE[dtype], case
+        assert all(torch.equal(found[0], other) for other in found), case
+        linear = make_linear(outputs, inputs, dtype, False, bias)
+        residual = randn(rows, outputs, dtype=torch.float32 if wide_stream else dtype)
+        expected = residual.double() + Reference().linear(x.double(), wide(linear))
+        found[0] = fused._gemm(x, linear, residual.dtype, residual)
+        assert error(found[0], expected) < TOLERANCE[dtype], f"residual, {case}"
+    assert fused._gemm(x, make_linear(68, inputs, dtype, False, False), dtype) is None
+    assert fused._gemm(x, make_linear(64, inputs, dtype, True, False), dtype) is None
+
+
+def test_which_products_of_many_rows() -> None:
+    """Gates, and activations that cuBLASLt has not, of large networks."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("cuda: these kernels are for sm_90a")
+    fused, dtype = ops(), torch.bfloat16
+    large = make_linear(20480, 4096, dtype, False, False)
+    assert fused._by_large(2048, large, "gelu_tanh", True)
+    assert fused._by_large(2048, large, "relu", False)
+    assert not fused._by_large(2048, make_linear(20480, 4096, dtype, False, True), "relu", False)
+    assert not fused._by_large(2048, large, None, False)
+    assert not fused._by_large(512, large, "gelu_tanh", True)
+    assert not fused._by_large(2048, make_linear(4096, 768, dtype, False, False), "silu", True)
+    assert not fused._by_large(1100, make_linear(6912, 4096, dtype, False, False), "silu", True)
+    x = randn(2048, 4096, dtype=dtype)
+    expected = Reference().linear(x, large, "gelu_tanh", True).double()
+    assert error(fused.linear(x, large, "gelu_tanh", True), expected) < 2 * TOLERANCE[dtype]

@@ -33,6 +33,12 @@ ACTIVATIONS: dict[Activation | None, int] = {
 # and ending that takes time, which ours does while others are at work.
 GEMM_ROWS, MOST_GEMM_ROWS = 9, 64
 MOST_SMALL_ROWS, SMALL = 32, 8 << 20  # bytes
+# Rows, features and share of the GPU's blocks from which on that kernel's form for many rows is
+# faster than cuBLAS' product and a kernel for the activation behind it. With fewer features
+# finishing a tile takes longer than multiplying the next, which hides it; and a last round of few
+# tiles is waste.
+LARGE_ROWS, LARGE_FEATURES, LARGE_SHARE = 1024, 2048, 0.9
+LARGE_TILE = 256  # rows of x that two blocks have, and of the weights
 # Activations that cuBLASLt has as epilogues behind a bias; its gelu is the tanh form.
 EPILOGUES = ("gelu_tanh", "relu")
 
@@ -62,7 +68,9 @@ class CudaOps(Reference):
         self._scratch, self._most_rows = scratch, most_rows
         self._kernels = torch.ops.lmi_multi if kernels is None else kernels
         # A step program has no `gemm`; it covers no more rows than others do.
-        self._hopper = kernels is None and _is_hopper(scratch.work.device)
+        device = scratch.work.device
+        self._hopper = kernels is None and _is_hopper(device)
+        self._pairs = _processors(device) // 2 if self._hopper else 0
 
     def norm(self, x: Tensor, norm: Norm, eps: float) -> Tensor:
         """See `Ops.norm`."""
@@ -82,7 +90,7 @@ class CudaOps(Reference):
         weight, bias = linear.weight, linear.bias
         if (
             bias is not None
-            and activation in EPILOGUES
+            and _is_epilogue(activation, linear)
             and not gated
             and weight.dtype in (torch.float16, torch.bfloat16)
             and x.dtype == bias.dtype == weight.dtype
@@ -144,7 +152,7 @@ class CudaOps(Reference):
     ) -> Tensor | None:
         """A product, and what follows it, in one kernel; None where none covers it."""
         rows, out = x.shape[0], None
-        if self._by_gemm(rows, linear):
+        if self._by_gemm(rows, linear) or self._by_large(rows, linear, activation, gated):
             out = self._gemm(x, linear, dtype, residual, activation, gated)
         if out is None and rows <= self._most_rows[linear.weight.dtype]:
             out = self._fused(x, linear, dtype, None, 0.0, residual, activation, gated)
@@ -157,6 +165,20 @@ class CudaOps(Reference):
         return linear.scale is not None or (
             rows <= MOST_SMALL_ROWS and linear.weight.nbytes <= SMALL
         )
+
+    def _by_large(
+        self, rows: int, linear: Linear, activation: Activation | None, gated: bool
+    ) -> bool:
+        """Whether a product of many rows and its activation are best done by a kernel of ours."""
+        weight = linear.weight
+        if not self._pairs or rows < LARGE_ROWS or weight.shape[1] < LARGE_FEATURES:
+            return False
+        if not gated and (activation is None or _is_epilogue(activation, linear)):
+            return False
+        columns = -(-weight.shape[0] // LARGE_TILE)
+        tiles = -(-rows // LARGE_TILE) * columns
+        rounds = -(-tiles // self._pairs)
+        return tiles >= LARGE_SHARE * rounds * self._pairs
 
     def _gemm(
         self,
@@ -216,5 +238,14 @@ def _empty(x: Tensor, linear: Linear, dtype: torch.dtype, gated: bool) -> Tensor
     return x.new_empty((x.shape[0], outputs), dtype=dtype)
 
 
+def _is_epilogue(activation: Activation | None, linear: Linear) -> bool:
+    """Whether cuBLASLt has the activation, which it has behind a bias."""
+    return linear.bias is not None and activation in EPILOGUES
+
+
 def _is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

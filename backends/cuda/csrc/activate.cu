@@ -20,8 +20,11 @@ __global__ void __launch_bounds__(THREADS) activate_kernel(const ActivateParams 
   float own[8], gated[8];
   load8(x, own);
   if (p.gated) load8(x + p.features, gated);
+  activate8(own, p.activation);
+  if (p.gated) {
 #pragma unroll
-  for (int i = 0; i < 8; ++i) own[i] = activate(own[i], p.activation) * (p.gated ? gated[i] : 1);
+    for (int i = 0; i < 8; ++i) own[i] *= gated[i];
+  }
   store8(static_cast<T*>(p.out) + row * p.features + first, own);
 }
 

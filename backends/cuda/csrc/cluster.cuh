@@ -38,4 +38,21 @@ __device__ inline void arrive_at(const Barrier* own, unsigned rank) {
                : "memory");
 }
 
+// The same where nothing has been written that the other block should see: without a fence, which costs
+// as much as half a step of a large product.
+__device__ inline void release_at(const Barrier* own, unsigned rank) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(in_block(own, rank)) : "memory");
+}
+
+// The same box to the same place in every block of `blocks`, a bit for each of the cluster; the barrier
+// at `done` in each of them counts its bytes.
+__device__ inline void copy_box_to(uint16_t blocks, void* to, const CUtensorMap* from, int row,
+                                   int feature, Barrier* done) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(to)),
+      "l"(from), "r"(feature), "r"(row), "r"(shared_address(done)), "h"(blocks)
+      : "memory");
+}
+
 }  // namespace lmi

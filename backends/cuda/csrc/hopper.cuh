@@ -97,6 +97,17 @@ __device__ inline uint64_t matrix(const void* rows) {
 #define LMI_R16 LMI_R8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define LMI_R32 \
   LMI_R16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define LMI_R128 \
+  LMI_R32 \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
+  ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63" \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
+  ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95" \
+  ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
+  ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define LMI_D128 \
+  LMI_D16(0), LMI_D16(16), LMI_D16(32), LMI_D16(48), LMI_D16(64), LMI_D16(80), LMI_D16(96), \
+      LMI_D16(112)
 #define LMI_SHARED(SHAPE, TYPE, D, A, B, ...)                                               \
   asm volatile("wgmma.mma_async.sync.aligned." SHAPE ".f32." TYPE "." TYPE " {" D "}, %" A  \
                ", %" B ", 1, 1, 1, 0, 0;"                                                   \
@@ -113,8 +124,12 @@ template <typename T, int N>
 __device__ void multiply_add(float (&d)[N / 2], uint64_t a, uint64_t b) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   constexpr bool half = std::is_same_v<T, __half>;
-  static_assert(N == 16 || N == 32 || N == 64);
-  if constexpr (N == 16 && half) {
+  static_assert(N == 16 || N == 32 || N == 64 || N == 256);
+  if constexpr (N == 256 && half) {
+    LMI_SHARED("m64n256k16", "f16", LMI_R128, "128", "129", LMI_D128);
+  } else if constexpr (N == 256) {
+    LMI_SHARED("m64n256k16", "bf16", LMI_R128, "128", "129", LMI_D128);
+  } else if constexpr (N == 16 && half) {
     LMI_SHARED("m64n16k16", "f16", LMI_R8, "8", "9", LMI_D8(0));
   } else if constexpr (N == 16) {
     LMI_SHARED("m64n16k16", "bf16", LMI_R8, "8", "9", LMI_D8(0));

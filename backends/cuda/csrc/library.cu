@@ -3,6 +3,7 @@
 #include "activate.h"
 #include "arguments.h"
 #include "gemm.h"
+#include "gemm_large.h"
 #include "greedy.h"
 #include "widen.h"
 
@@ -36,16 +37,26 @@ bool run_linear(Tensor x, Tensor weight, Maybe scale, Maybe bias, Maybe norm_wei
   }
 }
 
+// Whether the kernel for many rows covers it: it reads and writes eight outputs at a time.
+bool covers_large(const LinearParams& p, Type type, const Maybe& residual) {
+  const int outputs = p.weights.gated ? p.weights.outputs / 2 : p.weights.outputs;
+  return p.weight_type == type && outputs % 8 == 0 && (!residual || is_dense(*residual)) &&
+         (p.out_type == type || p.out_type == Type::float32);
+}
+
 bool run_gemm(Tensor x, Tensor weight, Maybe scale, Maybe bias, Maybe residual, int64_t activation,
               bool gated, Tensor work, Tensor counters, Tensor out) {
   const auto p = linear_params(x, weight, scale, bias, {}, {}, 0, residual, activation, gated, work,
                                counters, out);
-  if (!p || p->rows > GEMM_MOST_ROWS) return false;
+  if (!p) return false;
   const Type type = computed_in(x, weight, {});
   if (type == Type::float32 || !is_of(x, type)) return false;
+  const bool large = p->rows > GEMM_MOST_ROWS;
+  if (large && !covers_large(*p, type, residual)) return false;
   const DeviceGuard guard(x.get_device_index());
   if (!device_of(x).hopper) return false;
   const Resources use{device_of(x), stream_of(x), 1, work.numel()};
+  if (large) return type == Type::float16 ? gemm_large_float16(*p, use) : gemm_large_bfloat16(*p, use);
   return type == Type::float16 ? gemm_float16(*p, use) : gemm_bfloat16(*p, use);
 }
 
