@@ -134,6 +134,34 @@ class Shelf:
             made.append((x, number, elements, dtype))
         return self.agree(*(torch.equal(x.cpu(), self.expected(*own)) for x, *own in made))
 
+    def choices(self, count: int) -> bool:
+        """The likeliest token of ranks' parts of the logits, while ranks run ahead of each other by
+        turns: what one GPU finds in all of them, the lowest of equal ones on different ranks too,
+        and of rows that are unusable for what one rank has. Ranks may have no part at all."""
+        near: Any = self.peers.near
+        chance, right = random.Random(6), []
+        for number in range(count):
+            rows, vocab = chance.choice(((1, 32128), (5, 1000), (70, 4099), (3, 7), (9, 2)))
+            generator = torch.Generator().manual_seed(number)
+            logits = torch.randn(rows, vocab, generator=generator).to(chance.choice(DTYPES))
+            if rows > 4:
+                logits[0], logits[1, vocab // 2] = logits[0].max(), torch.nan
+                logits[2], logits[3, vocab // 3] = -torch.inf, torch.inf
+            if chance.random() < 0.1 and number % self.size == self.rank:
+                torch.cuda._sleep(1_000_000)
+            logits = logits.to(self.device)
+            share = -(-vocab // self.size)
+            first = min(self.rank * share, vocab)
+            own, alone = (left_of(rows, self.device) for _ in range(2))
+            assert near.choose(logits[:, first : first + share], first, *own, silent=False)
+            assert torch.ops.lmi_multi.greedy(logits, *alone)
+            torch.cuda.synchronize()
+            right += [torch.equal(a, b) for a, b in zip(own[:5], alone[:5], strict=True)]
+            right.append(not own[-1].any())
+        many = torch.zeros(2049, 8, device=self.device)
+        right.append(not near.choose(many, 0, *left_of(2049, self.device), silent=False))
+        return self.agree(*right)
+
     def graph(self, replays: int) -> bool:
         """Three sums in a graph, beside one that is in none."""
         near = self.peers.near
@@ -165,12 +193,26 @@ class Shelf:
             near.seconds = 1.0
             for _ in range(100):
                 assert near.sum(torch.ones(4096, device=self.device))
+            scores = torch.ones(1, 8, device=self.device)
+            assert near.choose(scores, 0, *left_of(1, self.device), silent=False)
             torch.cuda.synchronize()
             try:
                 self.peers.check()
             except RankError as error:
                 said = str(error)
         return said, time.monotonic() - began
+
+
+def left_of(rows: int, device: torch.device) -> list[Tensor]:
+    """What `greedy` leaves a step's tokens in, and works with."""
+    lengths = torch.arange(rows, dtype=torch.int32, device=device)
+    return [
+        torch.full((2, rows), -5, device=device),
+        torch.full((rows,), -5, device=device),
+        *(lengths, lengths % 2, lengths // 2 % 2),
+        torch.zeros(32 * max(rows, 64), device=device),
+        torch.zeros(max(rows, 64), dtype=torch.int32, device=device),
+    ]
 
 
 @pytest.fixture(scope="module", params=[(2, 1), (4, 1), (2, 2)], ids="{0[0]}-on-{0[1]}".format)
@@ -197,6 +239,10 @@ def test_what_is_not_covered(group: LocalRanks) -> None:
 
 def test_many_sums(group: LocalRanks) -> None:
     assert group.call("many", 300)
+
+
+def test_the_likeliest_token(group: LocalRanks) -> None:
+    assert group.call("choices", 200)
 
 
 def test_in_a_graph(group: LocalRanks) -> None:

@@ -69,9 +69,9 @@ def test_the_norm_before_the_head_is_applied_once(
     fused: list[int] = []
     norm_head = Transformer.norm_head
 
-    def noted(self: Transformer, x: Tensor) -> Tensor:
+    def noted(self: Transformer, x: Tensor, whole: bool) -> Tensor:
         fused.append(len(x))
-        return norm_head(self, x)
+        return norm_head(self, x, whole)
 
     monkeypatch.setattr(Transformer, "norm_head", noted)
     many = graphs._logits(8)

@@ -24,6 +24,7 @@ from .beams import BeamInputs, BeamKind
 from .draws import GREEDY, DrawInputs, DrawKind
 from .entry import Angles, Entered, Entry
 from .inputs import StepInputs
+from .near import MOST_CHOSEN_ROWS, PeerMemory
 from .ops import MOST_ROWS as OF_ROWS
 from .ops import CudaOps, Scratch
 from .program import FUSED_NORM_ROWS, NotCoveredError, RecordedSums, Recorder, StepProgram
@@ -178,14 +179,14 @@ class StepGraphs:
         found = self.beams.step(scores, kind, self._scratch)
         return self.beams.best(scores.float(), kind) if found is None else found
 
-    def _scores(self, size: int) -> Tensor:
-        """A step's logits, in the type that the head's product has."""
+    def _scores(self, size: int, whole: bool = True) -> Tensor:
+        """A step's logits, in the type that the head's product has; see `Transformer.head`."""
         program = self._program(size)
         entered = self._entry.enter(size, None if program is None else program.reads)
         if program is not None:
-            return self._head(program.run())
+            return self._head(program.run(), whole)
         attention = CapturedAttention(self._kernel, self.inputs, entered, in_one=self._in_one)
-        return self._head(self._layers(self._network, entered.x, attention))
+        return self._head(self._layers(self._network, entered.x, attention), whole)
 
     def _layers(self, network: Transformer, x: Tensor, attention: CapturedAttention) -> Tensor:
         """What `_head` takes: for few rows the norm between is the head's affair."""
@@ -193,10 +194,10 @@ class StepGraphs:
             return network.decode_layers(x, attention)
         return network.decode_embedded(x, attention)
 
-    def _head(self, hidden: Tensor) -> Tensor:
+    def _head(self, hidden: Tensor, whole: bool) -> Tensor:
         if len(hidden) <= FUSED_NORM_ROWS:
-            return self._network.norm_head(hidden)
-        return self._network.head(hidden)
+            return self._network.norm_head(hidden, whole)
+        return self._network.head(hidden, whole)
 
     def _program(self, size: int) -> StepProgram | None:
         """The layers for so many rows; None if they are no single kernel's."""
@@ -255,15 +256,16 @@ class StepGraphs:
         return StepProgram(reads, self._scratch.barrier, record, self._peers)
 
     def _greedy(self, size: int) -> Tensor:
-        inputs, scratch = self.inputs, self._scratch
-        done = torch.ops.lmi_multi.greedy(
-            self._scores(size),
-            inputs.tokens,
-            *self._advanced(size),
-            inputs.turns[:size],
-            scratch.work,
-            scratch.counters,
-        )
+        inputs, scratch, near = self.inputs, self._scratch, self._peers.near
+        left = (inputs.tokens, *self._advanced(size), inputs.turns[:size], scratch.work)
+        if isinstance(near, PeerMemory) and size <= MOST_CHOSEN_ROWS:
+            # A token of each rank's part, and not all their logits, goes from GPU to GPU.
+            scores, first = self._scores(size, whole=False), self._network.own_ids.start
+            silent = self._peers.silent
+            done = near.choose(scores, first, *left, scratch.counters, silent=silent)
+        else:
+            scores = self._scores(size)
+            done = torch.ops.lmi_multi.greedy(scores, *left, scratch.counters)
         return _covered(inputs.tokens if done else None)
 
     def _sampled(self, size: int, kind: DrawKind) -> Tensor:

@@ -22,7 +22,7 @@ from lmi_multi.parallel.collectives import TorchCollectives
 from lmi_multi.parallel.watch import configured
 
 SWITCH = "LMI_MULTI_CUDA_PEER_MEMORY"
-MOST_RANKS = 8  # as in csrc/inbox.h
+MOST_RANKS, MOST_CHOSEN_ROWS = 8, 2048  # as in csrc/inbox.h
 HANDLE_BYTES = 64
 CHECK_SECONDS = 10.0  # for a peer to come to a sum while ranks load
 # Elements of the sums that are checked: one block's and many, with and without a rest; and so often
@@ -60,6 +60,20 @@ class PeerMemory:
         patience = int(self.seconds * 1e9)
         done: bool = torch.ops.lmi_multi.all_reduce(
             x, residual, bias, self._inboxes, self._rank, patience, self._failed
+        )
+        return done
+
+    def choose(self, logits: Tensor, first: int, *left: Tensor, silent: bool) -> bool:
+        """The likeliest token of up to MOST_CHOSEN_ROWS rows, as `lmi_multi::greedy` does it with
+        what is `left`, of ranks that have a part of the logits each: this one's [rows, part], which
+        begins with id `first`. Of equal logits the lowest id; the same on all ranks. `silent`:
+        nothing is exchanged, and what it finds is of no use."""
+        patience = int(self.seconds * 1e9)
+        given = first, self._inboxes, self._rank, patience, self._failed
+        done: bool = (
+            torch.ops.lmi_multi.greedy(logits, *left)
+            if silent
+            else torch.ops.lmi_multi.greedy_of_ranks(logits, *given, *left)
         )
         return done
 

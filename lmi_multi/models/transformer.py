@@ -44,8 +44,10 @@ class Transformer:
     ) -> None:
         self.spec, self.weights, self.ops, self.collectives = spec, weights, ops, collectives
         vocabulary = Split(0, (spec.vocab,), padded=True)
-        [(first, _)] = vocabulary.ranges(collectives.size, collectives.rank)
+        [(first, stop)] = vocabulary.ranges(collectives.size, collectives.rank)
         self._first_id: int | Tensor = first if weights.first_id is None else weights.first_id
+        # The rank's part of the vocabulary; shares are alike, and the last ones filled up.
+        self.own_ids = range(min(first, spec.vocab), min(stop, spec.vocab))
         self._pipeline = collectives.pipeline
         wide = spec.wide_residual and weights.dtype == torch.float16
         # Of what runs from layer to layer.
@@ -106,24 +108,24 @@ class Transformer:
         stage, which alone has them."""
         return self.head(hidden).float()
 
-    def head(self, hidden: Tensor) -> Tensor:
+    def head(self, hidden: Tensor, whole: bool = True) -> Tensor:
         """`logits` in the type that the head's product has; rows may be further apart than they
-        are long."""
+        are long. Not `whole`: of `own_ids` alone, and nothing is exchanged."""
         head = self._head()
         hidden = self.project_out(hidden)
         if self.spec.logit_scale != 1.0:
             hidden = hidden * self.spec.logit_scale
-        return self._gathered(self.ops.linear(hidden, head))
+        return self._gathered(self.ops.linear(hidden, head), whole)
 
-    def norm_head(self, x: Tensor) -> Tensor:
+    def norm_head(self, x: Tensor, whole: bool = True) -> Tensor:
         """`head` of what `decode_layers` returned, with the norm in the same operation if nothing
         lies between them."""
         norm, eps = self._decoder().norm, self.spec.norm_eps
         if norm is None:
-            return self.head(x)
+            return self.head(x, whole)
         if self.weights.project_out is not None or self.spec.logit_scale != 1.0:
-            return self.head(self.ops.norm(x, norm, eps))
-        return self._gathered(self.ops.norm_linear(x, norm, eps, self._head()))
+            return self.head(self.ops.norm(x, norm, eps), whole)
+        return self._gathered(self.ops.norm_linear(x, norm, eps, self._head()), whole)
 
     def project_out(self, hidden: Tensor) -> Tensor:
         """From the stack's width to the embedding's, where they differ (OPT-350m)."""
@@ -178,8 +180,10 @@ class Transformer:
             raise ValueError("only a pipeline's last stage has a head")
         return self.weights.head
 
-    def _gathered(self, local: Tensor) -> Tensor:
-        """Every rank's logits; what fills up the vocabulary left out."""
+    def _gathered(self, local: Tensor, whole: bool) -> Tensor:
+        """Every rank's logits, or this one's; what fills up the vocabulary left out."""
+        if not whole:
+            return local[:, : len(self.own_ids)]
         return self.collectives.all_gather(local)[:, : self.spec.vocab]
 
     def _run(self, stack: Stack, x: Tensor, attention: Attention) -> Tensor:

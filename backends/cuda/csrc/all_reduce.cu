@@ -71,13 +71,13 @@ __device__ inline bool receive(const AllReduceParams& p, unsigned mark, int at,
     complete = true;
 #pragma unroll
     for (int r = 0; r < MOST_PEERS; ++r) {  // all that are missing at once
-      if (r < p.ranks && r != p.rank && mark_of(words[r]) != mark) {
-        words[r] = peek(&p.own->words[mark & 1][r][at]);
+      if (r < p.peers.ranks && r != p.peers.rank && mark_of(words[r]) != mark) {
+        words[r] = peek(&p.peers.own->words[mark & 1][r][at]);
       }
     }
 #pragma unroll
     for (int r = 0; r < MOST_PEERS; ++r) {
-      if (r < p.ranks && r != p.rank) complete &= mark_of(words[r]) == mark;
+      if (r < p.peers.ranks && r != p.peers.rank) complete &= mark_of(words[r]) == mark;
     }
     if (complete) break;
     if (begun == 0) {
@@ -89,7 +89,7 @@ __device__ inline bool receive(const AllReduceParams& p, unsigned mark, int at,
 #pragma unroll
   for (int r = 0; r < MOST_PEERS; ++r) {
     bits[r] = static_cast<unsigned>(words[r]);
-    if (r < p.ranks && r != p.rank) send(&p.own->words[mark & 1][r][at], 0, 0);
+    if (r < p.peers.ranks && r != p.peers.rank) send(&p.peers.own->words[mark & 1][r][at], 0, 0);
   }
   return true;
 }
@@ -98,17 +98,17 @@ template <typename T>
 __global__ void __launch_bounds__(SUM_THREADS, 1) all_reduce_kernel(const AllReduceParams p) {
   let_next_start();
   wait_for_last();
-  const unsigned mark = after(p.own->marks[blockIdx.x]);
+  const unsigned mark = after(p.peers.own->marks[blockIdx.x]);
   // After one that did not come, not to wait as long in all that follows. No branch: what is sent
   // does not wait for it.
-  const unsigned long long patience = p.own->broken ? 0 : p.patience;
+  const unsigned long long patience = p.peers.own->broken ? 0 : p.peers.patience;
   const int at = blockIdx.x * SUM_THREADS + threadIdx.x;
   if (at < p.words) {
     unsigned bits[MOST_PEERS];
     const unsigned mine = static_cast<const unsigned*>(p.x)[at];
 #pragma unroll
     for (int r = 0; r < MOST_PEERS; ++r) {
-      if (r < p.ranks && r != p.rank) send(&p.inboxes[r]->words[mark & 1][p.rank][at], mine, mark);
+      if (r < p.peers.ranks && r != p.peers.rank) send(&p.peers.inboxes[r]->words[mark & 1][p.peers.rank][at], mine, mark);
     }
     // While words are under way.
     const int first = at * OF_WORD<T>;
@@ -118,16 +118,16 @@ __global__ void __launch_bounds__(SUM_THREADS, 1) all_reduce_kernel(const AllRed
       float2 sum = {0, 0};
 #pragma unroll
       for (int r = 0; r < MOST_PEERS; ++r) {
-        if (r < p.ranks) sum = plus(sum, unpacked<T>(r == p.rank ? mine : bits[r]));
+        if (r < p.peers.ranks) sum = plus(sum, unpacked<T>(r == p.peers.rank ? mine : bits[r]));
       }
       store_word<T>(p, at, plus(residual, plus(sum, bias)));
     } else {
-      p.own->broken = 1;
-      *static_cast<volatile int*>(p.failed) = 1;
+      p.peers.own->broken = 1;
+      *static_cast<volatile int*>(p.peers.failed) = 1;
     }
   }
   __syncthreads();
-  if (threadIdx.x == 0) p.own->marks[blockIdx.x] = mark;
+  if (threadIdx.x == 0) p.peers.own->marks[blockIdx.x] = mark;
 }
 
 template <typename T>

@@ -12,11 +12,8 @@ struct AllReduceParams {
   void* residual;  // as many elements as x has
   Type residual_type;
   Operand bias;  // [features]: every row's
-  int features, words, rank, ranks;
-  unsigned long long patience;  // nanoseconds to wait for a peer
-  int* failed;                  // in host memory: what `broken` says
-  Inbox* own;
-  Inbox* inboxes[MOST_PEERS];  // of every rank, as this GPU sees them
+  int features, words;
+  Peers peers;
 };
 
 void all_reduce(const AllReduceParams& p, const Device& gpu, cudaStream_t stream);

@@ -2,6 +2,7 @@
 #include "greedy.h"
 
 #include "ranking.cuh"
+#include "words.cuh"
 
 namespace lmi {
 namespace {
@@ -65,6 +66,34 @@ __device__ Best best_of_share(const T* logits, int vocab) {
   return best;
 }
 
+// What this rank has of a row, and one of its peers: a lane of a warp looks after each. Two sets of words,
+// used in turns, as in all_reduce.cu: here turns are a row's.
+__device__ Best best_of_ranks(const Peers& peers, int row, Best own) {
+  const int lane = threadIdx.x % 32;
+  const unsigned mark = after(peers.own->best_marks[row]);
+  const unsigned long long patience = peers.own->broken ? 0 : peers.patience;
+  Best found = lane == peers.rank ? own : Best();
+  if (lane < peers.ranks && lane != peers.rank) {
+    unsigned long long* to = peers.inboxes[lane]->best[mark & 1][peers.rank][row];
+    send(to, own.key, mark), send(to + 1, own.id, mark);
+    unsigned long long* from = peers.own->best[mark & 1][lane][row];
+    unsigned long long key = peek(from), id = peek(from + 1), begun = now();
+    while ((mark_of(key) != mark || mark_of(id) != mark) && now() - begun <= patience) {
+      key = peek(from), id = peek(from + 1);
+    }
+    if (mark_of(key) == mark && mark_of(id) == mark) {
+      found = {static_cast<uint32_t>(key), static_cast<uint32_t>(id)};
+      send(from, 0, 0), send(from + 1, 0, 0);
+    } else {
+      peers.own->broken = 1;
+      *static_cast<volatile int*>(peers.failed) = 1;
+    }
+  }
+  found = found.of_warp();
+  if (lane == 0) peers.own->best_marks[row] = mark;
+  return found;
+}
+
 // What the step leaves: the token for the host and for the next step, which is one further.
 __device__ void leave(const GreedyParams& p, int row, Best best) {
   const int live = p.live[row], turn = p.turns[row], length = p.lengths[row];
@@ -92,6 +121,8 @@ __global__ void __launch_bounds__(THREADS) greedy_kernel(const GreedyParams p) {
   const Team own{1, lane, 1};  // the first warp alone: others may have ended
   if (!is_last_part(own, p.counters + row, GREEDY_PARTS)) return;
   best = Best::unpacked(lane < GREEDY_PARTS ? __ldcg(work + lane) : 0).of_warp();
+  if (best.key) best.id += p.first;
+  if (p.peers.ranks) best = best_of_ranks(p.peers, row, best);
   if (lane == 0) leave(p, row, best);
 }
 

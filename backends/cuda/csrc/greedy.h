@@ -1,6 +1,7 @@
 #pragma once
 
 #include "common.cuh"
+#include "inbox.h"
 
 namespace lmi {
 
@@ -17,6 +18,8 @@ struct GreedyParams {
   int* counters;             // [rows], zero
   int64_t stride, drawn_stride;
   int rows, vocab;
+  int first;    // id of the first logit: ranks may have parts of the vocabulary
+  Peers peers;  // which choose among what each has found
 };
 
 void greedy(const GreedyParams& p, const Device& gpu, cudaStream_t stream);

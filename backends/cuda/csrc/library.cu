@@ -4,7 +4,6 @@
 #include "arguments.h"
 #include "gemm.h"
 #include "gemm_large.h"
-#include "greedy.h"
 #include "widen.h"
 
 namespace lmi {
@@ -109,44 +108,11 @@ bool run_widen(Tensor codes, double factor, Tensor out) {
   return true;
 }
 
-// `drawn`: int64 [2, rows or more], on the device or in pinned memory. See greedy.h.
-bool run_greedy(Tensor logits, Tensor drawn, Tensor ids, Tensor lengths, Tensor live, Tensor turns,
-                Tensor work, Tensor counters) {
-  if (logits.dim() != 2 || drawn.dim() != 2) return false;
-  const int64_t rows = logits.size(0), vocab = logits.size(1);
-  if (!is_float(logits) || !logits.is_cuda() || !rows || !vocab || logits.stride(1) != 1 ||
-      drawn.scalar_type() != ScalarType::Long || !drawn.is_contiguous() || drawn.size(0) != 2 ||
-      drawn.size(1) < rows || !is_row(ids, ScalarType::Long, rows) ||
-      !is_row(lengths, ScalarType::Int, rows) || !is_row(live, ScalarType::Int, rows) ||
-      !is_row(turns, ScalarType::Int, rows) || rows > counters.numel() || rows > 65535 ||
-      vocab > 1LL << 30 || 2 * rows * GREEDY_PARTS > work.numel()) {
-    return false;
-  }
-  const DeviceGuard guard(logits.get_device_index());
-  const GreedyParams p{.logits = operand(logits),
-                            .drawn = static_cast<int64_t*>(drawn.data_ptr()),
-                            .ids = static_cast<int64_t*>(ids.data_ptr()),
-                            .lengths = static_cast<int*>(lengths.data_ptr()),
-                            .turns = static_cast<int*>(turns.data_ptr()),
-                            .live = static_cast<const int*>(live.data_ptr()),
-                            .work = static_cast<unsigned long long*>(work.data_ptr()),
-                            .counters = static_cast<int*>(counters.data_ptr()),
-                            .stride = logits.stride(0),
-                            .drawn_stride = drawn.size(1),
-                            .rows = static_cast<int>(rows),
-                            .vocab = static_cast<int>(vocab)};
-  greedy(p, device_of(logits), stream_of(logits));
-  return true;
-}
-
 }  // namespace
 }  // namespace lmi
 
 STABLE_TORCH_LIBRARY(lmi_multi, m) {
   m.def("activate(Tensor x, int activation, bool gated, Tensor(a!) out) -> bool");
-  m.def(
-      "greedy(Tensor logits, Tensor(a!) drawn, Tensor(b!) ids, Tensor(c!) lengths, Tensor live, "
-      "Tensor(d!) turns, Tensor(e!) work, Tensor(f!) counters) -> bool");
   m.def("widen(Tensor codes, float factor, Tensor(a!) out) -> bool");
   m.def("norm(Tensor x, Tensor weight, Tensor? bias, float eps, Tensor(a!) out) -> bool");
   m.def(
@@ -165,7 +131,6 @@ STABLE_TORCH_LIBRARY(lmi_multi, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(lmi_multi, CUDA, m) {
   m.impl("activate", TORCH_BOX(&lmi::run_activate));
-  m.impl("greedy", TORCH_BOX(&lmi::run_greedy));
   m.impl("widen", TORCH_BOX(&lmi::run_widen));
   m.impl("norm", TORCH_BOX(&lmi::run_norm));
   m.impl("linear", TORCH_BOX(&lmi::run_linear));

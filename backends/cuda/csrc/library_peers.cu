@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "all_reduce.h"
+#include "peers.h"
 #include "tensors.h"
 
 namespace lmi {
@@ -45,15 +46,11 @@ bool is_whole(const Tensor& tensor) {
          reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 4 == 0;
 }
 
-// `inboxes`: int64 on the CPU, the addresses by rank. `failed`: int32 [1] in pinned memory.
+// See peers.h.
 bool run_all_reduce(Tensor x, Maybe residual, Maybe bias, Tensor inboxes, int64_t rank,
                     int64_t patience, Tensor failed) {
-  const int64_t ranks = inboxes.numel();
-  if (!is_whole(x) || !x.numel() || !inboxes.is_cpu() ||
-      !is_row(inboxes, ScalarType::Long, ranks) || ranks < 2 || ranks > MOST_PEERS || rank < 0 ||
-      rank >= ranks || !is_row(failed, ScalarType::Int, 1)) {
-    return false;
-  }
+  const auto peers = peers_of(inboxes, rank, patience, failed);
+  if (!peers || !is_whole(x) || !x.numel()) return false;
   const int64_t of_word = is_of(x, Type::float32) ? 1 : 2, features = bias ? bias->numel() : of_word;
   if (x.numel() % of_word || x.numel() / of_word > MOST_WORDS ||
       (residual && (!is_whole(*residual) || residual->numel() != x.numel())) ||
@@ -61,24 +58,14 @@ bool run_all_reduce(Tensor x, Maybe residual, Maybe bias, Tensor inboxes, int64_
                 x.numel() % features))) {
     return false;
   }
-  AllReduceParams p{.x = x.data_ptr(),
-                    .type = *type_of(x),
-                    .residual = residual ? residual->data_ptr() : nullptr,
-                    .residual_type = residual ? *type_of(*residual) : *type_of(x),
-                    .bias = operand(bias),
-                    .features = static_cast<int>(features),
-                    .words = static_cast<int>(x.numel() / of_word),
-                    .rank = static_cast<int>(rank),
-                    .ranks = static_cast<int>(ranks),
-                    .patience = static_cast<unsigned long long>(patience),
-                    .failed = static_cast<int*>(failed.data_ptr()),
-                    .own = nullptr,
-                    .inboxes = {}};
-  const auto* addresses = static_cast<const int64_t*>(inboxes.data_ptr());
-  for (int64_t r = 0; r < ranks; ++r) {
-    p.inboxes[r] = reinterpret_cast<Inbox*>(static_cast<uintptr_t>(addresses[r]));
-  }
-  p.own = p.inboxes[rank];
+  const AllReduceParams p{.x = x.data_ptr(),
+                          .type = *type_of(x),
+                          .residual = residual ? residual->data_ptr() : nullptr,
+                          .residual_type = residual ? *type_of(*residual) : *type_of(x),
+                          .bias = operand(bias),
+                          .features = static_cast<int>(features),
+                          .words = static_cast<int>(x.numel() / of_word),
+                          .peers = *peers};
   const DeviceGuard guard(x.get_device_index());
   all_reduce(p, device_of(x), stream_of(x));
   return true;

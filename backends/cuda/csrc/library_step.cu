@@ -7,6 +7,7 @@
 
 #include "arguments.h"
 #include "grid.cuh"
+#include "peers.h"
 #include "step.h"
 
 namespace lmi {
@@ -168,22 +169,15 @@ void run_program(Tensor program, Tensor on_device, Tensor barrier) {
 // The same with `inboxes`, `rank`, `patience` and `failed` as all_reduce has them.
 void run_program_of_ranks(Tensor program, Tensor on_device, Tensor barrier, Tensor inboxes,
                           int64_t rank, int64_t patience, Tensor failed) {
-  const int64_t ranks = inboxes.numel();
-  if (!inboxes.is_cpu() || !is_row(inboxes, ScalarType::Long, ranks) || ranks < 2 ||
-      ranks > MOST_PEERS || rank < 0 || rank >= ranks || !is_row(failed, ScalarType::Int, 1)) {
-    throw std::runtime_error("inboxes: int64 [ranks] on the CPU of 2 to 8 ranks is wanted");
-  }
-  StepPeers peers{.rank = static_cast<int>(rank),
-                  .ranks = static_cast<int>(ranks),
-                  .patience = static_cast<unsigned long long>(patience),
-                  .failed = static_cast<int*>(failed.data_ptr()),
-                  .own = nullptr,
+  const auto given = peers_of(inboxes, rank, patience, failed);
+  if (!given) throw std::runtime_error("inboxes: int64 [ranks] on the CPU of 2 to 8 ranks is wanted");
+  StepPeers peers{.rank = given->rank,
+                  .ranks = given->ranks,
+                  .patience = given->patience,
+                  .failed = given->failed,
+                  .own = &given->own->step,
                   .inboxes = {}};
-  const auto* addresses = static_cast<const int64_t*>(inboxes.data_ptr());
-  for (int64_t r = 0; r < ranks; ++r) {
-    peers.inboxes[r] = &reinterpret_cast<Inbox*>(static_cast<uintptr_t>(addresses[r]))->step;
-  }
-  peers.own = peers.inboxes[rank];
+  for (int r = 0; r < given->ranks; ++r) peers.inboxes[r] = &given->inboxes[r]->step;
   run(program, on_device, barrier, peers);
 }
 
