@@ -219,14 +219,14 @@ def _load(
 def make_graphs(model: Model) -> None:
     """Steps of every number of rows that is captured, in every kind; and captured prefills."""
     from lmi_multi.backends.cuda.graphs import sizes
-    from lmi_multi.backends.cuda.prefill_graphs import SIZES
+    from lmi_multi.backends.cuda.prefill_graphs import sizes as sizes_of_prefills
 
     for rows in sizes(model.limits.max_batch):
         for kind in KINDS:
             count, left = divmod(rows, kind.get("num_beams", 1))
             if not left:
                 model.generate([[5] * 8] * count, kind, max_new_tokens=4)
-    for tokens in SIZES:
+    for tokens in sizes_of_prefills(model.artifact.spec, 1):
         if tokens < model.limits.max_tokens:
             model.generate([[5] * tokens], max_new_tokens=1)
 

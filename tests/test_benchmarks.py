@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from lmi_multi.backends.cuda import executor, graphs, prefill_graphs
+from lmi_multi.backends.cuda import executor, graphs
 from lmi_multi.backends.cuda.beams import BeamKind
 from lmi_multi.backends.cuda.ops import Scratch
 
@@ -98,8 +98,9 @@ def test_memory_makes_every_graph(tmp_path: Path, family: str) -> None:
     for kind in {kind for _, kind in ahead}:
         assert {size for size, other in ahead if other == kind} == set(rows)
     assert len({kind for _, kind in ahead}) == 3  # greedy, and sampled in two ways
-    prefills = {size for _, size in own._prefill_graphs._captured}
-    assert prefills >= {size for size in prefill_graphs.SIZES if size < model.limits.max_tokens}
+    made = own._prefill_graphs
+    prefills = {size for _, size in made._captured}
+    assert prefills >= {size for size in made.sizes if size < model.limits.max_tokens}
     memory.fill(model)
     model.close()
 

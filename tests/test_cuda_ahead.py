@@ -30,6 +30,7 @@ from lmi_multi.backends.base import Executor
 from lmi_multi.backends.drawing import draw
 from lmi_multi.engine.batch import Row
 from lmi_multi.model import Model
+from lmi_multi.models.spec import ModelSpec, Rope
 from lmi_multi.ops.beams import Beams
 from lmi_multi.ops.sampling import SampleRow
 from lmi_multi.parallel.collectives import SingleRank
@@ -237,6 +238,7 @@ def test_prompts_are_prefilled_by_graphs(
 ) -> None:
     """And by the kernels alone where there are too many tokens or rows for a graph."""
     monkeypatch.setattr(prefill_graphs, "SIZES", (16, 32))
+    monkeypatch.setattr(prefill_graphs, "LARGER", ())
     monkeypatch.setattr(prefill_graphs, "MOST_ROWS", 3)
     uncaptured: list[int] = []
     for name in ("decode", "encode_to_cache"):
@@ -260,6 +262,21 @@ def test_prompts_are_prefilled_by_graphs(
             assert uncaptured == expected
         captured = model.engine.executor._prefill_graphs._captured  # type: ignore[attr-defined]
         assert sorted(size for _, size in captured) == [16, 32]
+
+
+def test_sizes_of_captured_prefills() -> None:
+    """Up to 512 tokens of any network; of small layers as many as keep the GPU busy no longer."""
+
+    def spec(hidden: int, heads: int, ffn: int) -> ModelSpec:
+        sizes = {"vocab": 8, "hidden": hidden, "heads": heads, "ffn": ffn, "head_dim": 64}
+        layers = {"decoder_layers": 1, "gated": True}
+        return ModelSpec(family="t5", position=Rope(dim=8), **sizes, **layers)  # type: ignore[arg-type]
+
+    base, large, xxl = spec(768, 12, 2048), spec(1024, 16, 2816), spec(4096, 64, 10240)
+    assert prefill_graphs.sizes(base, 1)[-1] == 2048
+    assert prefill_graphs.sizes(large, 1)[-1] == 1280
+    assert prefill_graphs.sizes(large, 2)[-1] == 2048  # half a layer each
+    assert prefill_graphs.sizes(xxl, 1) == prefill_graphs.SIZES
 
 
 @pytest.mark.parametrize("family", ["t5", "llama-gqa"])

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lmi_multi.backends.base import Limits
 from lmi_multi.engine.batch import Prompt, Row
+from lmi_multi.models.spec import ModelSpec
 from lmi_multi.ops import Attention
 from lmi_multi.parallel.collectives import Peers
 
@@ -21,8 +22,11 @@ from .prefill import Prefill, PrefillAttention
 from .prefill_inputs import PrefillInputs
 from .program import NotCoveredError
 
-# Tokens of all rows together. Above, the GPU is busy for longer than the launches take.
+# Tokens of all rows together. Above, the GPU is busy for longer than the launches take; with small
+# layers not before their tokens times their weights are so many.
 SIZES = (16, 32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
+LARGER = (768, 1024, 1280, 1536, 1792, 2048)
+MOST_WORK = 16 << 30
 MOST_ROWS = 16
 MOST_CONTEXT = 4096  # tokens of a row, cached ones included: for more, tables get long
 Kind = Literal["rows", "prompts"]
@@ -49,6 +53,7 @@ class PrefillGraphs:
         stream: torch.cuda.Stream,
     ) -> None:
         self._peers, self._stream = peers, stream
+        self.sizes = sizes(prefill.network.spec, peers.size)
         self._prefill, self._angles, self._device = prefill, angles, device
         self._block_size = limits.block_size
         self._rows = min(limits.max_batch, MOST_ROWS)
@@ -82,7 +87,7 @@ class PrefillGraphs:
         return True
 
     def _get(self, kind: Kind, counts: Sequence[int]) -> tuple[PrefillInputs, Captured] | None:
-        size = size_of(counts, self._rows)
+        size = size_of(counts, self._rows, self.sizes)
         if size is None:
             return None
         key = kind, size
@@ -124,12 +129,19 @@ class PrefillGraphs:
         return PrefillAttention(self._prefill.kernel, inputs, angles, causal, _not_covered)
 
 
-def size_of(counts: Sequence[int], most_rows: int) -> int | None:
-    """The size of graph for rows of so many tokens; None if there is none."""
+def sizes(spec: ModelSpec, ranks: int) -> tuple[int, ...]:
+    """Numbers of tokens that prefills of a network, shared by `ranks`, are captured for."""
+    attention = 2 * (spec.heads + spec.kv_heads) * spec.head_dim
+    weights = spec.hidden * (attention + (2 + spec.gated) * spec.ffn) // ranks
+    return (*SIZES, *(size for size in LARGER if size * weights <= MOST_WORK))
+
+
+def size_of(counts: Sequence[int], most_rows: int, sizes: Sequence[int]) -> int | None:
+    """Of `sizes` that for rows of so many tokens; None if there is none."""
     total = sum(counts)
-    if not 0 < len(counts) <= most_rows or total > SIZES[-1]:
+    if not 0 < len(counts) <= most_rows or total > sizes[-1]:
         return None
-    return SIZES[bisect_left(SIZES, total)]
+    return sizes[bisect_left(sizes, total)]
 
 
 def _not_covered() -> Attention:
