@@ -10,15 +10,6 @@
 
 namespace lmi {
 
-// Where in the ring a step is, and the phase of its barriers.
-struct RingSlot {
-  int at = 0, phase = 0;
-
-  __device__ void next(int depth) {
-    if (++at == depth) at = 0, phase ^= 1;
-  }
-};
-
 // A step of a block: of which tile, and which of the block's share.
 struct Step {
   unsigned tile, k = 0;

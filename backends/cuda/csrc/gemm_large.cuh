@@ -60,25 +60,16 @@ struct Tiles {
   }
 };
 
-// The ring's next slot, and the phase of its barriers.
-struct LargeSlot {
-  int at = 0, phase = 0;
-
-  __device__ void next() {
-    if (++at == LARGE_DEPTH) at = 0, phase ^= 1;
-  }
-};
-
 __device__ inline void copy_tiles(const LargeParams& p, const LargeMemory& memory) {
   const int own = blockIdx.x % 2;  // which half of the weights
   const Tiles tiles(p);
-  LargeSlot slot;
+  RingSlot slot;
 #pragma unroll 1
   for (unsigned i = 0; i < tiles.count; ++i) {
     const TileOf tile = tiles(p, i);
     const int weight = tile.column + own * p.upper;
 #pragma unroll 1
-    for (int k = 0; k < p.steps; ++k, slot.next()) {
+    for (int k = 0; k < p.steps; ++k, slot.next(LARGE_DEPTH)) {
       unsigned char* to = memory.steps + slot.at * LARGE_STEP;
       Barrier* full = memory.full + slot.at;
       memory.empty[slot.at].wait_for_cluster(slot.phase ^ 1);
@@ -201,7 +192,7 @@ __device__ void multiply_tiles(const LargeParams& p, const LargeMemory& memory) 
   const auto release = [&](int slot) {
     if (lane < 2) release_at(memory.empty + slot, lane);
   };
-  LargeSlot slot;
+  RingSlot slot;
   float sums[LARGE_SUMS];
   const Tiles tiles(p);
 #pragma unroll 1
@@ -222,7 +213,7 @@ __device__ void multiply_tiles(const LargeParams& p, const LargeMemory& memory) 
       await_products<1>();
       if (before >= 0) release(before);
       before = slot.at;
-      slot.next();
+      slot.next(LARGE_DEPTH);
     }
     await_products<0>();
     hold(sums);

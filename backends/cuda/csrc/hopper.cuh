@@ -63,6 +63,15 @@ struct Barrier {
   }
 };
 
+// Where in the ring a step is, and the phase of its barriers.
+struct RingSlot {
+  int at = 0, phase = 0;
+
+  __device__ void next(int depth) {
+    if (++at == depth) at = 0, phase ^= 1;
+  }
+};
+
 // Makes initialized barriers visible to the copy engine.
 __device__ inline void fence_barriers() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");

@@ -75,6 +75,9 @@ __device__ inline void receive_fours(const Meeting& peers, const unsigned* from,
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i) complete &= !wanted[i] || are_there(found[i]);
+#ifdef LMI_NAP
+      if (!complete) __nanosleep(LMI_NAP);
+#endif
     } while (!complete && !late(peers));
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -148,12 +151,15 @@ static __device__ __noinline__ void take(const Phase& phase, const Meeting& peer
     }
     made.unpack(x);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) total += x[i];
+    for (int i = 0; i < 8; ++i) total += x[i], squares += x[i] * x[i];
   }
   Normal by;
-  if (biases) by.shift = __fdividef(quick_row_sum(total, share.width, scratch), s.features);
+  if (biases) {  // a LayerNorm, whose squares are of what the mean is taken from
+    by.shift = __fdividef(quick_row_sum(total, share.width, scratch), s.features);
+    squares = 0;
+  }
 #pragma unroll 1
-  for (int at = own; at < features; at += 2 * step) {
+  for (int at = biases ? own : features; at < features; at += 2 * step) {
     float x[8];
     const Fours fours = fours_at(at);
     staged_fours<X, W>(to, fours).unpack(x);
