@@ -147,10 +147,11 @@ class CudaExecutor(TorchExecutor):
         # Read before anything else is begun, which may write to the same place.
         found: dict[int, Draw | Continuations] = {i: own.result for i, own in taken.items()}
         rest = [i for i, place in enumerate(places) if place is None and i not in begun_before]
+        tokens: list[int | None] = [None] * len(rows)
         if rest:
             found |= self._draw(rest, [rows[i] for i in rest], not taken)
-        tokens = self._agreed(rows, [_token(found.get(i)) for i in range(len(rows))], rest)
-        tokens = [row.next_token if t is None else t for row, t in zip(rows, tokens, strict=True)]
+            own = self._agreed(rows, [_token(found.get(i)) for i in range(len(rows))], rest)
+            tokens = [row.next_token if t is None else t for row, t in zip(rows, own, strict=True)]
         going = [i for i in range(len(rows)) if places[i] is not None or tokens[i] is not None]
         begun = None
         if self._ahead is not None and going:

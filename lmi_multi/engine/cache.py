@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Container, Iterable
+from collections.abc import Container, Sequence
 from operator import attrgetter
 
 _start = attrgetter("start")
@@ -74,8 +74,10 @@ class BlockAllocator:
         return next((i for i, piece in enumerate(pieces) if len(piece) >= count), 0)
 
 
-def _in_pieces(blocks: Iterable[int]) -> list[range]:
+def _in_pieces(blocks: Sequence[int]) -> list[range]:
     """Ascending numbers as pieces, none of which touches the next."""
+    if blocks and blocks[-1] - blocks[0] == len(blocks) - 1:  # most often
+        return [range(blocks[0], blocks[-1] + 1)]
     pieces: list[range] = []
     for block in blocks:
         if pieces and pieces[-1].stop == block:
