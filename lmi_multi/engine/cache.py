@@ -13,8 +13,8 @@ class BlockAllocator:
     """Hands out the numbers 0 to `blocks` - 1; each belongs to one owner at a time.
 
     Blocks that follow each other are preferred: a row that lies in one piece can be read in
-    place, without a gather. Free ones are kept as such pieces, of which there are few: a cache has
-    ten thousands of blocks, and answers that begin and end must not cost so many steps.
+    place, without a gather. Free ones are kept as such pieces, of which there are few: a cache can
+    have a hundred thousand blocks, and answers must not begin and end the slower for it.
     """
 
     def __init__(self, blocks: int) -> None:
