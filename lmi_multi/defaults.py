@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -56,12 +57,15 @@ class GenerationDefaults(GenerationConfig):
         limit: int,
         vocab: int | None = None,
         tokenizer: Tokenizer | None = None,
+        like: Resolved | None = None,
     ) -> Resolved:
         """Complete `options`: what they leave open, the model's file sets, else Hugging Face.
 
         `prompt_tokens` is the prompt's length in tokens. `limit` is the most tokens a sequence of
         the decoder may hold, prompt (`decoder_only`) or start token included; 0: no limit. Token
         ids must be below `vocab`, if it is known; bad words that are text need the `tokenizer`.
+        `like` is what the same options have become for another prompt of the model: then only what
+        depends on the prompt is found anew.
 
         The call's own length beats the file's whatever its kind: `max_length` in the call beats
         `max_new_tokens` in the file. A length of the call that does not fit the limit is an
@@ -75,14 +79,17 @@ class GenerationDefaults(GenerationConfig):
         """
         used = prompt_tokens if decoder_only else 1
         most = self._most_new(options, used, limit)
+        least = self._least_new(options, used, most)
+        if like is not None:
+            return _for_another(like, options, most, least)
         ignore_eos = bool(options.ignore_eos)
         do_sample = _first(options.do_sample, self.options.do_sample, False)
         num_beams = self._beams(options, do_sample)
         resolved = Resolved(
             max_new_tokens=most,
-            min_new_tokens=self._least_new(options, used, most),
+            min_new_tokens=least,
             do_sample=do_sample,
-            seed=secrets.randbits(64) if options.seed is None else options.seed,
+            seed=_seed(options),
             ignore_eos=ignore_eos,
             eos_token_ids=() if ignore_eos else self.eos_token_ids,
             bad_words=self._bad_words(options, tokenizer),
@@ -227,6 +234,18 @@ class GenerationDefaults(GenerationConfig):
                 )
             return min(max(wanted, 0), most)
         return 0
+
+
+def _for_another(like: Resolved, options: GenerateOptions, most: int, least: int) -> Resolved:
+    """`like` with other lengths and, if it draws, a seed of its own: mostly `like` itself."""
+    seed = _seed(options) if like.do_sample else like.seed
+    if (most, least, seed) == (like.max_new_tokens, like.min_new_tokens, like.seed):
+        return like
+    return replace(like, max_new_tokens=most, min_new_tokens=least, seed=seed)
+
+
+def _seed(options: GenerateOptions) -> int:
+    return secrets.randbits(64) if options.seed is None else options.seed
 
 
 def _word_ids(word: Word, tokenizer: Tokenizer | None) -> list[tuple[int, ...]]:

@@ -357,11 +357,7 @@ class Model:
         self._check_open("decoder", "encoder-decoder")
         given, ids = self._reader.read(prompts)
         wanted = per_prompt(options, len(given), keywords)
-        jobs = [
-            self._reader.job(index, token_ids, option, streaming)
-            for index, (token_ids, option) in enumerate(zip(ids, wanted, strict=True))
-        ]
-        return given, ids, jobs
+        return given, ids, self._reader.jobs(ids, wanted, streaming)
 
     def _score(self, passages: Sequence[Passage]) -> Iterator[Tensor]:
         """Log-probabilities of all but the first token of each passage: float32 [tokens - 1]."""

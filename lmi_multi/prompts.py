@@ -17,6 +17,7 @@ from lmi_multi.errors import OptionError
 from lmi_multi.models.spec import ModelSpec
 from lmi_multi.models.traits import Traits
 from lmi_multi.options import GenerateOptions
+from lmi_multi.resolved import Resolved
 from lmi_multi.tokenizer import Tokenizer
 
 Prompt = str | list[int]
@@ -34,28 +35,38 @@ def as_list(prompts: Prompts) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
     entries = _entries(prompts, "prompts")
-    if entries and all(_is_id(entry) for entry in entries):
-        return [[int(entry) for entry in entries]]
-    return [_prompt(entry, index) for index, entry in enumerate(entries)]
+    ids = _ids(entries)
+    if ids:
+        return [ids]
+    return [_prompt(_plain(entry), index) for index, entry in enumerate(entries)]
 
 
 def _prompt(entry: Any, index: int) -> Prompt:
     if isinstance(entry, str):
         return entry
-    ids = _entries(entry, f"prompt {index}")
-    for item in ids:
-        if not _is_id(item):
-            raise OptionError(f"prompt {index} holds {item!r}, must hold integer token ids only")
-    return [int(item) for item in ids]
+    items = _entries(entry, f"prompt {index}")
+    ids = _ids(items)
+    if ids is None:
+        wrong = next(item for item in map(_plain, items) if not _is_id(item))
+        raise OptionError(f"prompt {index} holds {wrong!r}, must hold integer token ids only")
+    return ids
 
 
-def _entries(value: Any, what: str) -> list[Any]:
+def _entries(value: Any, what: str) -> Sequence[Any]:
     plain = _plain(value)
     if not isinstance(plain, Sequence) or isinstance(plain, _BYTES):
         raise OptionError(
             f"{what} is a {type(value).__name__}, must be a string or a list of token ids"
         )
-    return [_plain(entry) for entry in plain]
+    return plain
+
+
+def _ids(entries: Sequence[Any]) -> list[int] | None:
+    """The entries as token ids; None if one of them is none."""
+    if set(map(type, entries)) <= {int}:  # most often; nothing else is as fast to find out
+        return list(entries)
+    items = list(map(_plain, entries))
+    return list(map(int, items)) if all(map(_is_id, items)) else None
 
 
 def _plain(value: Any) -> Any:
@@ -115,11 +126,10 @@ class PromptReader:
 
     def check(self, ids: Sequence[int], what: str) -> None:
         """Raise OptionError for ids outside the vocabulary, or more of them than fit."""
-        for token in ids:
-            if not 0 <= token < self.spec.vocab:
-                raise OptionError(
-                    f"{what} holds token id {token}, must be 0 to {self.spec.vocab - 1}"
-                )
+        vocab = self.spec.vocab
+        if ids and not (min(ids) >= 0 and max(ids) < vocab):
+            token = next(token for token in ids if not 0 <= token < vocab)
+            raise OptionError(f"{what} holds token id {token}, must be 0 to {vocab - 1}")
         if len(ids) > self.limits.max_tokens:
             raise OptionError(
                 f"{what} has {len(ids)} tokens, must be at most {self.limits.max_tokens}"
@@ -135,13 +145,33 @@ class PromptReader:
             )
         return start
 
+    def jobs(
+        self,
+        prompts: Sequence[list[int]],
+        options: Sequence[GenerateOptions],
+        streaming: bool = False,
+    ) -> list[Job]:
+        """`job` of each prompt, with its own one of `options`: mostly the same object."""
+        jobs: list[Job] = []
+        resolved: dict[int, Resolved] = {}  # by the options' identity
+        for index, (ids, own) in enumerate(zip(prompts, options, strict=True)):
+            jobs.append(self.job(index, ids, own, streaming, resolved.get(id(own))))
+            resolved[id(own)] = jobs[-1].answers[0].options
+        return jobs
+
     def job(
-        self, index: int, ids: list[int], options: GenerateOptions, streaming: bool = False
+        self,
+        index: int,
+        ids: list[int],
+        options: GenerateOptions,
+        streaming: bool = False,
+        like: Resolved | None = None,
     ) -> Job:
         """What the engine runs for one prompt: a sequence for each answer that is asked for, or a
         beam search for all of them.
 
-        With `streaming` the answers' texts grow with their tokens.
+        With `streaming` the answers' texts grow with their tokens. `like`: what these options
+        have become for another prompt.
         """
         decoder_only = self.spec.kind == "decoder"
         try:
@@ -152,6 +182,7 @@ class PromptReader:
                 limit=self.limits.max_tokens,
                 vocab=self.spec.vocab,
                 tokenizer=self.tokenizer,
+                like=like,
             )
         except OptionError as error:
             raise OptionError(f"prompt {index}: {error}", error.option) from None

@@ -232,7 +232,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Programs:
     )  # fmt: skip
     event = SimpleNamespace(synchronize=lambda: None, wait=lambda: None)
     monkeypatch.setattr(torch.ops, "lmi_multi", kernels, raising=False)
-    for module in (ahead, beams, draws, executor, inputs, prefill_inputs, searches):
+    for module in (ahead, beams, draws, executor, inputs, prefill_inputs):
         monkeypatch.setattr(module, "upload", lambda values, to: to.copy_(torch.tensor(values)))
     for module in (ahead, searches):
         monkeypatch.setattr(module, "download", lambda values: (values.clone(), event))

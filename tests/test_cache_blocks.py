@@ -101,6 +101,38 @@ def test_blocks_in_one_piece_come_first(blocks: int, data: st.DataObject) -> Non
     assert taken(allocator, count) == expected
 
 
+@given(st.integers(2, 16), st.data())
+def test_blocks_behind_the_owners_last_one_come_before_others(
+    blocks: int, data: st.DataObject
+) -> None:
+    allocator = BlockAllocator(blocks)
+    owner = taken(allocator, blocks)
+    others = data.draw(st.lists(st.integers(1, blocks - 1), unique=True))
+    owner = [block for block in owner if block not in others]
+    allocator.give_back(list(others))
+    owner = owner[: data.draw(st.integers(1, len(owner)))]
+    count = data.draw(st.integers(0, len(others)))
+    behind = [*range(owner[-1] + 1, owner[-1] + 1 + count)]
+    again = BlockAllocator(blocks)
+    taken(again, blocks)
+    again.give_back(list(others))
+    expected = behind if set(behind) <= set(others) else taken(again, count)
+    before = list(owner)
+    allocator.take(count, owner)
+    assert owner == before + expected
+
+
+def test_what_a_block_costs_does_not_depend_on_how_many_there_are() -> None:
+    """These would not even be listed in memory."""
+    allocator = BlockAllocator(10**13)
+    first, second = taken(allocator, 3), taken(allocator, 2)
+    allocator.give_back(first)
+    assert taken(allocator, 4) == [5, 6, 7, 8]
+    allocator.give_back(second)
+    assert allocator.free == 10**13 - 4
+    assert taken(allocator, 5) == [0, 1, 2, 3, 4]
+
+
 def test_a_failed_return_changes_nothing() -> None:
     allocator = BlockAllocator(4)
     blocks = taken(allocator, 2)

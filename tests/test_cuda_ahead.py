@@ -130,6 +130,35 @@ def test_nobody_waits_for_the_prefill_of_newcomers(
         assert [answer.generated for answer in (first, *others)] == expected
 
 
+@pytest.mark.parametrize("family", ["t5", "gpt2"])
+@pytest.mark.parametrize(
+    "sampled", [{}, {"temperature": 0.8, "seed": 3}], ids=["greedy", "sampled"]
+)
+def test_known_tokens_are_a_step_that_nobody_waits_for(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, sampled: dict[str, Any], family: str
+) -> None:
+    """An encoder-decoder's start tokens, and prompts of one token: the next step has begun when
+    what they drew is read. Some answers end there, and leave the step behind without their rows."""
+    events: list[str] = []
+    for owner, name in ((ahead.Ahead, "_replay"), (ahead.Flight, "results")):
+        method = getattr(owner, name)
+
+        def noted(*given: Any, method: Any = method, name: str = name) -> Any:
+            events.append(name)
+            return method(*given)
+
+        monkeypatch.setattr(owner, name, noted)
+    monkeypatch.setattr(executor.CudaExecutor, "_draw", None)  # never called
+    own = prompts(5, 7) if family == "t5" else [[3 + i] for i in range(5)]
+    lengths = [{"max_new_tokens": n, "ignore_eos": True} | sampled for n in (4, 1, 3, 1, 4)]
+    with cpu_model(folder, family) as cpu, open_model(folder, family) as model:
+        for options in ([lengths[0]] * 5, lengths):
+            events.clear()
+            expected = [c.token_ids for c in cpu.generate(own, options)]
+            assert [c.token_ids for c in model.generate(own, options)] == expected
+            assert events == ["_replay"] + ["_replay", "results"] * 3 + ["results"]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_searches_go_on_inside_graphs(
     monkeypatch: pytest.MonkeyPatch, folder: Path, family: str
@@ -217,18 +246,19 @@ def test_a_step_that_fails_leaves_nothing_behind(
             assert tiny_models.is_clean(model)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
 def test_without_memory_for_graphs_it_runs_uncaptured(
-    monkeypatch: pytest.MonkeyPatch, folder: Path
+    monkeypatch: pytest.MonkeyPatch, folder: Path, family: str
 ) -> None:
     own = prompts(4, 6)
-    with cpu_model(folder, "gpt2") as cpu:
+    with cpu_model(folder, family) as cpu:
         expected = [c.token_ids for c in cpu.generate(own, max_new_tokens=9)]
 
     def no_room(*_: object) -> None:
         raise torch.OutOfMemoryError("no room")
 
     monkeypatch.setattr(graphs, "capture", no_room)
-    with open_model(folder, "gpt2") as model:
+    with open_model(folder, family) as model:
         assert [c.token_ids for c in model.generate(own, max_new_tokens=9)] == expected
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from lmi_multi.backends.cuda import ahead, executor, graphs
+from lmi_multi.backends.cuda import ahead, executor, graphs, inputs
 from lmi_multi.backends.cuda.beams import BeamKind
 from torch import Tensor
 
@@ -198,7 +198,9 @@ def test_a_step_without_memory_costs_one_request(
             (executor.CudaExecutor, "_prepare"),
             (executor.CudaExecutor, "_encode_to_cache"),
             (executor.CudaExecutor, "_draw"),
-            (executor.CudaExecutor, "_feed"),
+            (inputs.StepInputs, "fill"),
+            (inputs.StepInputs, "feed"),
+            (ahead.Ahead, "start"),
             (ahead.Ahead, "begin"),
             (ahead.Ahead, "_feed"),
             (Graph, "replay"),

@@ -63,6 +63,40 @@ def test_precedence() -> None:
     assert resolve(found, do_sample=False).do_sample is False
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"max_length": 9, "min_length": 7},
+        {"max_new_tokens": 3, "temperature": 0.5, "do_sample": True, "seed": 1, "bad_words": [[3]]},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("decoder_only", [True, False])
+def test_for_another_prompt_only_lengths_and_seeds_are_found_anew(
+    options: dict[str, Any], decoder_only: bool
+) -> None:
+    found = having(temperature=0.7)
+    given = GenerateOptions(**options)
+    ask: dict[str, Any] = {"decoder_only": decoder_only, "limit": 16}
+    first = found.resolve(given, prompt_tokens=2, **ask)
+    assert found.resolve(given, prompt_tokens=2, like=first, **ask) is first
+    again = found.resolve(given, prompt_tokens=8, like=first, **ask)
+    whole = found.resolve(given, prompt_tokens=8, **ask)
+    assert again == (whole if first.do_sample else replace(whole, seed=first.seed))
+    if decoder_only:
+        with pytest.raises(OptionError, match=r"^the prompt has 16 tokens; allowed: at most 15"):
+            found.resolve(given, prompt_tokens=16, like=first, **ask)
+
+
+def test_every_prompt_that_samples_has_a_seed_of_its_own() -> None:
+    given = GenerateOptions(do_sample=True)
+    ask: dict[str, Any] = {"prompt_tokens": 2, "decoder_only": True, "limit": 16}
+    first = having().resolve(given, **ask)
+    seeds = {first.seed} | {having().resolve(given, like=first, **ask).seed for _ in range(8)}
+    assert len(seeds) == 9
+
+
 def test_settings_of_the_file(tmp_path: Path) -> None:
     found = read(
         tmp_path,

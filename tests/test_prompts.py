@@ -41,7 +41,7 @@ from lmi_multi.prompts import as_list
         (np.array([], dtype=int), []),
         ([np.array([3, 4]), np.array([5])], [[3, 4], [5]]),
         ([np.int64(3), np.uint8(4)], [[3, 4]]),
-        ([[np.int32(3)]], [[3]]),
+        ([[np.int32(3)], [4, np.int64(5)]], [[3], [4, 5]]),
         (torch.tensor([3, 4]), [[3, 4]]),
         (torch.tensor([[3, 4]]), [[3, 4]]),
         ([torch.tensor([3]), torch.tensor([4])], [[3], [4]]),  # one token each, yet two prompts

@@ -21,13 +21,14 @@ from lmi_multi.engine.batch import Draw, Row
 from lmi_multi.ops.sampling import SampleRow
 
 from .draws import GREEDY, DrawKind, can_capture
-from .graphs import StepGraphs
+from .graphs import Captured, StepGraphs
 from .inputs import download, recorded, upload
 
 
 @dataclass
 class Flight:
     """A step that was begun: of `rows`, each one token further than it says, drawing by `draws`.
+    (Where `Ahead.start` has begun it, as they say.)
 
     `fed` are the tokens that it was given, once the host knows them.
     """
@@ -72,6 +73,22 @@ class Ahead:
         self._graphs = graphs
         self._begun: torch.cuda.Event | None = None  # the last step, when it is done
 
+    def start(self, rows: Sequence[Row]) -> Flight | None:
+        """Start the step that `rows` are of, none of which was begun before. None if not all of
+        them are rows of one token for which a graph draws."""
+        draws = [row.sample for row in rows if row.sample and can_capture(row.sample)]
+        single = all(len(row.token_ids) == 1 and row.beams is None for row in rows)
+        if not single or len(draws) < len(rows):
+            return None
+        kind = self._graphs.draws.kind(draws)
+        graph = self._graph(len(rows), kind)
+        if graph is None:
+            return None
+        self._graphs.inputs.fill(rows)
+        self._graphs.draws.fill(draws)
+        self._graphs.inputs.feed(rows)
+        return self._replay(graph, rows, draws, kind)
+
     def begin(
         self, rows: Sequence[Row], tokens: Sequence[int | None], places: Sequence[int | None],
         last: Flight | None,
@@ -87,27 +104,36 @@ class Ahead:
         own = [rows[i] for i in going]
         draws = [row.ahead for row in own if row.ahead]
         kind = self._graphs.draws.kind(draws)
-        # The last step's tokens have yet to be read; those in the other half have been. Now: also
-        # what is run to capture a graph writes its tokens.
-        inputs = self._graphs.inputs
-        inputs.turn = 1 - inputs.turn
-        graph = self._graphs.drawing(len(own), kind)
+        graph = self._graph(len(own), kind)
         if graph is None:
             return None
         if last and last.kind == kind and self._continues(last, [places[i] for i in going], draws):
             if kind.any_sampled:
                 self._graphs.draws.advance(draws)
         else:
-            inputs.fill(own, ahead=1)
+            self._graphs.inputs.fill(own, ahead=1)
             self._graphs.draws.fill(draws)
             self._feed([tokens[i] for i in going], [places[i] for i in going])
+        return self._replay(graph, own, draws, kind)
+
+    def _graph(self, rows: int, kind: DrawKind) -> Captured | None:
+        """A step that draws to the half of the tokens' memory that has been read: those of the last
+        step have yet to be. Turned now: also what is run to capture a graph writes its tokens."""
+        inputs = self._graphs.inputs
+        inputs.turn = 1 - inputs.turn
+        return self._graphs.drawing(rows, kind)
+
+    def _replay(
+        self, graph: Captured, rows: Sequence[Row], draws: Sequence[SampleRow], kind: DrawKind
+    ) -> Flight:
+        """Start the step with the inputs as they are."""
         found = graph.replay()
         if kind == GREEDY:
-            drawn, done = found[inputs.turn, : len(own)], recorded()
+            drawn, done = found[self._graphs.inputs.turn, : len(rows)], recorded()
         else:
-            drawn, done = download(found[: len(own)])
+            drawn, done = download(found[: len(rows)])
         self._begun = done
-        return Flight(own, draws, kind, drawn, done)
+        return Flight(rows, draws, kind, drawn, done)
 
     def wait(self) -> None:
         """Wait until no step is under way."""

@@ -44,12 +44,12 @@ class DrawInputs:
 
     def kind(self, rows: Sequence[SampleRow]) -> DrawKind:
         """What these rows need."""
-        if not any(row.temperature or row.banned for row in rows):
-            return GREEDY
-        return _kind(_sampling(rows, len(rows)))
+        return GREEDY if _is_greedy(rows) else _kind(_sampling(rows, len(rows)))
 
     def fill(self, rows: Sequence[SampleRow]) -> None:
         """Put the rows' options in the first places."""
+        if _is_greedy(rows):
+            return
         host = _sampling(rows, self.most)
         if host.any_sampled:
             for name, column in _columns(host).items():
@@ -83,6 +83,11 @@ class DrawInputs:
 def can_capture(row: SampleRow) -> bool:
     """Whether a captured step can draw for such a row."""
     return row.edit is None and row.logprobs is None
+
+
+def _is_greedy(rows: Sequence[SampleRow]) -> bool:
+    """Whether the likeliest tokens alone are wanted."""
+    return not any(row.temperature or row.banned for row in rows)
 
 
 def _sampling(rows: Sequence[SampleRow], count: int) -> Sampling:

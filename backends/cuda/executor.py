@@ -141,13 +141,17 @@ class CudaExecutor(TorchExecutor):
         self._prepare(batch)
         last, self._flight = self._flight, None
         places = [last.place(row) if last else None for row in rows]
+        if self._ahead is not None and not taken and set(places) == {None}:
+            last = self._ahead.start(rows)  # then the next step needs no tokens of this one either
+            places = [None if last is None else i for i in range(len(rows))]
         # Read before anything else is begun, which may write to the same place.
         found: dict[int, Draw | Continuations] = {i: own.result for i, own in taken.items()}
         rest = [i for i, place in enumerate(places) if place is None and i not in begun_before]
+        tokens: list[int | None] = [None] * len(rows)
         if rest:
             found |= self._draw(rest, [rows[i] for i in rest], not taken)
-        tokens = self._agreed(rows, [_token(found.get(i)) for i in range(len(rows))], rest)
-        tokens = [row.next_token if t is None else t for row, t in zip(rows, tokens, strict=True)]
+            own = self._agreed(rows, [_token(found.get(i)) for i in range(len(rows))], rest)
+            tokens = [row.next_token if t is None else t for row, t in zip(rows, own, strict=True)]
         going = [i for i in range(len(rows)) if places[i] is not None or tokens[i] is not None]
         begun = None
         if self._ahead is not None and going:
@@ -244,12 +248,6 @@ class CudaExecutor(TorchExecutor):
         found = draw_by_row(logits, [row for _, row in drawing])
         return {drawing[i][0]: drawn for i, drawn in found.items()}
 
-    def _feed(self, rows: Sequence[Row], graphs: StepGraphs) -> None:
-        """Put rows of one token in the first places."""
-        graphs.inputs.fill(rows)
-        ids = np.array([row.token_ids[0] for row in rows], dtype=np.int64)
-        upload(ids, graphs.inputs.ids[: len(rows)])
-
     def _next_logits(self, rows: Sequence[Row]) -> Tensor | None:
         """As `TorchExecutor` does, but rows of one token, which come first, by a graph."""
         singles = next((i for i, row in enumerate(rows) if len(row.token_ids) > 1), len(rows))
@@ -259,7 +257,8 @@ class CudaExecutor(TorchExecutor):
         # Longer rows first: the graph's logits are read before anything else is replayed.
         others = self._prefill_logits(rows[singles:])
         single = rows[:singles]
-        self._feed(single, self._fed)
+        self._fed.inputs.fill(single)
+        self._fed.inputs.feed(single)
         logits = step.replay()[:singles]
         drawing = [i for i, row in enumerate(single) if row.sample is not None]
         if len(drawing) < singles:

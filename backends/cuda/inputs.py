@@ -62,13 +62,18 @@ class StepInputs:
         self._cross_lengths[:] = 0
         self._table[:] = self.spare
         self._cross_table[:] = self.spare
+        self._live[: len(rows)] = 1
+        self._lengths[: len(rows)] = [row.length + ahead for row in rows]
+        self._cross_lengths[: len(rows)] = [row.cross_length for row in rows]
         for i, row in enumerate(rows):
-            self._live[i] = 1
-            self._lengths[i] = row.length + ahead
             self._table[i, : len(row.blocks)] = row.blocks
-            self._cross_lengths[i] = row.cross_length
             self._cross_table[i, : len(row.cross_blocks)] = row.cross_blocks
         upload(self._host, self._packed)
+
+    def feed(self, rows: Sequence[Row]) -> None:
+        """The rows' tokens, one each, in the first places."""
+        ids = np.array([row.token_ids[0] for row in rows], dtype=np.int64)
+        upload(ids, self.ids[: len(rows)])
 
     def drop(self, first: int, stop: int) -> None:
         """Let no row have these places any more, whatever the device has made of the others."""

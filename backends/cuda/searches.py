@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +22,7 @@ from lmi_multi.engine.batch import Continuations, Row
 
 from .beams import MOST_STOPS, BeamKind, Gone, Records, is_plain
 from .graphs import Captured, StepGraphs
-from .inputs import download, recorded, upload
+from .inputs import download, recorded
 
 
 @dataclass
@@ -138,8 +137,7 @@ class Searches:
             return None
         graphs.inputs.fill(rows)
         graphs.beams.fill(rows, kind)
-        ids = np.array([row.token_ids[0] for row in rows], dtype=np.int64)
-        upload(ids, graphs.inputs.ids[: len(rows)])
+        graphs.inputs.feed(rows)
         searches = len(rows) // kind.width
         if captured.out is not graphs.beams.found:
             found, done = download(captured.replay()[:searches])

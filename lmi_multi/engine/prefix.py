@@ -93,6 +93,8 @@ class PrefixCache:
 
         Raises ValueError, and frees none, if one is free already.
         """
+        if not owner:  # as each one's is at the end of a call, which gives up what may be left
+            return
         for block in reversed(owner):  # the last one becomes idle, and is evicted, first
             users = self._users.get(block)
             if users is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from lmi_multi.completion import FinishReason
 from lmi_multi.engine.batch import Continuations, Draw, Prompt, Row
@@ -82,9 +82,8 @@ class Job:
     answers: Sequence[sequence.Sequence]
 
 
-@dataclass(frozen=True)
-class Share:
-    """What one request has of a step."""
+class Share(NamedTuple):
+    """What one request has of a step. A tuple, as one is made for each request of each step."""
 
     request: Request
     rows: Sequence[Row]

@@ -63,12 +63,14 @@ class Scheduler:
         counts: list[tuple[Request, int]] = []
         for request in sorted(self.running, key=lambda r: r.pending):
             budget -= self._share(request, budget, counts)
-        while budget > 0 and (newcomer := self._admit(encoded)):
+        room = self.limits.max_batch - self.rows
+        while budget > 0 and (newcomer := self._admit(room, encoded)):
+            room -= newcomer.width
             encoded -= len(newcomer.encoder_ids or ())
             budget -= self._share(newcomer, budget, counts)
         turn = not (self._held_up and counts)
         self._held_up = False
-        if turn and not self._newcomers and self._too_long() and (newcomer := self._admit()):
+        if turn and not self._newcomers and self._too_long() and (newcomer := self._admit(room)):
             self._held_up = True
             counts = [(newcomer, 1)]
         counts.sort(key=lambda share: share[1] > 1)
@@ -99,7 +101,7 @@ class Scheduler:
         rows = request.tokens_of_step
         count = max(0, min(request.pending, budget // rows))
         taken = count * rows
-        if self._leaves_last(request, count, counts):
+        if count > 1 and self._leaves_last(request, count, counts):
             count -= 1  # nobody gets a slice of the one token that is left
         if count:
             counts.append((request, count))
@@ -114,7 +116,7 @@ class Scheduler:
         if not self.limits.begins_ahead or not counts or request.width > 1:
             return False
         first, tokens = counts[0]
-        return count == request.pending > 1 and tokens == 1 and first not in self._newcomers
+        return count == request.pending and tokens == 1 and first not in self._newcomers
 
     def _too_long(self) -> bool:
         """Whether the first waiting prompt is an encoder's that fits into no step."""
@@ -122,15 +124,16 @@ class Scheduler:
             return False
         return len(self.waiting[0].encoder_ids) > self.limits.max_step_tokens
 
-    def _admit(self, encoded: int | None = None) -> Request | None:
+    def _admit(self, room: int, encoded: int | None = None) -> Request | None:
         """Move the first waiting request to the running ones, if there is room for it now.
 
-        `encoded`: how many tokens the step's encoder may still take; None: as many as there are.
+        `room`: for how many rows. `encoded`: how many tokens the step's encoder may still take;
+        None: as many as there are.
         """
         if not self.waiting:
             return None
         request = self.waiting[0]
-        if self.rows + request.width > self.limits.max_batch:
+        if request.width > room:
             return None
         if encoded is not None and len(request.encoder_ids or ()) > encoded:
             return None

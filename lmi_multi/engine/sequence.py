@@ -17,7 +17,7 @@ from lmi_multi.resolved import Resolved
 class Sequence:
     """A `Request` of one row.
 
-    `tokens` are the decoder's: those given (the prompt, or the start token of an
+    `tokens` are the decoder's: the `given` `first_tokens` (the prompt, or the start token of an
     encoder-decoder), then those generated. The first `computed` of them are in the cache, of which
     `reused` were there before it came, in the first `shared` of its blocks. With a
     `detokenizer`, `pieces` are the text so far. Answers to one prompt differ in `stream`.
@@ -29,6 +29,7 @@ class Sequence:
     tokens: list[int]
     encoder_ids: list[int] | None = None
     detokenizer: Detokenizer | None = None
+    first_tokens: list[int] = field(init=False)
     given: int = field(init=False)
     computed: int = 0
     reused: int = 0
@@ -45,6 +46,7 @@ class Sequence:
     _ahead: SampleRow | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
+        self.first_tokens = list(self.tokens)
         self.given = len(self.tokens)
 
     @property
@@ -69,11 +71,6 @@ class Sequence:
     def longest(self) -> int:
         """The most decoder tokens that this sequence can reach."""
         return self.given + self.options.max_new_tokens
-
-    @property
-    def first_tokens(self) -> list[int]:
-        """See `Request.first_tokens`."""
-        return self.tokens[: self.given]
 
     @property
     def width(self) -> int:
