@@ -17,11 +17,11 @@ import gc
 import random
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import product
 from statistics import median
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.random_model import random_model
@@ -31,12 +31,11 @@ from lmi_multi.backends.base import Limits
 from lmi_multi.backends.torch_executor import TorchExecutor
 from lmi_multi.checkpoint.layout import DtypeName
 from lmi_multi.engine.batch import Prompt, Row
-from lmi_multi.models.spec import ModelSpec, Position, RelativeBias, Rope
+from lmi_multi.models.spec import Activation, ModelSpec, Position, RelativeBias, Rope
 from lmi_multi.models.weights import Layer, Linear, Norm
 from lmi_multi.ops.heads import Heads
 from lmi_multi.ops.packed import PackedAttention
 from lmi_multi.ops.paged import PagedAttention, PagedCache
-from lmi_multi.ops.reference import Reference
 from lmi_multi.ops.sampling import SampleRow
 from lmi_multi.parallel.collectives import SingleRank
 
@@ -207,27 +206,48 @@ def attentions(rounds: int) -> None:
         print(f"{what:40} us: {shown}  {rate}", flush=True)
 
 
+# Name, features, outputs, what comes behind a bias or a gate, and whether there is a gate, or a
+# residual.
+PRODUCTS: tuple[tuple[str, int, int, Activation | None, bool, bool], ...] = (
+    ("xxl qkv", 4096, 12288, None, False, False),
+    ("xxl out", 4096, 4096, None, False, True),
+    ("xxl up", 4096, 20480, "gelu_tanh", True, False),
+    ("xxl down", 10240, 4096, None, False, True),
+    ("xl up", 2048, 10240, "gelu_tanh", True, False),
+    ("large up", 1024, 5632, "gelu_tanh", True, False),
+    ("llama up", 4096, 22016, "silu", True, False),
+    ("gptj up", 4096, 16384, "gelu_tanh", False, False),
+    ("neox up", 4096, 16384, "gelu", False, False),
+)
+
+
 def products(rounds: int) -> None:
-    """GPT-J's first FFN product with its activation: as an epilogue, and behind it."""
+    """Large products and what follows them: by our kernel, and by cuBLAS with a kernel behind it
+    where it has no such epilogue; and the rate of the faster one."""
     from lmi_multi.backends.cuda.ops import CudaOps, Scratch
 
     device, half = torch.device("cuda", 0), torch.bfloat16
     ops = CudaOps(Scratch(device))
-    weight = (torch.randn(16384, 4096, device=device) / 64).to(half)
-    linear = Linear(weight, torch.randn(16384, device=device).to(half))
-    for tokens in (128, 512, 2048, 8192):
-        x = torch.randn(tokens, 4096, device=device).to(half)
-        runs: dict[str, Run] = {
-            "epilogue": partial(ops.linear, x, linear, "gelu_tanh"),
-            "behind": partial(_behind, ops, x, linear),
-        }
+    by_cublas = CudaOps(Scratch(device))
+    by_cublas._pairs = 0  # as on a GPU that has no such kernel
+    for (name, features, outputs, kind, gated, added), tokens in product(
+        PRODUCTS, (1024, 2048, 4096, 8192)
+    ):
+        weight = (torch.randn(outputs, features, device=device) / 64).to(half)
+        bias = torch.randn(outputs, device=device).to(half) if kind and not gated else None
+        linear, x = Linear(weight, bias), torch.randn(tokens, features, device=device).to(half)
+        runs: dict[str, Run] = {}
+        if added:
+            residual = torch.randn(tokens, outputs, device=device).to(half)
+            runs["ours"] = partial(ops._gemm, x, linear, half, residual)
+            runs["cuBLAS"] = partial(by_cublas.linear_residual, x, linear, residual)
+        else:
+            runs["ours"] = partial(ops._gemm, x, linear, half, None, kind, gated)
+            runs["cuBLAS"] = partial(by_cublas.linear, x, linear, kind, gated)
         times = time_runs(runs, rounds, launches=10)
-        shown = "  ".join(f"{who} {1000 * ms:9.1f}" for who, ms in times.items())
-        print(f"gptj up and gelu, {tokens} tokens, us: {shown}")
-
-
-def _behind(ops: Reference, x: Tensor, linear: Linear) -> Tensor:
-    return ops.activate(F.linear(x, linear.weight, linear.bias), "gelu_tanh")
+        shown = "  ".join(f"{who} {1000 * ms:8.1f}" for who, ms in times.items())
+        rate = 2 * tokens * features * outputs / min(times.values()) / 1e9
+        print(f"{name:9} {tokens:5} tokens, us: {shown}  {rate:5.0f} TFLOP/s", flush=True)
 
 
 def main() -> None:
