@@ -16,7 +16,7 @@ from lmi_multi.backends.neuron.devices import Core, Host
 from lmi_multi import load
 from lmi_multi.cli.main import run
 from lmi_multi.errors import BackendError, CapacityError, OptionError
-from tests.test_neuron_transformers_neuronx import artifact, stand_in
+from tests.transformers_neuronx_stand_in import artifact, stand_in
 
 GIB = 2**30
 NXD = {"neuronx-cc": "2.24.1", "torch-neuronx": "2.9.0", "neuronx-distributed": "0.18.1"}

@@ -32,7 +32,7 @@ from safetensors import safe_open
 from tests import nxd_closed_parts as closed
 from tests.families import VOCAB
 from tests.neuron_libraries import parameters, real, signatures
-from tests.test_neuron_transformers_neuronx import MANY, RUN, artifact
+from tests.transformers_neuronx_stand_in import MANY, RUN, artifact
 
 SOURCES = os.environ.get("LMI_MULTI_TNX_SOURCES")
 if not SOURCES:
