@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from functools import partial
+from types import FrameType
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,6 +21,7 @@ from hypothesis.stateful import (
     rule,
 )
 
+from lmi_multi.engine import cache
 from lmi_multi.engine.cache import BlockAllocator
 
 
@@ -131,6 +138,50 @@ def test_what_a_block_costs_does_not_depend_on_how_many_there_are() -> None:
     allocator.give_back(second)
     assert allocator.free == 10**13 - 4
     assert taken(allocator, 5) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("gives", [False, True], ids=["take", "give_back"])
+def test_an_interrupt_leaves_blocks_on_one_side_or_the_other(gives: bool) -> None:
+    """At every line of the allocator's: free blocks and owners' are all there are, once each."""
+    for line in range(1, 1000):
+        allocator = BlockAllocator(12)
+        owners = [taken(allocator, count) for count in (2, 3, 2, 1)]
+        allocator.give_back(owners[1])
+        owner = owners.pop()
+        owner += owners.pop(0)  # several pieces, of which one lies between free ones
+        work = partial(*(allocator.give_back, owner) if gives else (allocator.take, 5, owner))
+        ended = interrupted(work, line)
+        free = [block for piece in allocator._pieces for block in piece]
+        assert sorted([*free, *owner, *(b for own in owners for b in own)]) == list(range(12))
+        assert allocator.free == len(free)
+        if ended:
+            assert line > 10
+            return
+    pytest.fail("it did not end")
+
+
+def interrupted(work: Callable[[], object], line: int) -> bool:
+    """Ctrl-C at so many lines of the allocator's code; whether it had ended before."""
+    seen = 0
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal seen
+        if frame.f_code.co_filename != cache.__file__:
+            return None
+        seen += 1
+        if seen == line:
+            raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work()
+        return True
+    except KeyboardInterrupt:
+        return False
+    finally:
+        sys.settrace(before)
 
 
 def test_a_failed_return_changes_nothing() -> None:

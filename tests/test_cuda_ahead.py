@@ -159,6 +159,17 @@ def test_known_tokens_are_a_step_that_nobody_waits_for(
             assert events == ["_replay"] + ["_replay", "results"] * 3 + ["results"]
 
 
+@pytest.mark.parametrize("family", ["t5", "gpt2"])
+def test_few_graphs_are_not_spent_where_no_step_follows(folder: Path, family: str) -> None:
+    """Rows whose bans change with every token, and answers of one token."""
+    own = prompts(2, 7) if family == "t5" else [[3], [4]]
+    with open_model(folder, family) as model:
+        model.generate(own, max_new_tokens=12, no_repeat_ngram_size=1)
+        model.generate(own, max_new_tokens=1, do_sample=True, top_p=0.9)
+        captured = model.engine.executor._ahead._graphs._captured  # type: ignore[attr-defined]
+        assert {kind for _, kind in captured} <= set(graphs.ALWAYS)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_searches_go_on_inside_graphs(
     monkeypatch: pytest.MonkeyPatch, folder: Path, family: str

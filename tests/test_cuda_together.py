@@ -92,6 +92,17 @@ class Shelf:
     def programs_run(self) -> int:
         return self.programs.runs
 
+    def parts_are_of_the_whole(self) -> bool:
+        """The rank's own logits beside everybody's, with the norm in the head's product and not."""
+        assert self.executor is not None
+        network, seed = self.executor._network, torch.Generator().manual_seed(1)
+        hidden = torch.randn(3, network.spec.hidden, generator=seed)
+        own, right = network.own_ids, []
+        for head in (network.head, network.norm_head):
+            whole, part = head(hidden), head(hidden, whole=False)
+            right.append(torch.equal(part, whole[:, own.start : own.stop]))
+        return all(right) and 0 < len(own) < network.spec.vocab
+
     def facts(self) -> list[Any]:
         """Of every rank: its replays, whether it has graphs of prefills, and of which steps it has
         graphs (True) or none for lack of memory (False)."""
@@ -135,6 +146,13 @@ def test_tokens_are_those_of_one_process(two: LocalRanks, folder: Path, family: 
     assert other == (replays, prefills, steps)
     assert replays > 50 and prefills and all(steps.values())
     assert two.call("programs_run") == 0  # none waits for what is not sent through memory
+
+
+@pytest.mark.parametrize("family", ["t5", "opt-350m", "bloom"])
+def test_a_ranks_own_logits(two: LocalRanks, folder: Path, family: str) -> None:
+    """Separate and tied heads, and a projection before one."""
+    open_model(two, folder, family)
+    assert two.call("parts_are_of_the_whole")
 
 
 # --- trouble on one rank

@@ -361,3 +361,17 @@ def test_an_interrupted_close_can_be_repeated(
 
 def _interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
+
+
+def test_options_are_completed_once_for_prompts_that_share_them(gpt2: Model) -> None:
+    """Also where prompts have other lengths, unless that or a seed of their own sets them apart."""
+
+    def completed(**options: Any) -> list[Any]:
+        _, _, jobs = gpt2._jobs([[5], [6, 7], [8]], None, options)
+        return [job.answers[0].options for job in jobs]
+
+    first, *others = completed(max_new_tokens=3)
+    assert all(other is first for other in others)
+    first, second, third = completed(max_length=9)
+    assert [first.max_new_tokens, second.max_new_tokens] == [8, 7] and first == third
+    assert len({own.seed for own in completed(max_new_tokens=3, do_sample=True)}) == 3

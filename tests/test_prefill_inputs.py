@@ -119,10 +119,10 @@ def test_tiles_are_large_where_there_are_enough() -> None:
 
 
 def test_sizes_of_graphs() -> None:
-    assert size_of([1], 4) == SIZES[0]
-    assert size_of([100, 28], 4) == 128
-    assert size_of([100, 29], 4) == 160
-    assert size_of([SIZES[-1]], 4) == SIZES[-1]
-    assert size_of([SIZES[-1], 1], 4) is None
-    assert size_of([1] * 5, 4) is None
-    assert size_of([], 4) is None
+    assert size_of([1], 4, SIZES) == SIZES[0]
+    assert size_of([100, 28], 4, SIZES) == 128
+    assert size_of([100, 29], 4, SIZES) == 160
+    assert size_of([SIZES[-1]], 4, SIZES) == SIZES[-1]
+    assert size_of([SIZES[-1], 1], 4, SIZES) is None
+    assert size_of([1] * 5, 4, SIZES) is None
+    assert size_of([], 4, SIZES) is None

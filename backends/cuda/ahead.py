@@ -75,12 +75,14 @@ class Ahead:
 
     def start(self, rows: Sequence[Row]) -> Flight | None:
         """Start the step that `rows` are of, none of which was begun before. None if not all of
-        them are rows of one token for which a graph draws."""
+        them are rows of one token for which a graph draws, or none of them goes on ahead."""
         draws = [row.sample for row in rows if row.sample and can_capture(row.sample)]
         single = all(len(row.token_ids) == 1 and row.beams is None for row in rows)
         if not single or len(draws) < len(rows):
             return None
         kind = self._graphs.draws.kind(draws)
+        if kind != GREEDY and not any(row.ahead for row in rows):
+            return None  # nothing is begun behind it: not worth one of few graphs
         graph = self._graph(len(rows), kind)
         if graph is None:
             return None

@@ -141,7 +141,7 @@ class CudaExecutor(TorchExecutor):
         self._prepare(batch)
         last, self._flight = self._flight, None
         places = [last.place(row) if last else None for row in rows]
-        if self._ahead is not None and not taken and set(places) == {None}:
+        if self._ahead is not None and set(places) == {None}:
             last = self._ahead.start(rows)  # then the next step needs no tokens of this one either
             places = [None if last is None else i for i in range(len(rows))]
         # Read before anything else is begun, which may write to the same place.

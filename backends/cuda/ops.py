@@ -90,7 +90,7 @@ class CudaOps(Reference):
         weight, bias = linear.weight, linear.bias
         if (
             bias is not None
-            and _is_epilogue(activation, linear)
+            and activation in EPILOGUES
             and not gated
             and weight.dtype in (torch.float16, torch.bfloat16)
             and x.dtype == bias.dtype == weight.dtype
@@ -173,7 +173,10 @@ class CudaOps(Reference):
         weight = linear.weight
         if not self._pairs or rows < LARGE_ROWS or weight.shape[1] < LARGE_FEATURES:
             return False
-        if not gated and (activation is None or _is_epilogue(activation, linear)):
+        # It rounds sums to x's type before a bias, which may be most of them with the other sign.
+        if linear.scale is not None or linear.bias is not None:
+            return False
+        if not gated and activation is None:
             return False
         columns = -(-weight.shape[0] // LARGE_TILE)
         tiles = -(-rows // LARGE_TILE) * columns
@@ -236,11 +239,6 @@ def _empty(x: Tensor, linear: Linear, dtype: torch.dtype, gated: bool) -> Tensor
     """Where a product goes."""
     outputs = linear.weight.shape[0] // 2 if gated else linear.weight.shape[0]
     return x.new_empty((x.shape[0], outputs), dtype=dtype)
-
-
-def _is_epilogue(activation: Activation | None, linear: Linear) -> bool:
-    """Whether cuBLASLt has the activation, which it has behind a bias."""
-    return linear.bias is not None and activation in EPILOGUES
 
 
 def _is_hopper(device: torch.device) -> bool:

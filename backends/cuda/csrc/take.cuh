@@ -75,9 +75,6 @@ __device__ inline void receive_fours(const Meeting& peers, const unsigned* from,
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i) complete &= !wanted[i] || are_there(found[i]);
-#ifdef LMI_NAP
-      if (!complete) __nanosleep(LMI_NAP);
-#endif
     } while (!complete && !late(peers));
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
