@@ -60,7 +60,7 @@ class Traffic(RuleBasedStateMachine):
         self.scheduler = Scheduler(self.limits)
         self.alive: list[Sequence] = []
         self.queue: list[Sequence] = []  # not admitted yet, in order of arrival
-        self.encoded: set[Sequence] = set()
+        self.committed: set[Sequence] = set()
         self.steps = self.work = 0
 
     @rule(prompt=st.integers(1, 20), new=st.integers(1, 20))
@@ -95,7 +95,7 @@ class Traffic(RuleBasedStateMachine):
             if row.sample is not None:
                 own.push(data.draw(st.sampled_from([5, 5, 5, EOS])))
         self.scheduler.commit(shares)
-        self.encoded |= set(sequences)
+        self.committed |= set(sequences)
         self.queue = [own for own in self.queue if own not in self.scheduler.running]
         for own in sequences:
             if own.finish_reason is not None:
@@ -113,7 +113,7 @@ class Traffic(RuleBasedStateMachine):
         assert batch.rows, "a step that does nothing would be repeated for ever"
         assert len(self.scheduler.running) <= self.limits.max_batch
         counts = [len(row.token_ids) for row in batch.rows]
-        assert all(counts) and counts == sorted(counts, key=lambda n: n > 1)
+        assert any(counts) and counts == sorted(counts, key=lambda n: n > 1)
         encoded = sum(len(prompt.token_ids) for prompt in batch.prompts)
         alone = len(batch.prompts) == len(batch.rows) == counts[0] == 1
         assert sum(counts) <= self.limits.max_step_tokens
@@ -123,6 +123,10 @@ class Traffic(RuleBasedStateMachine):
         for row, own in zip(batch.rows, sequences, strict=True):
             # Slices follow each other without gap, and the last one draws.
             assert row.start == own.computed
+            assert bool(row.fresh) == (own not in self.committed)
+            if not row.token_ids:  # a newcomer's, whose one token is for the step that is begun
+                assert self.limits.begins_ahead and row.fresh
+                assert [row.next_token] == own.tokens and row.ahead is not None
             assert list(row.token_ids) == own.tokens[row.start : row.length]
             assert (row.sample is not None) == (row.length == len(own.tokens))
             assert row.sample is None or row.sample.step == len(own.generated)
@@ -131,7 +135,7 @@ class Traffic(RuleBasedStateMachine):
             assert row.cross_length == (len(own.encoder_ids or ()))
             if own.encoder_ids:
                 mine = [p for p in batch.prompts if p.cross_blocks == row.cross_blocks]
-                assert len(mine) == (own not in self.encoded)
+                assert len(mine) == (own not in self.committed)
                 assert all(prompt.token_ids == own.encoder_ids for prompt in mine)
 
     def check_admission(self, running: list[Sequence], batch: Batch) -> None:
@@ -242,6 +246,25 @@ def test_a_newcomers_first_token_is_drawn_among_those_that_run(begins_ahead: boo
         assert found == [*alone, [one, (7, False)], [one, (4, False)], [one, one], [one, one]]
     else:
         assert found == [*alone, [one, (7, False)], [one, (5, True)], [one, one], [one, one]]
+
+
+@pytest.mark.parametrize("encoder", [True, False])
+def test_a_newcomers_only_token_is_drawn_among_those_that_run(encoder: bool) -> None:
+    """An encoder-decoder's start token, and a prompt of one: what comes before, its encoder and its
+    blocks, is of the step that it comes in, and once alone."""
+    scheduler = Scheduler(replace(LIMITS, begins_ahead=True))
+    found = []
+    for number in range(4):
+        if number < 2:
+            scheduler.add(sequence(1, 9, encoder))
+        batch, shares = scheduler.plan()
+        found.append([(len(row.token_ids), bool(row.fresh)) for row in batch.rows])
+        assert len(batch.prompts) == (encoder and number < 2)
+        for row, own in zip(batch.rows, requests(shares), strict=True):
+            if row.sample is not None:
+                own.push(5)
+        scheduler.commit(shares)
+    assert found == [[(1, True)], [(1, False), (0, True)], [(1, False)] * 2, [(1, False)] * 2]
 
 
 def test_the_token_that_is_left_of_a_prompt_is_nobody_elses() -> None:

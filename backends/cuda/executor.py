@@ -146,8 +146,12 @@ class CudaExecutor(TorchExecutor):
             places = [None if last is None else i for i in range(len(rows))]
         # Read before anything else is begun, which may write to the same place.
         found: dict[int, Draw | Continuations] = {i: own.result for i, own in taken.items()}
-        rest = [i for i, place in enumerate(places) if place is None and i not in begun_before]
-        tokens: list[int | None] = [None] * len(rows)
+        rest = [
+            i
+            for i, place in enumerate(places)
+            if place is None and i not in begun_before and rows[i].token_ids
+        ]
+        tokens = [row.next_token for row in rows]
         if rest:
             found |= self._draw(rest, [rows[i] for i in rest], not taken)
             own = self._agreed(rows, [_token(found.get(i)) for i in range(len(rows))], rest)

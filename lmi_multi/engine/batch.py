@@ -25,7 +25,8 @@ class Row(NamedTuple):
     `ahead` is what `sample` will be in the step after this one, if the row is in it, has the same
     blocks, and gets the token that this step draws: a hint for an executor that begins the next
     step before anybody has seen that token. None: not known, or there is no such step. A slice that
-    leaves but one token of a prompt has an `ahead` too, and says with `next_token` which that is.
+    leaves but one token of a prompt has an `ahead` too, and says with `next_token` which that is;
+    so does a row that has no tokens yet, whose prompt is encoded in this step.
     """
 
     token_ids: Sequence[int]
@@ -68,8 +69,9 @@ class Passage:
 class Batch:
     """One step: first the prompts are encoded, then every row's tokens are decoded.
 
-    Rows of a single token come before longer ones. All keys and values of a layer are written
-    before any are read, so a row may attend to blocks that another row fills in the same step.
+    Rows of a single token, or of none, come before longer ones. All keys and values of a layer are
+    written before any are read, so a row may attend to blocks that another row fills in the same
+    step.
     """
 
     rows: Sequence[Row] = ()

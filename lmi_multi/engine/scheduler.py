@@ -100,23 +100,24 @@ class Scheduler:
         other, a beam search's, advance together or not at all."""
         rows = request.tokens_of_step
         count = max(0, min(request.pending, budget // rows))
-        taken = count * rows
-        if count > 1 and self._leaves_last(request, count, counts):
-            count -= 1  # nobody gets a slice of the one token that is left
         if count:
-            counts.append((request, count))
-        return taken
+            left = self._leaves_last(request, count, counts)
+            counts.append((request, count - left))
+        return count * rows  # nobody gets a slice of the one token that is left
 
     def _leaves_last(
         self, request: Request, count: int, counts: Sequence[tuple[Request, int]]
     ) -> bool:
         """Whether the last token of a prompt is for the next step, where it is a row like those
-        that run already: a step that draws a newcomer's first token waits for its prefill, and so
-        do the tokens of rows that were computed before."""
+        that run already: a step that draws a newcomer's first token waits for its prefill, or its
+        encoder, and so do the tokens of rows that were computed before. Of a newcomer that has but
+        one token, as an encoder-decoder's start token, this step then computes none."""
         if not self.limits.begins_ahead or not counts or request.width > 1:
             return False
+        if count < request.pending or (count == 1 and request not in self._newcomers):
+            return False
         first, tokens = counts[0]
-        return count == request.pending and tokens == 1 and first not in self._newcomers
+        return tokens == 1 and first not in self._newcomers
 
     def _too_long(self) -> bool:
         """Whether the first waiting prompt is an encoder's that fits into no step."""

@@ -44,6 +44,7 @@ class Sequence:
     error: str | None = None
     # How the next draw will be made, if that is known.
     _ahead: SampleRow | None = field(init=False, default=None)
+    _fresh: bool = field(init=False, default=True)  # no step has had it yet
 
     def __post_init__(self) -> None:
         self.first_tokens = list(self.tokens)
@@ -111,8 +112,8 @@ class Sequence:
             next_token = self.tokens[stop]
             ahead = self._ahead = self.options.ahead(stop + 1 - self.given, self.stream)
         fresh: tuple[int, ...] = ()
-        if self.computed == self.reused:  # its first step
-            fresh = (*self.blocks[self.shared :], *self.cross_blocks)
+        if self._fresh:
+            fresh, self._fresh = (*self.blocks[self.shared :], *self.cross_blocks), False
         row = Row(
             token_ids=self.tokens[self.computed : stop],
             start=self.computed,
@@ -168,7 +169,7 @@ class Sequence:
     def start(self, reused: int, shared: int) -> None:
         """See `Request.start`."""
         self.reused = self.computed = reused
-        self.shared = shared
+        self.shared, self._fresh = shared, True
 
     def cancel(self) -> None:
         """See `Request.cancel`."""
