@@ -117,6 +117,12 @@ class Resolved:
         )
 
     @cached_property
+    def goes_ahead(self) -> bool:
+        """Whether each step's draw can be begun before the tokens before it are known, by whoever
+        looks at logits and nothing else."""
+        return self._is_simple and self.logprobs is None
+
+    @cached_property
     def _is_simple(self) -> bool:
         """Whether all steps draw alike, but for the end tokens that come too early."""
         return not (self._reads_tokens or self.forced_eos_token_ids or self.logit_bias)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, note, settings
@@ -19,9 +20,9 @@ from lmi_multi.resolved import Resolved
 EOS = 2
 
 
-def sequence(prompt: int, new: int, encoder: bool = False) -> Sequence:
+def sequence(prompt: int, new: int, encoder: bool = False, **other: Any) -> Sequence:
     """`prompt` tokens in (the encoder's, if there is one), at most `new` out."""
-    options = Resolved(new, 0, False, 1.0, 0, 1.0, 0, False, (), (EOS,))
+    options = replace(Resolved(new, 0, False, 1.0, 0, 1.0, 0, False, (), (EOS,)), **other)
     ids = list(range(100, 100 + prompt))
     return Sequence(options, [0] if encoder else ids, ids if encoder else None)
 
@@ -265,6 +266,27 @@ def test_a_newcomers_only_token_is_drawn_among_those_that_run(encoder: bool) -> 
                 own.push(5)
         scheduler.commit(shares)
     assert found == [[(1, True)], [(1, False), (0, True)], [(1, False)] * 2, [(1, False)] * 2]
+
+
+@pytest.mark.parametrize(
+    ("runs", "comes"), [({"logprobs": 1}, {}), ({}, {"repetition_penalty": 1.5}), ({}, {})]
+)
+@pytest.mark.parametrize("encoder", [True, False])
+def test_tokens_are_left_where_it_spares_a_wait(
+    runs: dict[str, Any], comes: dict[str, Any], encoder: bool
+) -> None:
+    """Not to a step that waits anyway. What is left counts as a token: where a step does not fit,
+    the latest of those who want most gives up."""
+    scheduler = Scheduler(replace(LIMITS, begins_ahead=True))
+    for other in (runs, comes):
+        scheduler.add(sequence(1, 9, encoder, **other))
+        batch, shares = scheduler.plan()
+        assert all(share.tokens for share in shares)
+        for row, own in zip(batch.rows, requests(shares), strict=True):
+            if row.sample is not None:
+                own.push(5)
+        scheduler.commit(shares)
+    assert [len(row.token_ids) for row in batch.rows] == [1, int(bool(runs or comes))]
 
 
 def test_the_token_that_is_left_of_a_prompt_is_nobody_elses() -> None:

@@ -25,8 +25,9 @@ class Row(NamedTuple):
     `ahead` is what `sample` will be in the step after this one, if the row is in it, has the same
     blocks, and gets the token that this step draws: a hint for an executor that begins the next
     step before anybody has seen that token. None: not known, or there is no such step. A slice that
-    leaves but one token of a prompt has an `ahead` too, and says with `next_token` which that is;
-    so does a row that has no tokens yet, whose prompt is encoded in this step.
+    leaves but one token of a prompt has an `ahead` too, and says with `next_token` which that is.
+    So does, where limits say that steps are begun ahead, a newcomer's row that has no tokens at
+    all: its blocks are prepared, and its prompt encoded, in this step.
     """
 
     token_ids: Sequence[int]

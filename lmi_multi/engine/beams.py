@@ -91,6 +91,11 @@ class BeamSearch:
         return len(self._given) + self._state.drawn - self.computed
 
     @property
+    def goes_ahead(self) -> bool:
+        """See `Request.goes_ahead`."""
+        return self.options.goes_ahead
+
+    @property
     def tokens_of_step(self) -> int:
         """See `Request.tokens_of_step`."""
         return len(self._state.rows) if self._state.drawn else 1

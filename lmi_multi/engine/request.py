@@ -46,6 +46,10 @@ class Request(Protocol):
     def tokens_of_step(self) -> int:
         """How many tokens a step with one token for each of its rows has."""
 
+    @property
+    def goes_ahead(self) -> bool:
+        """Whether an executor may begin its steps before it knows the tokens before them."""
+
     def blocks_needed(self, size: int) -> tuple[int, int]:
         """The most blocks of `size` tokens that it can need for the decoder's tokens, and those
         for its encoded prompt."""
@@ -90,9 +94,10 @@ class Share(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """How many are computed for it: in its first step the encoder's too."""
+        """How many are computed for it: in its first step the encoder's too, and one of the step
+        that is begun meanwhile, if this one has none."""
         encoded = self.request.encoder_ids if self.rows[0].fresh else None
-        return sum(len(row.token_ids) for row in self.rows) + len(encoded or ())
+        return sum(len(row.token_ids) or 1 for row in self.rows) + len(encoded or ())
 
     @property
     def draws(self) -> bool:

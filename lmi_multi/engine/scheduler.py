@@ -117,7 +117,10 @@ class Scheduler:
         if count < request.pending or (count == 1 and request not in self._newcomers):
             return False
         first, tokens = counts[0]
-        return tokens == 1 and first not in self._newcomers
+        if tokens != 1 or first in self._newcomers:
+            return False
+        # Of those that run, one that waits in every step would wait for the prefill all the same.
+        return request.goes_ahead and all(other.goes_ahead for other, _ in counts)
 
     def _too_long(self) -> bool:
         """Whether the first waiting prompt is an encoder's that fits into no step."""

@@ -84,6 +84,11 @@ class Sequence:
         return 1
 
     @property
+    def goes_ahead(self) -> bool:
+        """See `Request.goes_ahead`."""
+        return self.options.goes_ahead
+
+    @property
     def pending(self) -> int:
         """See `Request.pending`."""
         return len(self.tokens) - self.computed
