@@ -85,6 +85,18 @@ def greedy(
     return True
 
 
+def greedy_of_ranks(
+    logits: Tensor, first: int, inboxes: Tensor, rank: int, patience: int, failed: Tensor,
+    *left: Tensor,
+) -> bool:  # fmt: skip
+    """`greedy` of all ranks' parts, which torch.distributed gathers."""
+    assert inboxes[rank] == 100 + rank
+    parts: list[Any] = [None] * len(inboxes)
+    dist.all_gather_object(parts, logits)
+    assert first == sum(part.shape[1] for part in parts[:rank])
+    return greedy(torch.cat(parts, dim=1), *left)
+
+
 def embed(
     ids: Tensor, lengths: Tensor, tokens: Tensor, first: int, positions: Tensor | None,
     cos_table: Tensor | None, sin_table: Tensor | None, x: Tensor, cos: Tensor | None,
@@ -219,6 +231,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Programs:
     made = Programs()
     kernels = SimpleNamespace(
         attention=attend, heads=heads, embed=embed, greedy=greedy,
+        greedy_of_ranks=greedy_of_ranks,
         linear=lambda *_: False, norm=lambda *_: False,
         activate=lambda *_: False, widen=lambda *_: False, gemm=lambda *_: False,
         record_norm=made.recording(norm),
