@@ -17,7 +17,7 @@ from lmi_multi.models.weights import Layer, Linear, Norm
 from lmi_multi.ops.heads import Heads
 from lmi_multi.ops.paged import PagedAttention, PagedCache
 
-from .ops import Scratch
+from .ops import Scratch, processors
 
 MOST_SPLITS = 32
 
@@ -195,11 +195,6 @@ class CudaPagedAttention(PagedAttention):
 def splits(heads: Heads, rows: int, device: torch.device, blocks: int = 2) -> int:
     """Into how many parts a row's tokens may be split: enough for so many blocks a processor."""
     return max(min(blocks * processors(device) // (rows * heads.kv), MOST_SPLITS), 1)
-
-
-def processors(device: torch.device) -> int:
-    """How many the GPU has, which run blocks side by side."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _located(

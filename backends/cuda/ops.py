@@ -70,7 +70,7 @@ class CudaOps(Reference):
         # A step program has no `gemm`; it covers no more rows than others do.
         device = scratch.work.device
         self._hopper = kernels is None and _is_hopper(device)
-        self._pairs = _processors(device) // 2 if self._hopper else 0
+        self._pairs = processors(device) // 2 if self._hopper else 0
 
     def norm(self, x: Tensor, norm: Norm, eps: float) -> Tensor:
         """See `Ops.norm`."""
@@ -245,5 +245,6 @@ def _is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
+    """How many the GPU has, which run blocks side by side."""
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -17,7 +17,7 @@ from lmi_multi.ops.heads import Heads
 from lmi_multi.ops.packed import PackedAttention
 from lmi_multi.ops.paged import PagedAttention, PagedCache
 
-from .attention import processors
+from .ops import processors
 from .prefill_inputs import PrefillInputs, queries_of
 
 Angles = tuple[Tensor, Tensor] | None
