@@ -116,9 +116,8 @@ class Traffic(RuleBasedStateMachine):
         counts = [len(row.token_ids) for row in batch.rows]
         assert any(counts) and counts == sorted(counts, key=lambda n: n > 1)
         encoded = sum(len(prompt.token_ids) for prompt in batch.prompts)
-        alone = len(batch.prompts) == len(batch.rows) == counts[0] == 1
         assert sum(counts) <= self.limits.max_step_tokens
-        assert encoded <= self.limits.max_step_tokens or alone
+        assert encoded <= self.limits.max_step_tokens or len(batch.prompts) == 1
 
     def check_rows(self, batch: Batch, sequences: list[Sequence]) -> None:
         for row, own in zip(batch.rows, sequences, strict=True):
@@ -208,20 +207,20 @@ def test_a_long_prompt_is_prefilled_beside_what_runs() -> None:
     ]
 
 
-def test_an_encoder_prompt_beyond_the_step_goes_alone() -> None:
+def test_an_encoder_prompt_beyond_the_step_is_the_only_one_of_its_step() -> None:
+    """Beside what runs, which would wait for it all the same."""
     scheduler = Scheduler(LIMITS)
-    first, long, last = (sequence(n, 5, encoder=True) for n in (3, 9, 2))
-    for own in (first, long, last):
-        scheduler.add(own)
+    for length in (3, 9, 10, 2):
+        scheduler.add(sequence(length, 5, encoder=True))
     tokens = []
-    for _ in range(3):
+    for _ in range(4):
         batch, shares = scheduler.plan()
         sequences = requests(shares)
         tokens.append([len(prompt.token_ids) for prompt in batch.prompts] + [len(batch.rows)])
         for own in sequences:
             own.push(5)
         scheduler.commit(shares)
-    assert tokens == [[3, 1], [9, 1], [2, 3]]
+    assert tokens == [[3, 1], [9, 2], [10, 3], [2, 4]]
 
 
 @pytest.mark.parametrize("begins_ahead", [True, False])
@@ -348,7 +347,7 @@ def test_an_encoders_tokens_are_not_those_of_rows() -> None:
     assert found == [([3, 5], 2), ([8], 3), ([2], 4)]
 
 
-def test_what_runs_has_a_step_between_two_that_are_a_newcomers_alone() -> None:
+def test_what_runs_is_in_every_step_however_long_newcomers_prompts_are() -> None:
     scheduler = Scheduler(LIMITS)
     running = sequence(2, 9, encoder=True)
     scheduler.add(running)
@@ -363,8 +362,7 @@ def test_what_runs_has_a_step_between_two_that_are_a_newcomers_alone() -> None:
         for own in sequences:
             own.push(5)
         scheduler.commit(shares)
-    alone, beside = ([9], False), ([], True)
-    assert tokens == [([2], True), alone, beside, alone, beside, alone, beside]
+    assert tokens == [([2], True), *[([9], True)] * 3, *[([], True)] * 3]
 
 
 def test_what_can_never_fit_is_refused() -> None:

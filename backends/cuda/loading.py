@@ -23,8 +23,8 @@ from lmi_multi.checkpoint.header import TensorInfo, read_header
 from lmi_multi.checkpoint.shard import pieces
 from lmi_multi.errors import CheckpointError
 
-THREADS = 8
-CHUNK = 16 * 2**20  # bytes of a pinned buffer, of which each thread fills one while one is sent
+THREADS = 16
+CHUNK = 8 * 2**20  # bytes of a pinned buffer, of which each thread fills one while one is sent
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self._newcomers: list[Request] = []  # admitted by the last plan, not committed yet
-        self._held_up = False  # whether the last plan was a newcomer's alone
 
     @property
     def idle(self) -> bool:
@@ -51,8 +50,7 @@ class Scheduler:
 
         Running requests come first, so that newcomers' prefill only takes what is left of
         `max_step_tokens`; a prompt that is longer than that is prefilled in slices. Encoders have
-        as many tokens of their own, but take a prompt whole: a longer one gets a step for itself,
-        and the next one such a step only after one of those that run.
+        as many tokens of their own, but take a prompt whole: a longer one is its step's only one.
 
         What the last plan admitted goes back to the queue unless `commit` has confirmed it: that
         step has failed, or was interrupted.
@@ -68,11 +66,6 @@ class Scheduler:
             room -= newcomer.width
             encoded -= len(newcomer.encoder_ids or ())
             budget -= self._share(newcomer, budget, counts)
-        turn = not (self._held_up and counts)
-        self._held_up = False
-        if turn and not self._newcomers and self._too_long() and (newcomer := self._admit(room)):
-            self._held_up = True
-            counts = [(newcomer, 1)]
         counts.sort(key=lambda share: share[1] > 1)
         shares = [Share(request, request.rows(count)) for request, count in counts]
         batch = Batch(
@@ -122,24 +115,17 @@ class Scheduler:
         # Of those that run, one that waits in every step would wait for the prefill all the same.
         return request.goes_ahead and all(other.goes_ahead for other, _ in counts)
 
-    def _too_long(self) -> bool:
-        """Whether the first waiting prompt is an encoder's that fits into no step."""
-        if not self.waiting or self.waiting[0].encoder_ids is None:
-            return False
-        return len(self.waiting[0].encoder_ids) > self.limits.max_step_tokens
-
-    def _admit(self, room: int, encoded: int | None = None) -> Request | None:
+    def _admit(self, room: int, encoded: int) -> Request | None:
         """Move the first waiting request to the running ones, if there is room for it now.
 
-        `room`: for how many rows. `encoded`: how many tokens the step's encoder may still take;
-        None: as many as there are.
+        `room`: for how many rows. `encoded`: how many tokens the step's encoder may still take.
         """
         if not self.waiting:
             return None
         request = self.waiting[0]
         if request.width > room:
             return None
-        if encoded is not None and len(request.encoder_ids or ()) > encoded:
+        if len(request.encoder_ids or ()) > encoded and encoded < self.limits.max_step_tokens:
             return None
         own, cross = request.blocks_needed(self.limits.block_size)
         shared = [] if cross else self.cache.find(request.first_tokens)
