@@ -22,6 +22,7 @@ from statistics import median
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.random_model import random_model
@@ -144,9 +145,15 @@ def _prompts(ids: Sequence[list[int]]) -> list[Prompt]:
 ATTENTIONS: tuple[tuple[str, int, int, int, Position, int, int], ...] = (
     ("xxl encoder", 64, 64, 64, RelativeBias(buckets=32, max_distance=128), 1, 128),
     ("xxl encoder", 64, 64, 64, RelativeBias(buckets=32, max_distance=128), 64, 128),
+    ("xxl encoder", 64, 64, 64, RelativeBias(buckets=32, max_distance=128), 4, 512),
     ("xxl encoder", 64, 64, 64, RelativeBias(buckets=32, max_distance=128), 8, 1024),
+    ("xxl encoder", 64, 64, 64, RelativeBias(buckets=32, max_distance=128), 1, 2048),
     ("gptj", 16, 16, 256, Rope(dim=64), 1, 128),
     ("gptj", 16, 16, 256, Rope(dim=64), 64, 128),
+    ("gptj", 16, 16, 256, Rope(dim=64), 1, 2048),
+    ("llama", 32, 32, 128, Rope(dim=128), 1, 512),
+    ("llama", 32, 32, 128, Rope(dim=128), 8, 512),
+    ("llama", 32, 32, 128, Rope(dim=128), 2, 1024),
     ("llama", 32, 32, 128, Rope(dim=128), 64, 128),
     ("llama", 32, 32, 128, Rope(dim=128), 4, 2048),
     ("llama3", 32, 8, 128, Rope(dim=128), 1, 8192),
@@ -156,7 +163,7 @@ ATTENTIONS: tuple[tuple[str, int, int, int, Position, int, int], ...] = (
 def attentions(rounds: int) -> None:
     """Rotation, cache and attention of one layer, and the rate of its two products."""
     from lmi_multi.backends.cuda.prefill import PrefillKernel
-    from lmi_multi.backends.cuda.prefill_inputs import PrefillInputs
+    from lmi_multi.backends.cuda.prefill_inputs import LARGE, LONG, SMALL, PrefillInputs
 
     device, half = torch.device("cuda", 0), torch.bfloat16
     for name, heads, kv, dim, position, rows, tokens in ATTENTIONS:
@@ -186,21 +193,32 @@ def attentions(rounds: int) -> None:
         prompts = [Prompt([0] * tokens) for _ in range(rows)]
         own = [Row([0] * tokens, 0, blocks_of(i, tokens), tokens) for i in range(rows)]
         runs: dict[str, Run] = {}
-        for queries in (64, 128) if dim <= 128 else (64,):
+        tilings = {"small": SMALL, "large": LARGE, "long": LONG}
+        for which, tiling in tilings.items():
+            if tiling == LARGE and dim > 128:
+                continue
             if relative:
-                inputs = PrefillInputs.of_prompts(prompts, BLOCK, device, queries)
+                inputs = PrefillInputs.of_prompts(prompts, BLOCK, device, tiling)
                 packed = PackedAttention(split, [tokens] * rows, inputs.positions)
-                runs[f"by {queries}"] = partial(kernel.packed, layer, qkv, inputs, None, False)
+                runs[which] = partial(kernel.packed, layer, qkv, inputs, None, False)
                 runs["torch"] = partial(packed.attend, layer, qkv)
             else:
-                inputs = PrefillInputs.of_rows(own, BLOCK, device, queries)
+                inputs = PrefillInputs.of_rows(own, BLOCK, device, tiling)
                 angles = split.angles(inputs.positions, inputs.reach)
-                runs[f"by {queries}"] = partial(kernel.extend, layer, qkv, inputs, angles)
+                runs[which] = partial(kernel.extend, layer, qkv, inputs, angles)
                 runs["torch"] = partial(PagedAttention(cache, own, device).attend, layer, qkv)
+        if not relative:  # and no rotation, and nothing stored: torch's kernel by itself
+            q, k, v = (
+                part.reshape(rows, tokens, -1, dim).transpose(1, 2)
+                for part in qkv.split([heads * dim, kv * dim, kv * dim], -1)
+            )
+            runs["flash"] = partial(
+                F.scaled_dot_product_attention, q, k, v, is_causal=True, enable_gqa=heads > kv
+            )
         times = time_runs(runs, rounds, launches=10)
         flops = 4 * rows * tokens * tokens * heads * dim / (1 if relative else 2)
         shown = "  ".join(f"{who} {1000 * ms:9.1f}" for who, ms in times.items())
-        best = min(ms for who, ms in times.items() if who != "torch")
+        best = min(times[who] for who in tilings if who in times)
         what = f"{name} {heads}/{kv}x{dim}, {rows} x {tokens} tokens"
         rate = f"{times['torch'] / best:5.2f}x  {flops / best / 1e9:5.0f} TFLOP/s"
         print(f"{what:40} us: {shown}  {rate}", flush=True)

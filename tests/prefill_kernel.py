@@ -20,7 +20,8 @@ def write_kv(kv: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> bool:
 
 def prefill(
     q: Tensor, k: Tensor | None, v: Tensor | None, slots: Tensor | None, table: Tensor | None,
-    starts: Tensor, lengths: Tensor, tiles: Tensor, queries: int, heads: int, kv_heads: int,
+    starts: Tensor, lengths: Tensor, tiles: Tensor, queries: int, many: bool, heads: int,
+    kv_heads: int,
     q_norm: Tensor | None, k_norm: Tensor | None, eps: float, cos: Tensor | None,
     sin: Tensor | None, bias: Tensor | None, slopes: Tensor | None, causal: bool, window: int,
     scale: float, out: Tensor,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lmi_multi.backends.cuda.prefill_inputs import LARGE, LONG, SMALL, PrefillInputs, Tiling
 from torch import Tensor
 
 from lmi_multi.backends.base import Limits
@@ -89,13 +90,22 @@ def make_table(position: str, heads: int, dtype: torch.dtype) -> Tensor | None:
     return randn(32, heads, dtype=dtype) if position == "relative" else None
 
 
+def tilings(many: bool, dim: int) -> tuple[Tiling, ...]:
+    """Those that a kernel has for heads of `dim`: the one for many keys, or the other."""
+    if many:
+        if torch.cuda.get_device_capability() != (9, 0):
+            pytest.skip("cuda: the kernel for many keys is for Hopper alone")
+        return (LONG,)
+    return (SMALL, LARGE) if dim <= 128 else (SMALL,)
+
+
+@pytest.mark.parametrize("many", [False, True], ids=["few", "many"])
 @pytest.mark.parametrize("case", range(len(CASES)))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("position", POSITIONS)
-def test_rows_over_the_cache(position: str, dtype: torch.dtype, case: int) -> None:
+def test_rows_over_the_cache(position: str, dtype: torch.dtype, case: int, many: bool) -> None:
     """Self-attention with the cache written, and attention over prompts."""
     from lmi_multi.backends.cuda.prefill import PrefillKernel
-    from lmi_multi.backends.cuda.prefill_inputs import PrefillInputs
 
     torch.manual_seed(case)
     chance = random.Random(f"{position} {dtype} {case}")
@@ -108,13 +118,10 @@ def test_rows_over_the_cache(position: str, dtype: torch.dtype, case: int) -> No
         layer = make_layer(table, window, chance.random() < 0.3, dim)
         rows, blocks = make_rows(CASES[case], block := chance.choice((8, 16)), chance)
         cache, exact = make_caches(rows, blocks, block, split, dtype)
-        kernel, queries = (
-            PrefillKernel(split, cache),
-            chance.choice((64, 128) if dim <= 128 else (64,)),
-        )
-        inputs = PrefillInputs.of_rows(rows, block, device, queries)
+        kernel, tiling = PrefillKernel(split, cache), chance.choice(tilings(many, dim))
+        inputs = PrefillInputs.of_rows(rows, block, device, tiling)
         norms = layer.q_norm is not None
-        what = f"{heads}/{kv} heads of {dim}, by {queries}, window {window}, norms {norms}"
+        what = f"{heads}/{kv} heads of {dim}, {tiling}, window {window}, norms {norms}"
 
         theirs = PagedAttention(exact, rows, device)
         qkv = randn(len(inputs.ids), (heads + 2 * kv) * dim, dtype=dtype)
@@ -138,13 +145,13 @@ def test_rows_over_the_cache(position: str, dtype: torch.dtype, case: int) -> No
         assert error(read, expected) < TOLERANCE[dtype], what
 
 
+@pytest.mark.parametrize("many", [False, True], ids=["few", "many"])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("position", POSITIONS)
-def test_packed_rows(position: str, dtype: torch.dtype, causal: bool) -> None:
+def test_packed_rows(position: str, dtype: torch.dtype, causal: bool, many: bool) -> None:
     """Encoders, and texts that are scored: nothing is stored."""
     from lmi_multi.backends.cuda.prefill import PrefillKernel
-    from lmi_multi.backends.cuda.prefill_inputs import PrefillInputs
 
     torch.manual_seed(causal)
     chance = random.Random(f"{position} {dtype} {causal}")
@@ -156,8 +163,8 @@ def test_packed_rows(position: str, dtype: torch.dtype, causal: bool) -> None:
         split, table = Heads(spec, 1), make_table(position, heads, dtype)
         layer = make_layer(table, chance.choice((0, 20)) if causal else 0, False, dim)
         prompts = [Prompt([0] * n) for n in counts]
-        queries = chance.choice((64, 128) if dim <= 128 else (64,))
-        inputs = PrefillInputs.of_prompts(prompts, 8, device, queries)
+        tiling = chance.choice(tilings(many, dim))
+        inputs = PrefillInputs.of_prompts(prompts, 8, device, tiling)
         positions = inputs.positions.long()
         qkv = randn(sum(counts), (heads + 2 * kv) * dim, dtype=dtype)
         expected = PackedAttention(split, counts, positions, causal).attend(layer, qkv.double())

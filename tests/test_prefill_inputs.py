@@ -9,7 +9,16 @@ import torch
 from lmi_multi.backends.cuda import prefill_inputs
 from lmi_multi.backends.cuda.prefill import DistanceBiases
 from lmi_multi.backends.cuda.prefill_graphs import SIZES, size_of
-from lmi_multi.backends.cuda.prefill_inputs import PrefillInputs, queries_of, slots, tiles
+from lmi_multi.backends.cuda.prefill_inputs import (
+    LARGE,
+    LONG,
+    MANY_KEYS,
+    SMALL,
+    PrefillInputs,
+    slots,
+    tiles,
+    tiling_of,
+)
 
 from lmi_multi.engine.batch import Prompt, Row
 from lmi_multi.models.bias import relative_buckets
@@ -112,10 +121,19 @@ def test_bias_by_distance_is_that_of_the_buckets(causal: bool) -> None:
 
 
 def test_tiles_are_large_where_there_are_enough() -> None:
-    assert queries_of([128] * 64, 64, 64, 132) == 128
-    assert queries_of([128], 64, 64, 132) == 64
-    assert queries_of([4096], 32, 128, 132) == 128
-    assert queries_of([4096], 32, 256, 132) == 64
+    assert tiling_of([128] * 64, [128] * 64, 64, 64, 132, False) == LARGE
+    assert tiling_of([128], [128], 64, 64, 132, False) == SMALL
+    assert tiling_of([4096], [4096], 32, 128, 132, False) == LARGE
+    assert tiling_of([4096], [4096], 32, 256, 132, False) == SMALL
+
+
+def test_many_keys_are_for_a_kernel_of_their_own() -> None:
+    """Of most tokens: a long row that one token is new of leaves the others theirs."""
+    few = MANY_KEYS - 1
+    assert tiling_of([MANY_KEYS], [MANY_KEYS], 32, 256, 132, True) == LONG
+    assert tiling_of([few], [few], 32, 256, 132, True) == SMALL
+    assert tiling_of([few, 5], [few, 2 * MANY_KEYS], 32, 64, 132, True) == LONG
+    assert tiling_of([128] * 64 + [1], [128] * 64 + [4096], 32, 64, 132, True) == LARGE
 
 
 def test_sizes_of_graphs() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from lmi_multi.ops.packed import PackedAttention
 from lmi_multi.ops.paged import PagedAttention, PagedCache
 
 from .ops import processors
-from .prefill_inputs import PrefillInputs, queries_of
+from .prefill_inputs import LONG, SMALL, PrefillInputs, Tiling, tiling_of
 
 Angles = tuple[Tensor, Tensor] | None
 
@@ -68,7 +69,7 @@ class PrefillKernel:
         heads, out = self.heads, torch.empty_like(q)
         done = torch.ops.lmi_multi.prefill(
             *(q, self.cache.k[layer.index], self.cache.v[layer.index], None, inputs.cross_table),
-            *(inputs.starts, inputs.cross_lengths, inputs.tiles, inputs.queries, heads.q, heads.kv),
+            *(inputs.starts, inputs.cross_lengths, inputs.tiles, *inputs.tiling, heads.q, heads.kv),
             *(None, None, 0.0, None, None, None, None, False, 0, layer.scale, out),
         )
         return out if done else None
@@ -98,8 +99,19 @@ class PrefillKernel:
         k_norm = layer.k_norm.weight if layer.k_norm else None
         out = qkv.new_empty((qkv.shape[0], heads.q * heads.dim))
         done = torch.ops.lmi_multi.prefill(
-            *(qkv, k, v, slots, table, inputs.starts, inputs.lengths, inputs.tiles, inputs.queries),
-            *(heads.q, heads.kv, q_norm, k_norm, heads.spec.norm_eps, cos, sin, bias, slopes),
+            *(qkv, k, v, slots, table, inputs.starts, inputs.lengths, inputs.tiles),
+            *(
+                *inputs.tiling,
+                heads.q,
+                heads.kv,
+                q_norm,
+                k_norm,
+                heads.spec.norm_eps,
+                cos,
+                sin,
+                bias,
+                slopes,
+            ),
             *(causal, layer.window if causal else 0, layer.scale, out),
         )
         return out if done else None
@@ -157,10 +169,10 @@ class Prefill:
         self._device = network.weights.device
         self._processors = processors(self._device)
 
-    def covers(self) -> bool:
+    def covers(self, tiling: Tiling = SMALL) -> bool:
         """Whether the kernel does the attention of every layer, by asking it to do nothing."""
         weights, heads = self.network.weights, self._heads
-        inputs = PrefillInputs(1, 1, 1, 1, self._device)
+        inputs = PrefillInputs(1, 1, 1, 1, self._device, tiling)
         inputs.clear()
         angles = heads.angles(inputs.positions, inputs.reach)
         width, dtype = (heads.q + 2 * heads.kv) * heads.dim, weights.dtype
@@ -173,8 +185,9 @@ class Prefill:
 
     def decode(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
         """The decoder's output [tokens, hidden], and where in it the rows that draw end: int32."""
-        queries = self._queries([len(row.token_ids) for row in rows])
-        inputs = PrefillInputs.of_rows(rows, self._cache.block_size, self._device, queries)
+        counts, lengths = [len(row.token_ids) for row in rows], [row.length for row in rows]
+        tiling = self._tiling(counts, lengths)
+        inputs = PrefillInputs.of_rows(rows, self._cache.block_size, self._device, tiling)
         attention = PrefillAttention(
             self.kernel,
             inputs,
@@ -205,11 +218,18 @@ class Prefill:
                 self._cache.write(layer.index, inputs.slots.long(), k, v)
 
     def _inputs(self, prompts: Sequence[Prompt]) -> PrefillInputs:
-        queries = self._queries([len(prompt.token_ids) for prompt in prompts])
-        return PrefillInputs.of_prompts(prompts, self._cache.block_size, self._device, queries)
+        counts = [len(prompt.token_ids) for prompt in prompts]
+        tiling = self._tiling(counts, counts)
+        return PrefillInputs.of_prompts(prompts, self._cache.block_size, self._device, tiling)
 
-    def _queries(self, counts: Sequence[int]) -> int:
-        return queries_of(counts, self._heads.q, self._heads.dim, self._processors)
+    def _tiling(self, counts: Sequence[int], lengths: Sequence[int]) -> Tiling:
+        heads = self._heads
+        return tiling_of(counts, lengths, heads.q, heads.dim, self._processors, self._long)
+
+    @cached_property
+    def _long(self) -> bool:
+        """Whether this GPU has the kernel for many keys, and that covers the network."""
+        return self.covers(LONG)
 
     def _encode(self, prompts: Sequence[Prompt], inputs: PrefillInputs) -> Tensor:
         causal = self.network.weights.encoder is None

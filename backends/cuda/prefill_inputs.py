@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,10 +14,21 @@ from lmi_multi.engine.batch import Prompt, Row
 
 from .inputs import upload
 
-FEW, MANY = 64, 128  # queries of a tile; the kernel's (csrc/prefill.cuh)
+MANY_KEYS = 1024  # of a token, on average, from which on Hopper's own kernel is the faster one
 NOWHERE, NOTHING = -1, -1  # a slot that is none; a tile without work
 
 Integers = npt.NDArray[np.int32]
+
+
+class Tiling(NamedTuple):
+    """Which attention kernel, and how many queries of a row one of its blocks does. `many`: the one
+    for many keys (csrc/prefill_long.cuh), else csrc/prefill.cuh."""
+
+    queries: int
+    many: bool = False
+
+
+SMALL, LARGE, LONG = Tiling(64), Tiling(128), Tiling(128, many=True)
 
 
 class PrefillInputs:
@@ -27,7 +38,8 @@ class PrefillInputs:
     cache, block * block_size + offset, -1 for none. Of each row: where its tokens begin, `starts`
     [rows + 1], how many keys it has, `lengths`, and its blocks, `table` [rows, width]; the same of
     its encoded prompt, `cross_lengths` and `cross_table`. `last`: the last tokens of the rows that
-    draw, which come first. `tiles` [n, 2]: a row and the first of up to `queries` queries, or -1.
+    draw, which come first. `tiles` [n, 2], as `tiling` has them: a row and the first of its
+    queries, or -1.
 
     What is not filled computes nothing, and nothing is stored for it.
     """
@@ -39,14 +51,14 @@ class PrefillInputs:
         width: int,
         cross_width: int,
         device: torch.device,
-        queries: int = FEW,
+        tiling: Tiling = SMALL,
     ) -> None:
-        self.queries = queries
+        self.tiling = tiling
         shapes = {
             **dict.fromkeys(("ids", "positions", "reach", "slots"), (tokens,)),
             "starts": (rows + 1,),
             **dict.fromkeys(("lengths", "cross_lengths", "last"), (rows,)),
-            "tiles": (tokens // queries + rows, 2),
+            "tiles": (tokens // tiling.queries + rows, 2),
             "table": (rows, width),
             "cross_table": (rows, cross_width),
         }
@@ -70,13 +82,13 @@ class PrefillInputs:
 
     @classmethod
     def of_rows(
-        cls, rows: Sequence[Row], block_size: int, device: torch.device, queries: int = FEW
+        cls, rows: Sequence[Row], block_size: int, device: torch.device, tiling: Tiling = SMALL
     ) -> PrefillInputs:
         """Of a decoder's rows, and no larger."""
         width = max(-(-row.length // block_size) for row in rows)
         cross_width = max(len(row.cross_blocks) for row in rows)
         tokens = sum(len(row.token_ids) for row in rows)
-        made = cls(tokens, len(rows), width, cross_width, device, queries)
+        made = cls(tokens, len(rows), width, cross_width, device, tiling)
         made.fill_rows(rows, block_size)
         return made
 
@@ -86,11 +98,11 @@ class PrefillInputs:
         prompts: Sequence[Prompt],
         block_size: int,
         device: torch.device,
-        queries: int = FEW,
+        tiling: Tiling = SMALL,
     ) -> PrefillInputs:
         """Of prompts that attend to themselves, and no larger."""
         tokens = sum(len(prompt.token_ids) for prompt in prompts)
-        made = cls(tokens, len(prompts), 0, 0, device, queries)
+        made = cls(tokens, len(prompts), 0, 0, device, tiling)
         made.fill_prompts(prompts, block_size)
         return made
 
@@ -153,7 +165,7 @@ class PrefillInputs:
         self.host["starts"][1 : len(counts) + 1] = ends
         self.host["starts"][len(counts) + 1 :] = ends[-1]
         self.host["lengths"][: len(lengths)] = lengths
-        found = tiles(counts, lengths, self.queries)
+        found = tiles(counts, lengths, self.tiling.queries)
         self.host["tiles"][: len(found)] = found
 
 
@@ -164,11 +176,22 @@ def tiles(counts: Sequence[int], lengths: Sequence[int], queries: int) -> list[t
     return sorted(found, key=lambda tile: counts[tile[0]] - lengths[tile[0]] - tile[1])
 
 
-def queries_of(counts: Sequence[int], heads: int, dim: int, processors: int) -> int:
-    """How many queries a tile should have: many, with which keys are read half as often, where that
-    leaves each of the GPU's processors some blocks, and heads are narrow enough."""
-    blocks = heads * sum(-(-n // MANY) for n in counts)
-    return MANY if dim <= 128 and blocks >= 4 * processors else FEW
+def tiling_of(
+    counts: Sequence[int],
+    lengths: Sequence[int],
+    heads: int,
+    dim: int,
+    processors: int,
+    long: bool,
+) -> Tiling:
+    """For rows of so many new tokens and keys. Large tiles, with which keys are read half as often,
+    where that leaves each of the GPU's processors some blocks, and heads are narrow enough.
+    `long`: whether there is a kernel for many keys."""
+    keys = sum(n * length for n, length in zip(counts, lengths, strict=True))
+    if long and keys >= MANY_KEYS * sum(counts):
+        return LONG
+    blocks = heads * sum(-(-n // LARGE.queries) for n in counts)
+    return LARGE if dim <= 128 and blocks >= 4 * processors else SMALL
 
 
 def slots(blocks: Sequence[int], start: int, stop: int, block_size: int) -> npt.NDArray[Any]:

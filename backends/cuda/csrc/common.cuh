@@ -137,6 +137,10 @@ __device__ inline void store(void* to, Type type, int64_t at, float value) {
   }
 }
 
+__device__ inline uint32_t shared_address(const void* at) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(at));
+}
+
 // Programmatic dependent launch: the next kernel may start now; what follows needs the last one's
 // results. Until then only what no kernel of the step writes may be read: weights, lengths, block
 // tables, and the keys and values of earlier tokens.

@@ -1,17 +1,15 @@
 // Products of 9 to 64 rows on Hopper's tensor cores (sm_90a): arguments and entry points.
 #pragma once
 
-#include <cuda.h>
-
 #include "linear.h"
+#include "tensor_map.h"
 
 namespace lmi {
 
 constexpr int GEMM_MOST_ROWS = 64;
 
-// A tile is two halves of 64 weight rows: neighbours, or gates and what they gate. A box of the copy
-// engine is so many rows of 128 bytes, swizzled.
-constexpr int HALF = 64, BOX_BYTES = 128;
+// A tile is two halves of 64 weight rows: neighbours, or gates and what they gate.
+constexpr int HALF = 64;
 
 struct GemmParams {
   CUtensorMap weights, x;  // boxes of HALF rows, and of all rows
@@ -31,9 +29,5 @@ struct GemmParams {
 
 bool gemm_float16(const LinearParams& p, const Resources& use);
 bool gemm_bfloat16(const LinearParams& p, const Resources& use);
-
-// How the copy engine finds boxes of `box_rows` rows of a matrix [rows, features]; beyond its ends it
-// reads zeros.
-CUtensorMap tensor_map(const void* data, Type type, int rows, int features, int box_rows);
 
 }  // namespace lmi

@@ -7,10 +7,6 @@
 
 namespace lmi {
 
-__device__ inline uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-
 // A barrier in shared memory that also counts bytes of copies. Its phases alternate between 0 and 1.
 struct Barrier {
   uint64_t state;
@@ -87,16 +83,28 @@ __device__ inline void copy_box(void* to, const CUtensorMap* from, int row, int 
       : "memory");
 }
 
+// The same of a tensor whose rows have several parts: the box's first element is [row, part, feature].
+__device__ inline void copy_box(void* to, const CUtensorMap* from, int row, int part, int feature,
+                                Barrier* done) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3, %4}], [%5];" ::"r"(shared_address(to)),
+      "l"(from), "r"(feature), "r"(part), "r"(row), "r"(shared_address(done))
+      : "memory");
+}
+
 // Have the description itself at hand before the first copy.
 __device__ inline void prefetch(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// Where a tile of rows of 128 bytes begins, which lies as the copy engine swizzles it.
-__device__ inline uint64_t matrix(const void* rows) {
+// Where a tile of rows of 128 bytes begins, which lies as the copy engine swizzles it. A product that
+// takes rows for what it sums over, and more columns than these have, finds the next `panel` bytes
+// further.
+__device__ inline uint64_t matrix(const void* rows, int panel = 16) {
   constexpr uint64_t SWIZZLE_128 = 1, EIGHT_ROWS = 8 * 128;
-  return (shared_address(rows) & 0x3ffff) >> 4 | uint64_t{1} << 16 | EIGHT_ROWS >> 4 << 32 |
-         SWIZZLE_128 << 62;
+  return (shared_address(rows) & 0x3ffff) >> 4 | static_cast<uint64_t>(panel >> 4) << 16 |
+         EIGHT_ROWS >> 4 << 32 | SWIZZLE_128 << 62;
 }
 
 #define LMI_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
@@ -106,25 +114,27 @@ __device__ inline uint64_t matrix(const void* rows) {
 #define LMI_R16 LMI_R8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define LMI_R32 \
   LMI_R16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define LMI_R128 \
+#define LMI_R64 \
   LMI_R32 \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
-  ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63" \
+  ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define LMI_R128 \
+  LMI_R64 \
   ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
   ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95" \
   ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
   ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-#define LMI_D128 \
-  LMI_D16(0), LMI_D16(16), LMI_D16(32), LMI_D16(48), LMI_D16(64), LMI_D16(80), LMI_D16(96), \
-      LMI_D16(112)
+#define LMI_D32 LMI_D16(0), LMI_D16(16)
+#define LMI_D64 LMI_D32, LMI_D16(32), LMI_D16(48)
+#define LMI_D128 LMI_D64, LMI_D16(64), LMI_D16(80), LMI_D16(96), LMI_D16(112)
 #define LMI_SHARED(SHAPE, TYPE, D, A, B, ...)                                               \
   asm volatile("wgmma.mma_async.sync.aligned." SHAPE ".f32." TYPE "." TYPE " {" D "}, %" A  \
                ", %" B ", 1, 1, 1, 0, 0;"                                                   \
                : __VA_ARGS__                                                                \
                : "l"(a), "l"(b))
-#define LMI_REGISTERS(SHAPE, TYPE, D, A0, A1, A2, A3, B, ...)                               \
+#define LMI_REGISTERS(SHAPE, TYPE, TRANSPOSED, D, A0, A1, A2, A3, B, ...)                      \
   asm volatile("wgmma.mma_async.sync.aligned." SHAPE ".f32." TYPE "." TYPE " {" D "}, {%" A0 \
-               ", %" A1 ", %" A2 ", %" A3 "}, %" B ", 1, 1, 1, 0;"                          \
+               ", %" A1 ", %" A2 ", %" A3 "}, %" B ", 1, 1, 1, " TRANSPOSED ";"             \
                : __VA_ARGS__                                                                \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
 
@@ -133,8 +143,12 @@ template <typename T, int N>
 __device__ void multiply_add(float (&d)[N / 2], uint64_t a, uint64_t b) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   constexpr bool half = std::is_same_v<T, __half>;
-  static_assert(N == 16 || N == 32 || N == 64 || N == 256);
-  if constexpr (N == 256 && half) {
+  static_assert(N == 16 || N == 32 || N == 64 || N == 128 || N == 256);
+  if constexpr (N == 128 && half) {
+    LMI_SHARED("m64n128k16", "f16", LMI_R64, "64", "65", LMI_D64);
+  } else if constexpr (N == 128) {
+    LMI_SHARED("m64n128k16", "bf16", LMI_R64, "64", "65", LMI_D64);
+  } else if constexpr (N == 256 && half) {
     LMI_SHARED("m64n256k16", "f16", LMI_R128, "128", "129", LMI_D128);
   } else if constexpr (N == 256) {
     LMI_SHARED("m64n256k16", "bf16", LMI_R128, "128", "129", LMI_D128);
@@ -147,9 +161,9 @@ __device__ void multiply_add(float (&d)[N / 2], uint64_t a, uint64_t b) {
   } else if constexpr (N == 32) {
     LMI_SHARED("m64n32k16", "bf16", LMI_R16, "16", "17", LMI_D16(0));
   } else if constexpr (half) {
-    LMI_SHARED("m64n64k16", "f16", LMI_R32, "32", "33", LMI_D16(0), LMI_D16(16));
+    LMI_SHARED("m64n64k16", "f16", LMI_R32, "32", "33", LMI_D32);
   } else {
-    LMI_SHARED("m64n64k16", "bf16", LMI_R32, "32", "33", LMI_D16(0), LMI_D16(16));
+    LMI_SHARED("m64n64k16", "bf16", LMI_R32, "32", "33", LMI_D32);
   }
 #endif
 }
@@ -162,19 +176,39 @@ __device__ void multiply_add(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t
   constexpr bool half = std::is_same_v<T, __half>;
   static_assert(N == 16 || N == 32 || N == 64);
   if constexpr (N == 16 && half) {
-    LMI_REGISTERS("m64n16k16", "f16", LMI_R8, "8", "9", "10", "11", "12", LMI_D8(0));
+    LMI_REGISTERS("m64n16k16", "f16", "0", LMI_R8, "8", "9", "10", "11", "12", LMI_D8(0));
   } else if constexpr (N == 16) {
-    LMI_REGISTERS("m64n16k16", "bf16", LMI_R8, "8", "9", "10", "11", "12", LMI_D8(0));
+    LMI_REGISTERS("m64n16k16", "bf16", "0", LMI_R8, "8", "9", "10", "11", "12", LMI_D8(0));
   } else if constexpr (N == 32 && half) {
-    LMI_REGISTERS("m64n32k16", "f16", LMI_R16, "16", "17", "18", "19", "20", LMI_D16(0));
+    LMI_REGISTERS("m64n32k16", "f16", "0", LMI_R16, "16", "17", "18", "19", "20", LMI_D16(0));
   } else if constexpr (N == 32) {
-    LMI_REGISTERS("m64n32k16", "bf16", LMI_R16, "16", "17", "18", "19", "20", LMI_D16(0));
+    LMI_REGISTERS("m64n32k16", "bf16", "0", LMI_R16, "16", "17", "18", "19", "20", LMI_D16(0));
   } else if constexpr (half) {
-    LMI_REGISTERS("m64n64k16", "f16", LMI_R32, "32", "33", "34", "35", "36", LMI_D16(0),
-                  LMI_D16(16));
+    LMI_REGISTERS("m64n64k16", "f16", "0", LMI_R32, "32", "33", "34", "35", "36", LMI_D32);
   } else {
-    LMI_REGISTERS("m64n64k16", "bf16", LMI_R32, "32", "33", "34", "35", "36", LMI_D16(0),
-                  LMI_D16(16));
+    LMI_REGISTERS("m64n64k16", "bf16", "0", LMI_R32, "32", "33", "34", "35", "36", LMI_D32);
+  }
+#endif
+}
+
+// The same with b [16, N] as it is: rows are what is summed over.
+template <typename T, int N>
+__device__ void multiply_add_rows(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  constexpr bool half = std::is_same_v<T, __half>;
+  static_assert(N == 64 || N == 128 || N == 256);
+  if constexpr (N == 64 && half) {
+    LMI_REGISTERS("m64n64k16", "f16", "1", LMI_R32, "32", "33", "34", "35", "36", LMI_D32);
+  } else if constexpr (N == 64) {
+    LMI_REGISTERS("m64n64k16", "bf16", "1", LMI_R32, "32", "33", "34", "35", "36", LMI_D32);
+  } else if constexpr (N == 128 && half) {
+    LMI_REGISTERS("m64n128k16", "f16", "1", LMI_R64, "64", "65", "66", "67", "68", LMI_D64);
+  } else if constexpr (N == 128) {
+    LMI_REGISTERS("m64n128k16", "bf16", "1", LMI_R64, "64", "65", "66", "67", "68", LMI_D64);
+  } else if constexpr (half) {
+    LMI_REGISTERS("m64n256k16", "f16", "1", LMI_R128, "128", "129", "130", "131", "132", LMI_D128);
+  } else {
+    LMI_REGISTERS("m64n256k16", "bf16", "1", LMI_R128, "128", "129", "130", "131", "132", LMI_D128);
   }
 #endif
 }

@@ -68,10 +68,11 @@ bool run_write_kv(Tensor kv, Tensor k, Tensor v, Tensor slots) {
 }
 
 // Self-attention if `slots` or no cache is given: q is packed qkv, whose keys and values are stored
-// in the cache or, without one, attended to where they are. Else q are queries alone.
+// in the cache or, without one, attended to where they are. Else q are queries alone. `many`: keys,
+// so many that Hopper's own kernel is worth its start.
 bool run_prefill(Tensor q, Maybe k, Maybe v, Maybe slots, Maybe table, Tensor starts,
-                 Tensor lengths, Tensor tiles, int64_t queries, int64_t heads, int64_t kv_heads,
-                 Maybe q_norm, Maybe k_norm, double eps, Maybe cos, Maybe sin, Maybe bias,
+                 Tensor lengths, Tensor tiles, int64_t queries, bool many, int64_t heads,
+                 int64_t kv_heads, Maybe q_norm, Maybe k_norm, double eps, Maybe cos, Maybe sin, Maybe bias,
                  Maybe slopes, bool causal, int64_t window, double scale, Tensor out) {
   const int64_t rows = lengths.numel(), count = tiles.numel() / 2;
   const int64_t dim = heads ? out.size(-1) / heads : 0;
@@ -98,6 +99,7 @@ bool run_prefill(Tensor q, Maybe k, Maybe v, Maybe slots, Maybe table, Tensor st
       .v = paged ? v->data_ptr() : packed.part(q, heads + kv_heads),
       .q_stride = stride,
       .kv_stride = paged ? kv_heads * dim : stride,
+      .kv_tokens = paged ? k->size(0) * k->size(1) : tokens,
       .table = pointer<const int>(table),
       .starts = pointer<const int>(starts),
       .lengths = pointer<const int>(lengths),
@@ -118,8 +120,8 @@ bool run_prefill(Tensor q, Maybe k, Maybe v, Maybe slots, Maybe table, Tensor st
       .block_shift = paged ? shift_of(k->size(1)) : 0,
       .causal = causal};
   const Device& gpu = device_of(q);
-  const int shared = prefill_shared(p);
-  if (!shared || shared > gpu.shared_per_block) return false;
+  const int shared = many ? prefill_long_shared(p) : prefill_shared(p);
+  if (!shared || shared > gpu.shared_per_block || (many && !gpu.hopper)) return false;
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   if (own) {
     const WriteKvParams write{.qkv = q.data_ptr(),
@@ -139,11 +141,10 @@ bool run_prefill(Tensor q, Maybe k, Maybe v, Maybe slots, Maybe table, Tensor st
                                    .pairs = cos ? static_cast<int>(cos->size(1)) : 0};
     write_kv(write, gpu, stream_of(q));
   }
-  if (is_of(q, Type::float16)) {
-    prefill_float16(p, gpu, stream_of(q));
-  } else {
-    prefill_bfloat16(p, gpu, stream_of(q));
-  }
+  const bool half = is_of(q, Type::float16);
+  const auto run = many ? half ? prefill_long_float16 : prefill_long_bfloat16
+                        : half ? prefill_float16 : prefill_bfloat16;
+  run(p, gpu, stream_of(q));
   return true;
 }
 
@@ -154,7 +155,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lmi_multi, m) {
   m.def("write_kv(Tensor kv, Tensor(a!) k, Tensor(b!) v, Tensor slots) -> bool");
   m.def(
       "prefill(Tensor(a!) q, Tensor(b!)? k, Tensor(c!)? v, Tensor? slots, Tensor? table, "
-      "Tensor starts, Tensor lengths, Tensor tiles, int queries, int heads, int kv_heads, "
+      "Tensor starts, Tensor lengths, Tensor tiles, int queries, bool many, int heads, int kv_heads, "
       "Tensor? q_norm, Tensor? k_norm, float eps, Tensor? cos, Tensor? sin, Tensor? bias, "
       "Tensor? slopes, bool causal, int window, float scale, Tensor(d!) out) -> bool");
 }

@@ -5,10 +5,6 @@
 
 namespace lmi {
 
-__device__ inline uint32_t shared_address(const void* at) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(at));
-}
-
 // Four matrices of 8x8, whose rows lie where lanes 0-7, 8-15, ... say; lane (g, t) gets row g,
 // columns 2t and 2t + 1, of each.
 __device__ inline void load_matrices(uint32_t (&to)[4], const void* row) {

@@ -11,7 +11,7 @@ struct PrefillParams {
   const void* q;  // [tokens, heads, dim], tokens `q_stride` elements apart, rotated
   const void* k;  // in the cache [blocks, block_size, kv_heads, dim]; or packed as q is
   const void* v;
-  int64_t q_stride, kv_stride;
+  int64_t q_stride, kv_stride, kv_tokens;
   const int* table;    // [rows, table_width]: the rows' blocks; null: keys are packed
   const int* starts;   // [rows + 1]: where each row's queries begin, and the end
   const int* lengths;  // [rows]: keys of each row
@@ -31,5 +31,11 @@ int prefill_shared(const PrefillParams& p);
 
 void prefill_float16(const PrefillParams& p, const Device& gpu, cudaStream_t stream);
 void prefill_bfloat16(const PrefillParams& p, const Device& gpu, cudaStream_t stream);
+
+// The same for many keys on Hopper, where tiles have 128 queries; 0: there is none for these.
+int prefill_long_shared(const PrefillParams& p);
+
+void prefill_long_float16(const PrefillParams& p, const Device& gpu, cudaStream_t stream);
+void prefill_long_bfloat16(const PrefillParams& p, const Device& gpu, cudaStream_t stream);
 
 }  // namespace lmi

@@ -1,10 +1,11 @@
-// Several lanes do a head, eight features each: of queries, keys and values alike.
+// A block does heads of one token: queries, keys and values alike. Several lanes do a head, eight
+// features each, and the same of one head after the other, so that angles are read once.
 #include "write_kv.h"
 
 namespace lmi {
 namespace {
 
-constexpr int THREADS = 256;
+constexpr int THREADS = 256, AT_ONCE = 4;  // heads that a lane reads before it needs any
 
 struct Work {
   WriteKvParams p;
@@ -14,66 +15,71 @@ struct Work {
 
 // What a lane's eight features, from `at` on, are rotated with in half-split layout: feature i goes
 // with i + pairs, and the first of the two has the negative sine.
-template <typename T>
-__device__ void read_partners(const WriteKvParams& p, const T* head, int64_t token, int at,
-                              float (&partner)[8], float (&cos)[8], float (&sin)[8],
-                              int (&other)[8]) {
-  const float* const cosines = p.cos + token * p.pairs;
-  const float* const sines = p.sin + token * p.pairs;
-  if (p.pairs % 8 == 0) {
-    const bool lower = at < p.pairs, turned = at < 2 * p.pairs;
-    const int from = !turned ? at : lower ? at + p.pairs : at - p.pairs;
-    load8(head + from, partner);
-    load8(cosines + (turned ? min(at, from) : 0), cos);
-    load8(sines + (turned ? min(at, from) : 0), sin);
+struct Rotation {
+  int at, pairs;
+  float cos[8], sin[8];
+
+  __device__ Rotation(const WriteKvParams& p, int64_t token, int at) : at(at), pairs(p.pairs) {
+    const float* const cosines = p.cos + token * pairs;
+    const float* const sines = p.sin + token * pairs;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      other[i] = from + i;
-      cos[i] = turned ? cos[i] : 1;
-      sin[i] = !turned ? 0 : lower ? -sin[i] : sin[i];
+    for (int i = 0; i < 8; ++i) cos[i] = 1, sin[i] = 0;
+    if (!pairs) return;
+    if (pairs % 8 == 0) {
+      if (at >= 2 * pairs) return;
+      load8(cosines + at % pairs, cos);
+      load8(sines + at % pairs, sin);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        if (at + i >= 2 * pairs) continue;
+        cos[i] = cosines[(at + i) % pairs];
+        sin[i] = sines[(at + i) % pairs];
+      }
     }
-    return;
-  }
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const int own = at + i;
-    const bool lower = own < p.pairs, turned = own < 2 * p.pairs;
-    other[i] = !turned ? own : lower ? own + p.pairs : own - p.pairs;
-    partner[i] = widen(head[other[i]]);
-    cos[i] = turned ? cosines[min(own, other[i])] : 1;
-    sin[i] = !turned ? 0 : lower ? -sines[own] : sines[other[i]];
+    for (int i = 0; i < 8; ++i) sin[i] = at + i < pairs ? -sin[i] : sin[i];
   }
-}
+
+  // The feature that goes with feature at + i; itself where nothing is rotated.
+  __device__ int partner(int i) const {
+    const int own = at + i;
+    return own >= 2 * pairs ? own : own < pairs ? own + pairs : own - pairs;
+  }
+
+  template <typename T>
+  __device__ void read_partners(const T* head, Raw<T>& to) const {
+    if (pairs % 8 == 0) return to.read(head + partner(0));
+#pragma unroll
+    for (int i = 0; i < 8; ++i) reinterpret_cast<T*>(to.bits)[i] = head[partner(i)];
+  }
+};
 
 __device__ inline float sum_over(float x, int width) {
   for (int offset = width / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(~0u, x, offset);
   return x;
 }
 
-// A lane's features of a query or key, from `at` on; all lanes of a warp come here.
+// A lane's features of a query or key, which becomes what it should be; all lanes of a warp come here.
 template <typename T>
-__device__ void turn(const Work& work, const T* head, int64_t token, int at, bool active,
-                     Operand norm, Raw<T>& raw) {
-  const WriteKvParams& p = work.p;
-  float x[8], partner[8] = {}, cos[8], sin[8] = {};
-  int other[8];
+__device__ void turn(const Work& work, const Rotation& rotation, bool active, Operand norm,
+                     const Raw<T>& partners, Raw<T>& raw) {
+  float x[8], partner[8];
   raw.unpack(x);
+  partners.unpack(partner);
+  if (work.p.q_norm.data || work.p.k_norm.data) {
+    float squares = 0;
 #pragma unroll
-  for (int i = 0; i < 8; ++i) cos[i] = 1, other[i] = at + i;
-  if (p.pairs) read_partners(p, head, token, at, partner, cos, sin, other);
-  float squares = 0;
+    for (int i = 0; i < 8; ++i) squares += active ? x[i] * x[i] : 0;
+    const float factor = rsqrtf(sum_over(squares, work.width) / work.p.dim + work.p.eps);
 #pragma unroll
-  for (int i = 0; i < 8; ++i) squares += active ? x[i] * x[i] : 0;
-  const float factor = rsqrtf(sum_over(squares, work.width) / p.dim + p.eps);
-  if (norm.data) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {  // rounded, as the norm by itself would be
-      x[i] = widen(narrow<T>(x[i] * factor * load(norm, at + i)));
-      partner[i] = widen(narrow<T>(partner[i] * factor * load(norm, other[i])));
+    for (int i = 0; i < 8 && norm.data; ++i) {  // rounded, as the norm by itself would be
+      x[i] = widen(narrow<T>(x[i] * factor * load(norm, rotation.at + i)));
+      partner[i] = widen(narrow<T>(partner[i] * factor * load(norm, rotation.partner(i))));
     }
   }
 #pragma unroll
-  for (int i = 0; i < 8; ++i) x[i] = x[i] * cos[i] + partner[i] * sin[i];
+  for (int i = 0; i < 8; ++i) x[i] = x[i] * rotation.cos[i] + partner[i] * rotation.sin[i];
   raw.pack(x);
 }
 
@@ -82,42 +88,54 @@ __global__ void __launch_bounds__(THREADS) write_kv_kernel(const Work work) {
   let_next_start();
   wait_for_last();
   const WriteKvParams& p = work.p;
-  const int lane = threadIdx.x % work.width;
-  const int64_t item = (static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x) / work.width;
-  // Lanes without work repeat that of others, and write nothing.
-  const int64_t own = min(item, p.tokens * work.count - 1);
+  const int64_t token = blockIdx.x;
+  const int lane = threadIdx.x % work.width, groups = THREADS / work.width;
   const bool active = lane * 8 < p.dim;
-  const int at = active ? lane * 8 : 0, head = work.first + static_cast<int>(own % work.count);
-  const int64_t token = own / work.count;
-  T* x = static_cast<T*>(p.qkv) + (token * (p.heads + 2 * p.kv_heads) + head) * p.dim;
-  const bool query = head < p.heads, value = head >= p.heads + p.kv_heads;
-  Raw<T> raw, before;
-  before.read(x + at);
-  raw = before;
-  if (p.pairs || p.q_norm.data || p.k_norm.data) {
-    turn(work, x, token, at, active, query ? p.q_norm : p.k_norm, raw);
-  }
-  __syncwarp();  // all lanes of a head have read it
-  if (item != own || !active) return;
-  if (query || !p.k) {
-    if (at < 2 * p.pairs || p.q_norm.data || p.k_norm.data) raw.write(x + at);
-    return;
-  }
-  const int slot = p.slots[token];
-  if (slot < 0) return;
-  const int kv = head - p.heads - (value ? p.kv_heads : 0);
-  const int64_t to = (static_cast<int64_t>(slot) * p.kv_heads + kv) * p.dim + at;
-  if (value) {
-    before.write(static_cast<T*>(p.v) + to);
-  } else {
-    raw.write(static_cast<T*>(p.k) + to);
+  const bool turned = p.pairs || p.q_norm.data || p.k_norm.data;
+  const Rotation rotation(p, token, active ? lane * 8 : 0);
+  const int slot = p.k ? p.slots[token] : -1, stride = groups * static_cast<int>(gridDim.y);
+  T* const heads = static_cast<T*>(p.qkv) + token * (p.heads + 2 * p.kv_heads) * p.dim;
+  for (int base = blockIdx.y * groups; base < work.count; base += AT_ONCE * stride) {
+    Raw<T> own[AT_ONCE], partners[AT_ONCE];
+    const int first = base + static_cast<int>(threadIdx.x) / work.width;
+    const auto head_at = [&](int k) {  // beyond the last, that one: read, but not written
+      return work.first + min(first + k * stride, work.count - 1);
+    };
+#pragma unroll
+    for (int k = 0; k < AT_ONCE; ++k) {
+      const T* head = heads + head_at(k) * p.dim;
+      own[k].read(head + rotation.at);
+      if (p.pairs) rotation.read_partners(head, partners[k]);
+    }
+    __syncwarp();  // all lanes of a head have read it
+#pragma unroll
+    for (int k = 0; k < AT_ONCE; ++k) {
+      const int head = head_at(k), key = head - p.heads;
+      const bool query = key < 0, value = key >= p.kv_heads;
+      Raw<T> raw = own[k];
+      if (turned) turn(work, rotation, active, query ? p.q_norm : p.k_norm, partners[k], raw);
+      if (first + k * stride >= work.count || !active) continue;
+      if (query || !p.k) {
+        if (rotation.at < 2 * p.pairs || p.q_norm.data || p.k_norm.data) {
+          raw.write(heads + head * p.dim + rotation.at);
+        }
+      } else if (slot >= 0) {
+        if (value) raw = own[k];
+        const int kv = value ? key - p.kv_heads : key;
+        T* const cache = static_cast<T*>(value ? p.v : p.k);
+        raw.write(cache + (static_cast<int64_t>(slot) * p.kv_heads + kv) * p.dim + rotation.at);
+      }
+    }
   }
 }
 
 template <typename T>
 void launch_write(const Work& work, const Device& gpu, cudaStream_t stream) {
-  const int64_t threads = work.p.tokens * work.count * work.width;
-  const dim3 grid(static_cast<unsigned>((threads + THREADS - 1) / THREADS));
+  const int groups = THREADS / work.width;
+  // Few tokens' heads are shared by several blocks.
+  const int64_t parts = std::clamp<int64_t>(4 * gpu.processors / work.p.tokens, 1,
+                                            (work.count + groups - 1) / groups);
+  const dim3 grid(static_cast<unsigned>(work.p.tokens), static_cast<unsigned>(parts));
   launch(&write_kv_kernel<T>, work, grid, THREADS, 0, early(gpu), stream);
 }
 
