@@ -47,11 +47,11 @@ def check(
     """The dtype and quantization asked for. Exit with what is wrong with them or the others, if
     anything is; `longest`: tokens that a row will have, 0 if that is no question."""
     for name in shapes:
-        _allow("--shape", name, SHAPES)
-    _allow("--dtype", dtype, DTYPES)
+        allow("--shape", name, SHAPES)
+    allow("--dtype", dtype, DTYPES)
     if quantize:
-        _allow("--quantize", quantize, CODES)
-    _allow("--device", device, ("cpu", "cuda"))
+        allow("--quantize", quantize, CODES)
+    allow("--device", device, ("cpu", "cuda"))
     if not results.is_dir():
         raise SystemExit(f"--results is {str(results)!r}; no such folder")
     for name in shapes:
@@ -64,7 +64,8 @@ def check(
     return cast(DtypeName, dtype), cast("QuantizeName | None", quantize or None)
 
 
-def _allow(option: str, given: str, allowed: Iterable[str]) -> None:
+def allow(option: str, given: str, allowed: Iterable[str]) -> None:
+    """Exit with the values that an option may have if the given one is none of them."""
     if given not in allowed:
         raise SystemExit(f"{option} is {given!r}; allowed: {', '.join(allowed)}")
 

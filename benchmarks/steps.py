@@ -2,32 +2,37 @@
 
 Prompts of 128 tokens, 128 forced ones, greedy; or `--beams` rows a prompt. A step is (time of the
 whole answer - time of its first token) / 127, medians of rounds, so it holds all that the host
-does. `roofline` is the bytes of decoder weights and cached keys and values that a step must read,
-over the card's copy rate.
+does, for ours and for the peers alike. `roofline` is the bytes of decoder weights and cached keys
+and values that a step must read, over the card's copy rate.
 """
 
 from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
-from statistics import median
-from typing import Annotated, Any, cast
+from typing import Annotated
 
 import torch
 import typer
 
+from benchmarks.ctranslate2_peer import CTRANSLATE2
+from benchmarks.graphed import GRAPHED
 from benchmarks.machine import copy_bandwidth, machine, versions
-from benchmarks.random_model import limits_for, random_model
+from benchmarks.peers import Peer, Task
+from benchmarks.random_model import allow, check, limits_for, random_model
 from benchmarks.shapes import DTYPES, SHAPES
-from lmi_multi import backends
-from lmi_multi.checkpoint.layout import DtypeName, QuantizeName
+from benchmarks.static_cache import STATIC
+from lmi_multi.checkpoint.layout import QuantizeName
 from lmi_multi.engine.engine import Engine
 from lmi_multi.models.spec import ModelSpec
 from lmi_multi.parallel.collectives import SingleRank
 from lmi_multi.timing import Timing, time_generation
+
+PEERS = {"transformers": STATIC, "torch": GRAPHED, "ctranslate2": CTRANSLATE2}
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -44,113 +49,106 @@ def main(
     beams: Annotated[
         int, typer.Option(help="rows that are one prompt's; ours alone has more than 1", min=1)
     ] = 1,
-    peer: Annotated[bool, typer.Option(help="transformers with a static, compiled cache")] = False,
+    peer: Annotated[list[str], typer.Option(help=f"of {', '.join(PEERS)}")] = [],  # noqa: B006
     eager: Annotated[bool, typer.Option(help="ours without captured steps as well")] = False,
     program_rows: Annotated[
         int | None, typer.Option(help="rows up to which a step's layers are one kernel", min=0)
     ] = None,
+    work: Annotated[Path | None, typer.Option(help="folder for peers' temporary files")] = None,
     results: Annotated[Path | None, typer.Option(help="folder to add a JSON file to")] = None,
 ) -> None:
-    """Print a line for every shape, number of rows and contender."""
-    if any(rows % beams for rows in batch):
-        shown = ", ".join(map(str, batch))
-        raise SystemExit(f"--batch is {shown}; with --beams {beams} it must be multiples of that")
-    if peer and beams > 1:
-        raise SystemExit(f"--beams is {beams}; with --peer it must be 1, which the peer has")
-    state = backends.probe("cuda")
-    if not state.ok or state.reason != "compiled kernels":
-        raise SystemExit(f"cuda: {state.reason}")
+    """Print a line for every shape, number of rows and contender.
+
+    Options with several values are given once a value: --peer transformers --peer torch.
+    """
+    peers = _peers(peer, batch, beams, quantize, work)
+    form = check("cuda", shape, dtype, quantize, results or Path(), prompt_tokens + new_tokens)
     device = torch.device("cuda", 0)
+    tasks = [
+        Task(name, form[0], batch, prompt_tokens, new_tokens, rounds, device, work)
+        for name in shape
+    ]
+    for task in tasks:
+        for contender in peers:
+            contender.check(task)
     bandwidth = copy_bandwidth("cuda")
     entries = []
-    for name in shape:
-        for who, spec, timing in _timings(
-            name,
-            dtype,
-            quantize,
-            batch,
-            prompt_tokens,
-            new_tokens,
-            rounds,
-            beams,
-            peer,
-            eager,
-            program_rows,
-            device,
-        ):
-            floor = _floor(spec, dtype, quantize, timing.rows, prompt_tokens, new_tokens, bandwidth)
-            entry = {"shape": name, "dtype": quantize or dtype, "who": who, "roofline": floor}
+    for task in tasks:
+        for who, timing in _timings(task, form[1], beams, eager, program_rows, peers):
+            floor = _floor(
+                task.spec, dtype, quantize, timing.rows, prompt_tokens, new_tokens, bandwidth
+            )
+            entry = {"shape": task.shape, "dtype": quantize or dtype, "who": who, "roofline": floor}
             entries.append(entry | asdict(timing))
             typer.echo(
-                f"{name:14} {quantize or dtype:5} {who:22} rows {timing.rows:3}  "
+                f"{task.shape:14} {quantize or dtype:5} {who:22} rows {timing.rows:3}  "
                 f"step {timing.step:7.3f} ms  {floor / timing.step:4.0%} of the roofline "
                 f"{floor:.2f}  first {timing.first:7.2f} ms  whole {timing.whole:8.1f} ms"
             )
     if results:
         searched = f"-beams{beams}" if beams > 1 else ""
         path = results / f"steps-{'-'.join(shape)}-{quantize or dtype}{searched}.json"
-        page = {"machine": machine("cuda"), "versions": versions(), "bandwidth": bandwidth}
+        known = versions()
+        if "ctranslate2" in peer:
+            known["ctranslate2"] = version("ctranslate2")
+        page = {"machine": machine("cuda"), "versions": known, "bandwidth": bandwidth}
         path.write_text(json.dumps(page | {"entries": entries}, indent=1, default=vars))
 
 
+def _peers(
+    names: list[str], batch: list[int], beams: int, quantize: str, work: Path | None
+) -> list[Peer]:
+    """The peers asked for. Exit with what is wrong with them or what goes with them."""
+    if any(rows % beams for rows in batch):
+        shown = ", ".join(map(str, batch))
+        raise SystemExit(f"--batch is {shown}; with --beams {beams} it must be multiples of that")
+    for name in names:
+        allow("--peer", name, PEERS)
+    if names and beams > 1:
+        raise SystemExit(f"--beams is {beams}; with --peer it must be 1, which peers have")
+    if names and quantize:
+        raise SystemExit(f"--quantize is {quantize!r}; with --peer it must be nothing")
+    if work and not work.is_dir():
+        raise SystemExit(f"--work is {str(work)!r}; no such folder")
+    return [PEERS[name] for name in names]
+
+
 def _timings(
-    name: str, dtype: str, quantize: str, batches: list[int], prompt: int, tokens: int,
-    rounds: int, beams: int, peer: bool, eager: bool, program_rows: int | None,
-    device: torch.device,
-) -> Iterator[tuple[str, ModelSpec, Timing]]:  # fmt: skip
+    task: Task, quantize: QuantizeName | None, beams: int, eager: bool, program_rows: int | None,
+    peers: Sequence[Peer],
+) -> Iterator[tuple[str, Timing]]:  # fmt: skip
+    """Of ours and of peers, one after the other: a GPU has not room for all of them."""
+    yield from _ours(task, quantize, beams, eager, program_rows)
+    for peer in peers:
+        gc.collect()
+        torch.cuda.empty_cache()
+        for timing in peer.timings(task):
+            yield peer.label, timing
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def _ours(
+    task: Task, quantize: QuantizeName | None, beams: int, eager: bool, program_rows: int | None
+) -> Iterator[tuple[str, Timing]]:
     from lmi_multi.backends.cuda.executor import CudaExecutor
     from lmi_multi.backends.cuda.ops import Scratch
 
-    form = cast(DtypeName, dtype), cast("QuantizeName | None", quantize or None)
-    spec, tensors = random_model(SHAPES[name], *form, device)
-    most = prompt + tokens + 16
-    limits = limits_for(spec, max(batches), most, max(8192, prompt + 1))
+    spec, tensors = random_model(SHAPES[task.shape], task.dtype, quantize, task.device)
+    most = task.prompt + task.tokens + 16
+    limits = limits_for(spec, max(task.batches), most, max(8192, task.prompt + 1))
     for captured in (True, False) if eager else (True,):
         executor = CudaExecutor(
-            spec, tensors, limits, Scratch(device), SingleRank(), captured, program_rows
+            spec, tensors, limits, Scratch(task.device), SingleRank(), captured, program_rows
         )
         engine = Engine(executor)
-        for rows in batches:
-            timing = time_generation(engine, spec, rows, prompt, tokens, rounds, beams)
-            who = "lmi_multi" if captured else "lmi_multi, uncaptured"
-            yield f"{who}, {beams} beams" if beams > 1 else who, spec, timing
-        engine.close()
-    del executor, engine, tensors
-    gc.collect()
-    torch.cuda.empty_cache()
-    if peer and not quantize:
-        for timing in _transformers(name, dtype, batches, prompt, tokens, rounds):
-            yield "transformers, static", spec, timing
-
-
-@torch.inference_mode()
-def _transformers(
-    name: str, dtype: str, batches: list[int], prompt: int, tokens: int, rounds: int
-) -> Iterator[Timing]:
-    """`generate` with a static cache, which compiles the step and captures it as a graph."""
-    model: Any = SHAPES[name].build(DTYPES[dtype], "cuda")
-    for rows in batches:
-        ids = torch.randint(2, 30000, (rows, prompt), device="cuda")
-
-        def run(count: int, ids: torch.Tensor = ids) -> float:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=False,
-                max_new_tokens=count,
-                cache_implementation="static",
+        for rows in task.batches:
+            timing = time_generation(
+                engine, spec, rows, task.prompt, task.tokens, task.rounds, beams
             )
-            end.record()
-            end.synchronize()
-            return float(start.elapsed_time(end))
-
-        for _ in range(2):
-            run(tokens)
-        first = median(run(1) for _ in range(rounds))
-        whole = median(run(tokens) for _ in range(rounds))
-        yield Timing(rows, first, whole, (whole - first) / (tokens - 1))
+            who = "lmi_multi" if captured else "lmi_multi, uncaptured"
+            yield f"{who}, {beams} beams" if beams > 1 else who, timing
+        engine.close()
 
 
 def _floor(

@@ -14,6 +14,8 @@ from lmi_multi.backends.cuda.beams import BeamKind
 from lmi_multi.backends.cuda.ops import Scratch
 
 from benchmarks import generate, memory, newcomers, prefill, random_model, steps
+from benchmarks.peers import Task
+from benchmarks.static_cache import STATIC
 from lmi_multi.parallel.collectives import SingleRank
 from tests import prefill_kernel
 from tests.cuda_stand_ins import Programs, stand_in
@@ -38,13 +40,14 @@ def test_steps(monkeypatch: pytest.MonkeyPatch, shape: str, beams: int) -> None:
         return step(self, batch)
 
     monkeypatch.setattr(executor.CudaExecutor, "step", noted)
-    timings = steps._timings(
-        shape, "fp32", "", [2, 4], 9, 5, 1, beams, False, True, None, CPU
-    )  # fmt: skip
-    found = [(who, timing.rows) for who, _, timing in timings]
+    task = Task(shape, "fp32", [2, 4], 9, 5, 1, CPU)
+    peers = [STATIC] if beams == 1 else []
+    timings = steps._timings(task, None, beams, True, None, peers)
+    found = [(who, timing.rows) for who, timing in timings]
     searched = f", {beams} beams" if beams > 1 else ""
-    names = (f"lmi_multi{searched}", f"lmi_multi, uncaptured{searched}")
-    assert found == [(name, count) for name in names for count in (2, 4)]
+    names = [f"lmi_multi{searched}", f"lmi_multi, uncaptured{searched}"]
+    expected = [*names, *(peer.label for peer in peers)]
+    assert found == [(name, count) for name in expected for count in (2, 4)]
     for count in (2, 4):
         first = count // beams
         runs = [first, *[count] * 4, first, first, *[count] * 4]
