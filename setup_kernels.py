@@ -25,7 +25,8 @@ ROOT = Path(__file__).resolve().parent
 SOURCES = ROOT / "backends" / "cuda" / "csrc"
 LIBRARY = ROOT / "backends" / "cuda" / "_kernels.so"
 ARCHS = ("80", "86", "89", "90")
-OF_HOPPER = ("gemm_", "prefill_long_")  # how names begin of sources whose kernels are for sm_90a alone
+# How the names of sources begin whose kernels are for sm_90a alone.
+OF_HOPPER = ("gemm_", "prefill_long_")
 TORCH_TARGET = "0x020a000000000000ULL"  # 2.10
 SERIALIZED = "wgmma.mma_async instructions are serialized"  # ptxas says so and warns of nothing
 

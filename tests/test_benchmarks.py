@@ -102,7 +102,7 @@ def test_memory_makes_every_graph(tmp_path: Path, family: str) -> None:
         assert {size for size, other in ahead if other == kind} == set(rows)
     assert len({kind for _, kind in ahead}) == 3  # greedy, and sampled in two ways
     made = own._prefill_graphs
-    prefills = {size for _, size in made._captured}
+    prefills = {size for _, size, _ in made._captured}
     assert prefills >= {size for size in made.sizes if size < model.limits.max_tokens}
     memory.fill(model)
     model.close()

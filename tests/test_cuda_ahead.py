@@ -304,7 +304,7 @@ def test_prompts_are_prefilled_by_graphs(
             assert [c.token_ids for c in model.generate(own, max_new_tokens=3)] == answers
             assert uncaptured == expected
         captured = model.engine.executor._prefill_graphs._captured  # type: ignore[attr-defined]
-        assert sorted(size for _, size in captured) == [16, 32]
+        assert sorted(size for _, size, _ in captured) == [16, 32]
 
 
 def test_sizes_of_captured_prefills() -> None:

@@ -44,7 +44,7 @@ def test_every_graph_goes_at_once(
             sampled = opened._ahead._graphs.draws.kind([SampleRow(temperature=1.0)])
             for kind in (draws.GREEDY, sampled):
                 assert opened._ahead._graphs.drawing(2, kind)
-            assert opened._prefill_graphs._get("prompts" if family == "t5" else "rows", [3])
+            assert opened._prefill_graphs._get("prompts" if family == "t5" else "rows", [3], [3])
         assert [graph() is not None for graph in made] == [False, True] * 5
         opened.close()
         assert not any(graph() for graph in made)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lmi_multi.backends.cuda import prefill_inputs
 from lmi_multi.backends.cuda.prefill_inputs import LARGE, LONG, SMALL, PrefillInputs, Tiling
 from torch import Tensor
 
@@ -302,6 +303,31 @@ def test_models(tmp_path: Path, family: str, dtype: str) -> None:
     if models.ours._prefill.covers():
         graphs = models.ours._prefill_graphs
         assert models.spec.length_dependent or (graphs is not None and graphs._captured)
+
+
+@pytest.mark.parametrize("family", ["t5", "gptj", "llama-gqa", "bloom"])
+@pytest.mark.parametrize("many", [False, True], ids=["few", "many"])
+def test_graphs_of_many_tokens(
+    tmp_path: Path, family: str, many: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beyond what large networks have graphs for; with `many`, by the kernel for many keys."""
+    if many:
+        tilings(many, 8)
+        monkeypatch.setattr(prefill_inputs, "MANY_KEYS", 1)
+    models, chance = Models(tmp_path, family, "bf16"), random.Random(family)
+    graphs = models.ours._prefill_graphs
+    assert graphs is not None
+    for lengths in ([60, 1], [90] * 7, [100] * 8):
+        parts = [(0, n) for n in lengths]
+        rows, prompts = model_rows(models.spec.kind == "decoder", parts, chance)
+        batch, found = Batch(rows, prompts), []
+        with torch.inference_mode():
+            for executor in (models.ours, models.torch, models.exact):
+                executor._prepare(batch)
+                found.append(executor._next_logits(batch.rows))
+        models.check(*found)  # type: ignore[arg-type]
+    kind, wanted = "prompts" if prompts else "rows", LONG if many else SMALL
+    assert {(kind, size, wanted) for size in (64, 768, 1024)} <= set(graphs._captured)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])

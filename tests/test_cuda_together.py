@@ -227,7 +227,7 @@ def not_covered(shelf: Shelf) -> None:
 
 
 def no_prefill(shelf: Shelf) -> None:
-    shelf.patch.setattr(executor.Prefill, "covers", lambda self: False)
+    shelf.patch.setattr(executor.Prefill, "covers", lambda *_: False)
 
 
 @pytest.mark.parametrize("trouble", [not_covered, no_prefill])

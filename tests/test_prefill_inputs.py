@@ -131,7 +131,8 @@ def test_many_keys_are_for_a_kernel_of_their_own() -> None:
     """Of most tokens: a long row that one token is new of leaves the others theirs."""
     few = MANY_KEYS - 1
     assert tiling_of([MANY_KEYS], [MANY_KEYS], 32, 256, 132, True) == LONG
-    assert tiling_of([few], [few], 32, 256, 132, True) == SMALL
+    assert tiling_of([few], [few], 32, 128, 132, True) == SMALL
+    assert tiling_of([few], [few], 32, 256, 132, True) == LONG
     assert tiling_of([few, 5], [few, 2 * MANY_KEYS], 32, 64, 132, True) == LONG
     assert tiling_of([128] * 64 + [1], [128] * 64 + [4096], 32, 64, 132, True) == LARGE
 

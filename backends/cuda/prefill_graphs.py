@@ -19,7 +19,7 @@ from lmi_multi.parallel.collectives import Peers
 from .entry import Angles
 from .graphs import Captured, capture_together, on_all
 from .prefill import Prefill, PrefillAttention
-from .prefill_inputs import PrefillInputs
+from .prefill_inputs import LONG, SMALL, PrefillInputs, Tiling, have_many_keys
 from .program import NotCoveredError
 
 # Tokens of all rows together. Above, the GPU is busy for longer than the launches take; with small
@@ -35,8 +35,8 @@ log = logging.getLogger(__name__)
 
 
 class PrefillGraphs:
-    """The prefills of one network over one cache, one graph for each size, made when first wanted.
-    The kernel must cover them all.
+    """The prefills of one network over one cache, one graph for each size, and another for many
+    keys where there is a kernel for those, made when first wanted. The kernel must cover them all.
 
     A prefill is filled up to its size with tokens of no row, which are computed for nothing. All
     graphs share one pool of memory: what one computed must be read, or copied, on the stream before
@@ -60,14 +60,17 @@ class PrefillGraphs:
         self._context = min(limits.max_tokens, MOST_CONTEXT)
         self._encoded = prefill.network.weights.encoder is not None
         self._pool = torch.cuda.graph_pool_handle()
-        self._captured: dict[tuple[Kind, int], tuple[PrefillInputs, Captured] | None] = {}
+        # All ranks or none: they capture together.
+        self._long = bool(peers.least(prefill.covers(LONG)))
+        self._captured: dict[tuple[Kind, int, Tiling], tuple[PrefillInputs, Captured] | None] = {}
 
     def logits(self, rows: Sequence[Row]) -> Tensor | None:
         """Decode rows: float32 [drawing rows, vocab]. None, and nothing done, if there is no graph
         for them."""
         if self._encoded or max(row.length for row in rows) > self._context:
             return None
-        found = self._get("rows", [len(row.token_ids) for row in rows])
+        counts = [len(row.token_ids) for row in rows]
+        found = self._get("rows", counts, [row.length for row in rows])
         if found is None:
             return None
         inputs, graph = found
@@ -78,7 +81,8 @@ class PrefillGraphs:
         """As `Prefill.encode_to_cache`. False, and nothing done, if there is no graph for it."""
         if not self._encoded or any(prompt.segment_ids is not None for prompt in prompts):
             return False
-        found = self._get("prompts", [len(prompt.token_ids) for prompt in prompts])
+        counts = [len(prompt.token_ids) for prompt in prompts]
+        found = self._get("prompts", counts, counts)
         if found is None:
             return False
         inputs, graph = found
@@ -86,19 +90,25 @@ class PrefillGraphs:
         graph.replay()
         return True
 
-    def _get(self, kind: Kind, counts: Sequence[int]) -> tuple[PrefillInputs, Captured] | None:
+    def _get(
+        self, kind: Kind, counts: Sequence[int], lengths: Sequence[int]
+    ) -> tuple[PrefillInputs, Captured] | None:
         size = size_of(counts, self._rows, self.sizes)
         if size is None:
             return None
-        key = kind, size
+        dim = self._prefill.network.spec.head_dim
+        many = self._long and have_many_keys(counts, lengths, dim)
+        key = kind, size, LONG if many else SMALL
         if key not in self._captured:
-            self._captured[key] = self._capture(kind, size)
+            self._captured[key] = self._capture(*key)
         return self._captured[key]
 
-    def _capture(self, kind: Kind, size: int) -> tuple[PrefillInputs, Captured] | None:
+    def _capture(
+        self, kind: Kind, size: int, tiling: Tiling
+    ) -> tuple[PrefillInputs, Captured] | None:
         body = self._logits if kind == "rows" else self._encode
         try:
-            inputs = on_all(lambda: self._inputs(kind, size), self._peers)
+            inputs = on_all(lambda: self._inputs(kind, size, tiling), self._peers)
             captured = capture_together(lambda: body(inputs), self._stream, self._pool, self._peers)
             return inputs, captured
         except torch.OutOfMemoryError:
@@ -107,9 +117,9 @@ class PrefillGraphs:
                 self._pool = torch.cuda.graph_pool_handle()
         return None
 
-    def _inputs(self, kind: Kind, size: int) -> PrefillInputs:
+    def _inputs(self, kind: Kind, size: int, tiling: Tiling) -> PrefillInputs:
         width = -(-self._context // self._block_size) if kind == "rows" else 0
-        inputs = PrefillInputs(size, min(self._rows, size), width, 0, self._device)
+        inputs = PrefillInputs(size, min(self._rows, size), width, 0, self._device, tiling)
         inputs.clear()
         return inputs
 

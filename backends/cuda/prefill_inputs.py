@@ -14,7 +14,9 @@ from lmi_multi.engine.batch import Prompt, Row
 
 from .inputs import upload
 
-MANY_KEYS = 1024  # of a token, on average, from which on Hopper's own kernel is the faster one
+# Keys of a token, on average, from which on Hopper's own kernel is the faster one; half as many of
+# wide heads, for which the other one's tiles are small.
+MANY_KEYS, WIDE = 256, 128
 NOWHERE, NOTHING = -1, -1  # a slot that is none; a tile without work
 
 Integers = npt.NDArray[np.int32]
@@ -187,11 +189,16 @@ def tiling_of(
     """For rows of so many new tokens and keys. Large tiles, with which keys are read half as often,
     where that leaves each of the GPU's processors some blocks, and heads are narrow enough.
     `long`: whether there is a kernel for many keys."""
-    keys = sum(n * length for n, length in zip(counts, lengths, strict=True))
-    if long and keys >= MANY_KEYS * sum(counts):
+    if long and have_many_keys(counts, lengths, dim):
         return LONG
     blocks = heads * sum(-(-n // LARGE.queries) for n in counts)
-    return LARGE if dim <= 128 and blocks >= 4 * processors else SMALL
+    return LARGE if dim <= WIDE and blocks >= 4 * processors else SMALL
+
+
+def have_many_keys(counts: Sequence[int], lengths: Sequence[int], dim: int) -> bool:
+    """Whether rows of so many new tokens and keys are work for the kernel that is for many keys."""
+    keys = sum(n * length for n, length in zip(counts, lengths, strict=True))
+    return keys >= (MANY_KEYS if dim <= WIDE else MANY_KEYS // 2) * sum(counts)
 
 
 def slots(blocks: Sequence[int], start: int, stop: int, block_size: int) -> npt.NDArray[Any]:
