@@ -15,12 +15,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from lmi_multi.backends.cuda.prefill import PrefillKernel
+from lmi_multi.backends.cuda.prefill_inputs import PrefillInputs
 
 from lmi_multi.backends.torch_executor import TorchExecutor
 from lmi_multi.engine.batch import Prompt, Row
 from lmi_multi.engine.engine import Engine
+from lmi_multi.ops.heads import Heads
+from lmi_multi.ops.paged import PagedAttention
 from lmi_multi.ops.reference import Reference
 from lmi_multi.timing import time_generation
+from tests.test_cuda_attention import POSITIONS, make_layer, make_spec, widened
 from tests.test_cuda_beams import Case, logits_of, scratch
 from tests.test_cuda_kernels import (
     EPS,
@@ -35,6 +40,8 @@ from tests.test_cuda_kernels import (
     randn,
     wide,
 )
+from tests.test_cuda_prefill import TOLERANCE as OF_PREFILL
+from tests.test_cuda_prefill import make_caches, make_rows, make_table, tilings
 from tests.test_cuda_program import TOLERANCE as OF_STEPS
 from tests.test_cuda_program import logits, need_programs, opened
 
@@ -114,6 +121,25 @@ def test_steps(shape: str, rows: int, most: int) -> None:
     assert not most or all(own._fed._programs.values())
     for ours, theirs in zip(found, expected, strict=True):
         assert error(ours, theirs) < OF_STEPS["bf16"]
+
+
+@pytest.mark.parametrize("position", ["relative", "alibi", "rope"])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_many_keys(dim: int, position: str) -> None:
+    """Of whole tiles, which the copy engine fetches, and of a last one that is none."""
+    torch.manual_seed(0)
+    [tiling], device = tilings(True, dim), torch.device("cuda")
+    split = Heads(make_spec(POSITIONS[position], 2, 1, dim), 1)
+    rows, blocks = make_rows(((140, 150), (70, 0)), 16, random.Random(0))
+    cache, exact = make_caches(rows, blocks, 16, split, HALF)
+    layer = make_layer(make_table(position, 2, HALF), 0, False, dim)
+    inputs = PrefillInputs.of_rows(rows, 16, device, tiling)
+    qkv = randn(210, 4 * dim, dtype=HALF)
+    expected = PagedAttention(exact, rows, device).attend(widened(layer), qkv.double())
+    angles = split.angles(inputs.positions, inputs.reach)
+    found = PrefillKernel(split, cache).extend(layer, qkv, inputs, angles)
+    assert found is not None
+    assert error(found, expected) < OF_PREFILL[HALF]
 
 
 @torch.inference_mode()
