@@ -14,6 +14,7 @@ import logging
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
@@ -217,18 +218,24 @@ def _load(
 
 
 def make_graphs(model: Model) -> None:
-    """Steps of every number of rows that is captured, in every kind; and captured prefills."""
+    """Steps of every number of rows that is captured, in every kind; and captured prefills, of few
+    keys and of many."""
     from lmi_multi.backends.cuda.graphs import sizes
-    from lmi_multi.backends.cuda.prefill_graphs import sizes as sizes_of_prefills
+    from lmi_multi.backends.cuda.prefill_inputs import MANY_KEYS
 
     for rows in sizes(model.limits.max_batch):
         for kind in KINDS:
             count, left = divmod(rows, kind.get("num_beams", 1))
             if not left:
                 model.generate([[5] * 8] * count, kind, max_new_tokens=4)
-    for tokens in sizes_of_prefills(model.artifact.spec, 1):
-        if tokens < model.limits.max_tokens:
-            model.generate([[5] * tokens], max_new_tokens=1)
+    prefills: Any = getattr(model.engine.executor, "_prefill_graphs", None)
+    if prefills is None:
+        return
+    kind = "rows" if model.spec.kind == "decoder" else "prompts"
+    with torch.inference_mode():
+        for tokens, keys in product(prefills.sizes, (0, MANY_KEYS)):
+            if tokens <= model.limits.max_step_tokens:
+                prefills._get(kind, [tokens], [keys])
 
 
 def fill(model: Model) -> None:

@@ -117,7 +117,7 @@ def test_rows_over_the_cache(position: str, dtype: torch.dtype, case: int, many:
         split, table = Heads(spec, 1), make_table(position, heads, dtype)
         window = chance.choice((0, 0, 1, 5, 100))
         layer = make_layer(table, window, chance.random() < 0.3, dim)
-        rows, blocks = make_rows(CASES[case], block := chance.choice((8, 16)), chance)
+        rows, blocks = make_rows(CASES[case], block := chance.choice((8, 16, 32, 128)), chance)
         cache, exact = make_caches(rows, blocks, block, split, dtype)
         kernel, tiling = PrefillKernel(split, cache), chance.choice(tilings(many, dim))
         inputs = PrefillInputs.of_rows(rows, block, device, tiling)
@@ -202,15 +202,16 @@ def test_what_is_not_covered_is_left_alone() -> None:
     from lmi_multi.backends.cuda.prefill_inputs import PrefillInputs
 
     device = torch.device("cuda")
-    for dim, block, dtype in (
-        (64, 8, torch.float32),
-        (12, 8, torch.bfloat16),
-        (264, 8, torch.bfloat16),
-        (64, 12, torch.bfloat16),
+    for dim, block, dtype, tiling in (
+        (64, 8, torch.float32, SMALL),
+        (12, 8, torch.bfloat16, SMALL),
+        (264, 8, torch.bfloat16, SMALL),
+        (64, 12, torch.bfloat16, SMALL),
+        (64, 4, torch.bfloat16, LONG),
     ):
         split = Heads(make_spec(POSITIONS["rope"], 2, 2, dim), 1)
         cache = PagedCache(split, 2, block, dtype, device)
-        inputs = PrefillInputs.of_rows([Row([0] * 3, 0, [1], 3)], block, device)
+        inputs = PrefillInputs.of_rows([Row([0] * 3, 0, [1], 3)], block, device, tiling)
         qkv = randn(3, 6 * dim, dtype=dtype)
         before = qkv.clone()
         angles = split.angles(inputs.positions, inputs.reach)

@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from lmi_multi.backends.cuda import draws, executor, graphs, prefill_graphs
+from lmi_multi.backends.cuda import draws, executor, graphs, prefill_graphs, prefill_inputs
 from lmi_multi.backends.cuda.ahead import Flight
 from lmi_multi.backends.cuda.draws import GREEDY
 from lmi_multi.backends.cuda.ops import Scratch
+from lmi_multi.backends.cuda.prefill_inputs import LONG, SMALL, Tiling
 from lmi_multi.backends.cuda.program import NotCoveredError
 from torch import Tensor
 
@@ -62,6 +63,7 @@ class Shelf:
     def open(self, folder: Path, trouble: Callable[[Shelf], None] | None = None) -> None:
         self.patch.undo()
         self.programs = stand_in(self.patch)
+        self.patch.setattr(prefill_inputs, "MANY_KEYS", 8)  # some prompts have more, some have not
         self.count_replays()
         if trouble is not None and self.rank == TROUBLED:
             trouble(self)
@@ -102,6 +104,15 @@ class Shelf:
             whole, part = head(hidden), head(hidden, whole=False)
             right.append(torch.equal(part, whole[:, own.start : own.stop]))
         return all(right) and 0 < len(own) < network.spec.vocab
+
+    def prefills(self) -> list[Any]:
+        """Of every rank: whether it has the kernel for many keys, and which graphs of prefills."""
+        assert self.executor is not None
+        graphs = self.executor._prefill_graphs
+        assert graphs is not None
+        every: list[Any] = [None] * self.size
+        dist.all_gather_object(every, (graphs._long, sorted(graphs._captured)))
+        return every
 
     def facts(self) -> list[Any]:
         """Of every rank: its replays, whether it has graphs of prefills, and of which steps it has
@@ -237,6 +248,28 @@ def test_kernels_do_not_cover_one(
     _, prefills, steps = facts_beside_cpu(two, folder, "t5", trouble)
     assert not prefills
     assert bool(steps) == (trouble is no_prefill)
+
+
+def no_many_keys(shelf: Shelf) -> None:
+    covers = executor.Prefill.covers
+
+    def refused(self: executor.Prefill, tiling: Tiling = SMALL) -> bool:
+        return tiling != LONG and covers(self, tiling)
+
+    shelf.patch.setattr(executor.Prefill, "covers", refused)
+
+
+@pytest.mark.parametrize("trouble", [None, no_many_keys])
+@pytest.mark.parametrize("family", ["t5", "gpt2"])
+def test_all_have_the_kernel_for_many_keys_or_none(
+    two: LocalRanks, folder: Path, family: str, trouble: Callable[[Shelf], None] | None
+) -> None:
+    """They would capture different graphs, and wait for each other."""
+    assert_same_as_cpu(folder, family, open_model(two, folder, family, trouble))
+    (long, captured), other = two.call("prefills")
+    assert other == (long, captured)
+    assert long == (trouble is None)
+    assert {tiling for *_, tiling in captured} == ({SMALL, LONG} if long else {SMALL})
 
 
 def other_draws(shelf: Shelf) -> None:

@@ -196,7 +196,8 @@ def tiling_of(
 
 
 def have_many_keys(counts: Sequence[int], lengths: Sequence[int], dim: int) -> bool:
-    """Whether rows of so many new tokens and keys are work for the kernel that is for many keys."""
+    """Whether rows of so many new tokens and keys are work for the kernel that is for many keys: on
+    average over tokens, as if there were no windows."""
     keys = sum(n * length for n, length in zip(counts, lengths, strict=True))
     return keys >= (MANY_KEYS if dim <= WIDE else MANY_KEYS // 2) * sum(counts)
 

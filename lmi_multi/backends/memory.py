@@ -25,7 +25,7 @@ _RANK = 1024 * _MIB
 # What is drawn from, for each logit: float32 twice, integer weights, their order and their sum.
 _DRAW_BYTES = 32
 # The driver's own of a captured kernel, kernels a layer, and graphs that are made while serving.
-_NODE_BYTES, _NODES, _GRAPHS = 16 * 1024, 16, 72
+_NODE_BYTES, _NODES, _GRAPHS = 16 * 1024, 16, 80
 # Rows of all steps whose layers are one kernel: of 1, 2, 4, 8 and 16, for two kinds of step.
 # Nothing that one of their layers computes makes room for the next one's.
 _PROGRAM_ROWS = 2 * (1 + 2 + 4 + 8 + 16)

@@ -72,8 +72,8 @@ bool run_write_kv(Tensor kv, Tensor k, Tensor v, Tensor slots) {
 // so many that Hopper's own kernel is worth its start.
 bool run_prefill(Tensor q, Maybe k, Maybe v, Maybe slots, Maybe table, Tensor starts,
                  Tensor lengths, Tensor tiles, int64_t queries, bool many, int64_t heads,
-                 int64_t kv_heads, Maybe q_norm, Maybe k_norm, double eps, Maybe cos, Maybe sin, Maybe bias,
-                 Maybe slopes, bool causal, int64_t window, double scale, Tensor out) {
+                 int64_t kv_heads, Maybe q_norm, Maybe k_norm, double eps, Maybe cos, Maybe sin,
+                 Maybe bias, Maybe slopes, bool causal, int64_t window, double scale, Tensor out) {
   const int64_t rows = lengths.numel(), count = tiles.numel() / 2;
   const int64_t dim = heads ? out.size(-1) / heads : 0;
   const int64_t tokens = dim ? out.numel() / (heads * dim) : 0;
@@ -89,7 +89,7 @@ bool run_prefill(Tensor q, Maybe k, Maybe v, Maybe slots, Maybe table, Tensor st
       !is_float32(cos) || !is_float32(sin) || !is_float32(bias) || !is_float32(slopes) ||
       (cos && (!sin || !is_dense(*cos) || !is_dense(*sin) || cos->size(0) != tokens)) ||
       (bias && bias->size(0) != heads) || (slopes && slopes->numel() != heads) ||
-      (paged && !(is_cache(k, q, kv_heads, dim) && is_cache(v, q, kv_heads, dim)))) {
+      (paged && !(is_cache(k, q, kv_heads, dim) && is_cache(v, q, kv_heads, dim) && k->size(0)))) {
     return false;
   }
   const int distances = bias ? static_cast<int>(bias->size(1)) : 0;
@@ -142,8 +142,8 @@ bool run_prefill(Tensor q, Maybe k, Maybe v, Maybe slots, Maybe table, Tensor st
     write_kv(write, gpu, stream_of(q));
   }
   const bool half = is_of(q, Type::float16);
-  const auto run = many ? half ? prefill_long_float16 : prefill_long_bfloat16
-                        : half ? prefill_float16 : prefill_bfloat16;
+  const auto plain = half ? prefill_float16 : prefill_bfloat16;
+  const auto run = many ? (half ? prefill_long_float16 : prefill_long_bfloat16) : plain;
   run(p, gpu, stream_of(q));
   return true;
 }

@@ -92,7 +92,7 @@ __device__ float place_long(const PrefillParams& p, const Tile& tile,
   return 1;
 }
 
-// Scores, times `factor`, become weights; `kept` is how much what was found before still weighs.
+// Scores, times `factor` > 0, become weights; `kept` is how much what was found before still weighs.
 template <typename S>
 __device__ void weigh_long(float (&scores)[S::KEYS / 2], float factor, LongFound<S>& found,
                            float (&kept)[2]) {

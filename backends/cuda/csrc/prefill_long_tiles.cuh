@@ -11,7 +11,7 @@
 
 namespace lmi {
 
-constexpr int GROUP = 128, GROUPS = 2;  // threads that multiply together, and how many times
+constexpr int GROUP = 128, GROUPS = 2;  // threads that multiply together, and how many such groups
 constexpr int LONG_THREADS = (1 + GROUPS) * GROUP;
 constexpr int LONG_ALIGNED = 1024;
 
@@ -30,7 +30,8 @@ struct LongShape {
   static constexpr int BEYOND = QUERIES + KEYS;
 
   static int shared(int distances) {
-    return MEMORY + (distances ? distances + 2 * BEYOND : 0) * static_cast<int>(sizeof(float));
+    constexpr int BARRIERS = 256;  // what the kernel has besides, and some more
+    return BARRIERS + MEMORY + (distances ? distances + 2 * BEYOND : 0) * static_cast<int>(sizeof(float));
   }
 };
 
