@@ -11,7 +11,13 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent
 SHAPES = ("flan-t5-base", "flan-t5-xxl", "gpt-j-6b", "llama-2-7b")
-COLOURS = {"roofline": "#bbbbbb", "lmi_multi": "#1f6fb4", "transformers, static": "#d98032"}
+COLOURS = {
+    "roofline": "#bbbbbb",
+    "lmi_multi": "#1f6fb4",
+    "torch, graphed": "#5b9a57",
+    "CTranslate2": "#8d6cab",
+    "transformers, static": "#d98032",
+}
 
 
 def main() -> None:
@@ -25,13 +31,13 @@ def main() -> None:
         rows = sorted({e["rows"] for e in own})
         for i, who in enumerate(COLOURS):
             values = [_step(own, who, n) for n in rows]
-            at = [place + 0.27 * (i - 1) for place in range(len(rows))]
-            panel.bar(at, values, 0.25, color=COLOURS[who], label=who)
+            at = [place + 0.17 * (i - len(COLOURS) // 2) for place in range(len(rows))]
+            panel.bar(at, values, 0.16, color=COLOURS[who], label=who)
         panel.set_title(shape)
         panel.set_xticks(range(len(rows)), [str(n) for n in rows])
         panel.set_xlabel("rows")
     panels[0].set_ylabel("ms a decode step, bf16")
-    panels[0].legend(fontsize=8)
+    panels[1].legend(loc="upper left", fontsize=8)
     figure.savefig(ROOT.parent / "docs" / "performance.svg", metadata={"Date": None})
 
 

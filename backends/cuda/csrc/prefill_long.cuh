@@ -211,13 +211,6 @@ __device__ void attend_long(const PrefillParams& p, const Tile& tile, int group,
     release(0, slot.at);
     const int key = tile.from + n * S::KEYS;
     weigh_long<S>(scores, place_long<S>(p, tile, scores, bias, slope, position, key), found, kept);
-#ifndef NO_TRAP
-    // Never: but ptxas would wait for the products first, and then compute the weights.
-    asm volatile("{.reg .pred p; setp.lt.f32 p, %0, 0f00000000; @p st.shared.f32 [%1], %0;}" ::"f"(
-                     fminf(found.sum[0], found.sum[1])),
-                 "r"(shared_address(queries))
-                 : "memory");
-#endif
     await_products<0>();
     hold(found.values);
     release(1, last.at);
