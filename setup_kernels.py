@@ -105,6 +105,7 @@ def make_stubs(nvcc: Path, folder: Path) -> None:
 
 def build(target: Path, archs: Sequence[str], jobs: int, say: Callable[[str], None]) -> str:
     """Compile and link into `target`; returns ptxas' report. Raises BuildError."""
+    targets(archs)  # a wrong name is said before anything is compiled
     nvcc, headers = find_nvcc(), torch_headers()
     sources = sorted(SOURCES.glob("*.cu"))
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(jobs) as pool:
@@ -130,6 +131,12 @@ def build(target: Path, archs: Sequence[str], jobs: int, say: Callable[[str], No
     return "".join(reports)
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return int(text)
+
+
 def _run(command: Sequence[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -142,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Compile the CUDA backend's kernels.")
     default = os.environ.get("LMI_MULTI_CUDA_ARCHS", " ".join(ARCHS))
     parser.add_argument("--arch", action="append", metavar="N", help=f"default: {default}")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="files at a time")
+    parser.add_argument("--jobs", type=_positive, default=os.cpu_count(), help="files at a time")
     parser.add_argument("--output", type=Path, default=LIBRARY, metavar="FILE")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write ptxas' report here")
     options = parser.parse_args(arguments)

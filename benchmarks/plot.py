@@ -22,8 +22,10 @@ COLOURS = {
 
 def main() -> None:
     """Bars of milliseconds a step, a panel a shape."""
-    from matplotlib import pyplot
-
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        raise SystemExit("matplotlib was not found: pip install matplotlib") from None
     entries = json.loads((ROOT / "results" / "cuda-steps.json").read_text())["entries"]
     figure, panels = pyplot.subplots(1, len(SHAPES), figsize=(13, 3.2), layout="constrained")
     for panel, shape in zip(panels, SHAPES, strict=True):

@@ -7,7 +7,8 @@ Milliseconds of encoding prompts with all cross-attention keys and values, for e
 of prompts up to the logits of their last tokens, for decoders: medians of rounds in which the
 contenders take turns, between CUDA events, so all that the host does meanwhile is in them.
 `captured` is what the executor does by itself (a graph where there is one for so many tokens),
-`kernels` the same without graphs.
+`kernels` the same without graphs; `torch` is plain torch over our cache, `torch, graphed` over
+static caches and captured (benchmarks/graphed.py), where that covers the shape.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.graphed import Graphed, lacking
 from benchmarks.random_model import random_model
 from benchmarks.shapes import DTYPES, SHAPES
 from lmi_multi import backends
@@ -33,7 +35,7 @@ from lmi_multi.backends.torch_executor import TorchExecutor
 from lmi_multi.checkpoint.layout import DtypeName
 from lmi_multi.engine.batch import Prompt, Row
 from lmi_multi.models.spec import Activation, ModelSpec, Position, RelativeBias, Rope
-from lmi_multi.models.weights import Layer, Linear, Norm
+from lmi_multi.models.weights import Layer, Linear, Norm, bind
 from lmi_multi.ops.heads import Heads
 from lmi_multi.ops.packed import PackedAttention
 from lmi_multi.ops.paged import PagedAttention, PagedCache
@@ -75,6 +77,10 @@ def models(
 
     most = max(counts)
     spec, tensors = random_model(SHAPES[name], cast(DtypeName, dtype), None, device)
+    # Weights of its own: ours may change the order of some.
+    plain = None
+    if device.type == "cuda" and not lacking(spec, DTYPES[dtype]):
+        plain = bind(*random_model(SHAPES[name], cast(DtypeName, dtype), None, device))
     blocks = most * (-(-tokens // BLOCK) + 1)
     limits = Limits(most, tokens + 1, most * tokens, blocks, BLOCK)
     executor = CudaExecutor(spec, tensors, limits, Scratch(device), SingleRank())
@@ -82,17 +88,21 @@ def models(
     for count in counts:
         ids = [[chance.randrange(2, spec.vocab) for _ in range(tokens)] for _ in range(count)]
         runs = _runs(executor, spec, ids)
+        if plain is not None:
+            peer = Graphed(spec, plain, count, tokens, 1, capture=True)
+            peer.prompts.copy_(torch.tensor(ids))
+            runs["torch, graphed"] = peer.begin
         times = time_runs(runs, rounds)
         kind = "prefill" if spec.kind == "decoder" else "encoder"
         shown = "  ".join(f"{who} {ms:8.3f}" for who, ms in times.items())
         best = min(times["captured"], times["kernels"])
         print(
             f"{name:13} {dtype} {kind} {count:3} x {tokens} tokens, ms:  {shown}"
-            f"  {times['torch'] / best:5.2f}x",
+            f"  {min(own for who, own in times.items() if 'torch' in who) / best:5.2f}x",
             flush=True,
         )
     executor.close()
-    del executor, tensors
+    del executor, tensors, plain
     gc.collect()
     torch.cuda.empty_cache()
 
@@ -277,6 +287,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--parts", action="store_true", help="attention and products alone")
     options = parser.parse_args()
+    if not options.shape and not options.parts:
+        parser.error("name a --shape, or --parts")
     state = backends.probe("cuda")
     if not state.ok or state.reason != "compiled kernels":
         raise SystemExit(f"cuda: {state.reason}")

@@ -21,6 +21,7 @@ def _answers(task: Task) -> Iterator[tuple[int, Answer]]:
     model: Any = SHAPES[task.shape].build(DTYPES[task.dtype], str(task.device))
     given = 1 if task.spec.kind == "encoder-decoder" else task.prompt  # before the first new token
     for rows in task.batches:
+        torch.compiler.reset()  # else what it compiles next is for any number of rows
         ids = torch.tensor(task.prompts(rows), device=task.device)
 
         @torch.inference_mode()

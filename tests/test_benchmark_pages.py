@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import lmi_multi
-from benchmarks import generate, hollow, memory, newcomers, page, perplexity
+from benchmarks import generate, hollow, loading, memory, newcomers, page, perplexity
 from benchmarks.random_model import check
 from benchmarks.shapes import SHAPES
 from lmi_multi.backends.memory import Device
@@ -123,6 +123,27 @@ def test_newcomers(tmp_path: Path) -> None:
         assert 0 < case["alone"] <= case["alone_worst"]
         assert 0 < case["beside"] <= case["beside_worst"]
         assert case["bound"] == case["alone"] + case["slice"]
+
+
+def test_loading_says_what_is_wrong_before_it_writes_a_file(tmp_path: Path) -> None:
+    for options, said in (
+        ({"shape": ["nix"]}, "--shape is 'nix'; allowed: "),
+        ({"results": tmp_path / "nix"}, "--results is .*; no such folder"),
+    ):
+        with pytest.raises(SystemExit, match=said):
+            loading.main(**{"gib": 1, "shape": ["tiny-t5"], "results": tmp_path, **options})
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit, match="cuda: "):
+            loading.main(gib=1, shape=["tiny-t5"], results=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_page_of_loading() -> None:
+    copy, ready = (
+        loading.Rate(*own) for own in (("copy", 10**9, 0.02), ("gpt-j-6b ready", 12 * 10**9, 0.4))
+    )
+    text = loading._page("command", [copy, ready])
+    assert "| copy | 0.020 | 50.0 | 100% |\n| gpt-j-6b ready | 0.400 | 30.0 | 60% |" in text
 
 
 def test_steps_must_have_room_for_newcomers(tmp_path: Path) -> None:

@@ -99,6 +99,19 @@ def test_a_failing_compiler_is_shown(
     assert not target.exists()
 
 
+def test_what_is_asked_for_is_checked_before_anything_is_compiled(
+    setup: ModuleType, nvcc: Callable[[str], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    nvcc("exit 0")
+    assert setup.main(["--arch", "90", "--arch", "70"]) == 1
+    shown = capsys.readouterr()
+    assert shown.err == "error: architecture is '70', must be 80 or above, such as 90\n"
+    assert not shown.out
+    with pytest.raises(SystemExit):
+        setup.main(["--jobs", "0"])
+    assert "argument --jobs: '0' is no number above 0" in capsys.readouterr().err
+
+
 REPORT = """\
 ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function '{0}' for 'sm_80'
