@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import lmi_multi
-from benchmarks import generate, hollow, loading, memory, newcomers, page, perplexity
+from benchmarks import generate, hollow, loading, memory, merge_steps, newcomers, page, perplexity
 from benchmarks.random_model import check
 from benchmarks.shapes import SHAPES
 from lmi_multi.backends.memory import Device
@@ -123,6 +123,32 @@ def test_newcomers(tmp_path: Path) -> None:
         assert 0 < case["alone"] <= case["alone_worst"]
         assert 0 < case["beside"] <= case["beside_worst"]
         assert case["bound"] == case["alone"] + case["slice"]
+
+
+def test_steps_are_merged_into_their_page(tmp_path: Path) -> None:
+    """What was measured anew takes the old one's place; a peer of another commit is marked."""
+
+    def entry(who: str, rows: int, step: float) -> dict[str, Any]:
+        facts = {"shape": "flan-t5-base", "dtype": "bf16", "roofline": 0.1, "first": 1.25}
+        return facts | {"who": who, "rows": rows, "step": step}
+
+    old = {"commit": "aaa", "date": "2026-01-01"}
+    before = [entry(who, 1, step) | old for who, step in (("lmi_multi", 4), ("CTranslate2", 2))]
+    made = [entry("lmi_multi", 1, 0.5), entry("torch, graphed", 1, 1), entry("lmi_multi", 4, 1)]
+    page, figures, new = (tmp_path / n for n in ("cuda-steps.md", "cuda-steps.json", "new.json"))
+    page.write_text(f"before\n{merge_steps.BEGIN}old\n{merge_steps.END}after\n")
+    figures.write_text(json.dumps({"machine": "some", "entries": before}))
+    new.write_text(json.dumps({"bandwidth": 4e12, "entries": made}))
+    merge_steps.main([new], "bbb", "2026-02-02", tmp_path)
+    first, *lines, last = page.read_text().splitlines()
+    assert (first, last) == ("before", "after")
+    assert [line.removeprefix("| flan-t5-base | bf16 | ") for line in lines[3:-1]] == [
+        "1 | 0.500 | 1.00 (2.00x) | 2.00 (4.00x)* |  | 0.10 | 20% | 1.2 | bbb |",
+        "4 | 1.000 |  |  |  | 0.10 | 10% | 1.2 | bbb |",
+    ]
+    written = json.loads(figures.read_text())
+    assert written["machine"] == "some" and len(written["entries"]) == 4
+    assert {e["bandwidth"] for e in written["entries"] if e["commit"] == "bbb"} == {4e12}
 
 
 def test_loading_says_what_is_wrong_before_it_writes_a_file(tmp_path: Path) -> None:
