@@ -100,18 +100,8 @@ class PrefillKernel:
         out = qkv.new_empty((qkv.shape[0], heads.q * heads.dim))
         done = torch.ops.lmi_multi.prefill(
             *(qkv, k, v, slots, table, inputs.starts, inputs.lengths, inputs.tiles),
-            *(
-                *inputs.tiling,
-                heads.q,
-                heads.kv,
-                q_norm,
-                k_norm,
-                heads.spec.norm_eps,
-                cos,
-                sin,
-                bias,
-                slopes,
-            ),
+            *(*inputs.tiling, heads.q, heads.kv, q_norm, k_norm, heads.spec.norm_eps),
+            *(cos, sin, bias, slopes),
             *(causal, layer.window if causal else 0, layer.scale, out),
         )
         return out if done else None

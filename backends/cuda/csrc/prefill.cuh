@@ -213,10 +213,7 @@ __device__ void write_found(const PrefillParams& p, const Tile& tile, Found<S>& 
   __syncwarp();  // all lanes have read their queries
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    float sum = found.sum[half];
-    sum += __shfl_xor_sync(~0u, sum, 1);
-    sum += __shfl_xor_sync(~0u, sum, 2);
-    const float factor = sum > 0 ? 1 / sum : 0;
+    const float factor = weight_factor(found.sum[half]);
 #pragma unroll
     for (int n = 0; n < CHUNKS; ++n) {
       *reinterpret_cast<uint32_t*>(rows + chunk_at<S::D>(g + 8 * half, n) + 2 * t) =

@@ -139,10 +139,7 @@ __device__ void write_long(const PrefillParams& p, const Tile& tile, LongFound<S
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    float sum = found.sum[half];
-    sum += __shfl_xor_sync(~0u, sum, 1);
-    sum += __shfl_xor_sync(~0u, sum, 2);
-    const float factor = sum > 0 ? 1 / sum : 0;
+    const float factor = weight_factor(found.sum[half]);
 #pragma unroll
     for (int n = 0; n < CHUNKS; ++n) {
       unsigned char* row = rows + n / 8 * (S::QUERIES * 128) + (g + 8 * half) * 128;
@@ -266,10 +263,10 @@ __global__ void __launch_bounds__(LONG_THREADS, 1)
   }
   __syncthreads();
   if (group < 0) {
-    give_registers<S::FEW>();
+    give_registers<S::TO_COPY>();
     copy_long<T, S>(p, tile, max((tile.end - tile.from + S::KEYS - 1) / S::KEYS, 1), memory);
   } else {
-    take_registers<S::MANY>();
+    take_registers<S::TO_MULTIPLY>();
     if (p.bias) fill_bias<S>(p, tile, memory.bias);
     if (group < groups) attend_long<T, S>(p, tile, group, memory);
   }

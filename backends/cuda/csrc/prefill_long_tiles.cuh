@@ -24,14 +24,15 @@ struct LongShape {
   static constexpr int HELD = QUERIES * D * 2, TILE = KEYS * D * 2;       // bytes
   static constexpr int MEMORY = LONG_ALIGNED + HELD + DEPTH * 2 * TILE;
   // Registers of a thread that copies, and of one that multiplies; three groups share 504.
-  static constexpr int FEW = D > 128 ? 40 : 56, MANY = (504 - FEW) / 2;
+  static constexpr int TO_COPY = D > 128 ? 40 : 56, TO_MULTIPLY = (504 - TO_COPY) / 2;
   static constexpr int AT_ONCE = D > 128 ? 1 : 4;  // copies, which few registers allow
-    // Distances beyond the bias' ends that a tile which sees any before them may ask for.
+  // Distances beyond the bias' ends that a tile which sees any before them may ask for.
   static constexpr int BEYOND = QUERIES + KEYS;
 
   static int shared(int distances) {
     constexpr int BARRIERS = 256;  // what the kernel has besides, and some more
-    return BARRIERS + MEMORY + (distances ? distances + 2 * BEYOND : 0) * static_cast<int>(sizeof(float));
+    const int bias = distances ? distances + 2 * BEYOND : 0;
+    return BARRIERS + MEMORY + bias * static_cast<int>(sizeof(float));
   }
 };
 

@@ -35,4 +35,12 @@ __device__ inline Tile find_tile(const PrefillParams& p) {
   return tile;
 }
 
+// What a query's weighted values are multiplied with, of whose sum of weights four lanes have a part
+// each; 0 where it saw nothing.
+__device__ inline float weight_factor(float sum) {
+  sum += __shfl_xor_sync(~0u, sum, 1);
+  sum += __shfl_xor_sync(~0u, sum, 2);
+  return sum > 0 ? 1 / sum : 0;
+}
+
 }  // namespace lmi
