@@ -5,7 +5,8 @@
 
 Milliseconds of encoding prompts with all cross-attention keys and values, for encoder-decoders, and
 of prompts up to the logits of their last tokens, for decoders: medians of rounds in which the
-contenders take turns, between CUDA events, so all that the host does meanwhile is in them.
+contenders take turns, between CUDA events, so all that the host does meanwhile is in them, from
+token ids on the host on.
 `captured` is what the executor does by itself (a graph where there is one for so many tokens),
 `kernels` the same without graphs; `torch` is plain torch over our cache, `torch, graphed` over
 static caches and captured (benchmarks/graphed.py), where that covers the shape.
@@ -90,8 +91,7 @@ def models(
         runs = _runs(executor, spec, ids)
         if plain is not None:
             peer = Graphed(spec, plain, count, tokens, 1, capture=True)
-            peer.prompts.copy_(torch.tensor(ids))
-            runs["torch, graphed"] = peer.begin
+            runs["torch, graphed"] = partial(_prefilled, peer, ids)
         times = time_runs(runs, rounds)
         kind = "prefill" if spec.kind == "decoder" else "encoder"
         shown = "  ".join(f"{who} {ms:8.3f}" for who, ms in times.items())
@@ -105,6 +105,11 @@ def models(
     del executor, tensors, plain
     gc.collect()
     torch.cuda.empty_cache()
+
+
+def _prefilled(peer: Graphed, ids: list[list[int]]) -> None:
+    peer.prompts.copy_(torch.tensor(ids))  # all begin with token ids on the host
+    peer.begin()
 
 
 def own_run(executor: Any, spec: ModelSpec, ids: Sequence[list[int]]) -> Run:

@@ -316,9 +316,9 @@ def test_sizes_of_captured_prefills() -> None:
         return ModelSpec(family="t5", position=Rope(dim=8), **sizes, **layers)  # type: ignore[arg-type]
 
     base, large, xxl = spec(768, 12, 2048), spec(1024, 16, 2816), spec(4096, 64, 10240)
-    assert prefill_graphs.sizes(base, 1)[-1] == 2048
-    assert prefill_graphs.sizes(large, 1)[-1] == 1280
-    assert prefill_graphs.sizes(large, 2)[-1] == 2048  # half a layer each
+    assert prefill_graphs.sizes(base, 1)[-1] == 8192
+    assert prefill_graphs.sizes(large, 1)[-1] == 5120
+    assert prefill_graphs.sizes(large, 2)[-1] == 8192  # half a layer each
     assert prefill_graphs.sizes(xxl, 1) == prefill_graphs.SIZES
 
 

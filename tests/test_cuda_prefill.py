@@ -324,7 +324,7 @@ def test_graphs_of_many_tokens(
         parts = [(0, n) for n in lengths]
         rows, prompts = model_rows(models.spec.kind == "decoder", parts, chance)
         counts = [len(own.token_ids) for own in prompts or rows]
-        sizes.add(size_of(counts, LIMITS.max_batch, graphs.sizes) or 0)
+        sizes.add(size_of(counts, graphs.sizes) or 0)
         batch, found = Batch(rows, prompts), []
         with torch.inference_mode():
             for executor in (models.ours, models.torch, models.exact):

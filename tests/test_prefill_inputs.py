@@ -15,7 +15,6 @@ from lmi_multi.backends.cuda.prefill_inputs import (
     MANY_KEYS,
     SMALL,
     PrefillInputs,
-    slots,
     tiles,
     tiling_of,
 )
@@ -101,8 +100,19 @@ def test_prompts() -> None:
     assert inputs.lengths.tolist() == inputs.reach[[0, 2, 12]].tolist() == [2, 10, 1]
 
 
-def test_slots() -> None:
-    assert slots([4, 0, 7], 6, 18, 8).tolist() == [38, 39, *range(8), 56, 57]
+def test_slots_of_rows_and_of_prompts() -> None:
+    def row(blocks: list[int], start: int, count: int) -> Row:
+        return Row([3] * count, start, blocks, start + count, sample=None)
+
+    made = PrefillInputs.of_rows([row([4, 0, 7], 6, 12), row([9], 0, 2)], 8, CPU)
+    assert made.slots.tolist() == [38, 39, *range(8), 56, 57, 72, 73]
+    prompts = [Prompt([3] * 10, cross_blocks=[2, 5]), Prompt([3], cross_blocks=[7])]
+    made = PrefillInputs.of_prompts(prompts, 8, CPU)
+    assert made.slots.tolist() == [*range(16, 24), 40, 41, 56]
+    made = PrefillInputs.of_prompts([Prompt([3] * 9), Prompt([3], cross_blocks=[0])], 8, CPU)
+    assert made.slots.tolist() == [-1] * 9 + [0]
+    assert PrefillInputs.of_prompts([Prompt([3] * 2)], 8, CPU).slots.tolist() == [-1, -1]
+
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -138,10 +148,12 @@ def test_many_keys_are_for_a_kernel_of_their_own() -> None:
 
 
 def test_sizes_of_graphs() -> None:
-    assert size_of([1], 4, SIZES) == SIZES[0]
-    assert size_of([100, 28], 4, SIZES) == 128
-    assert size_of([100, 29], 4, SIZES) == 160
-    assert size_of([SIZES[-1]], 4, SIZES) == SIZES[-1]
-    assert size_of([SIZES[-1], 1], 4, SIZES) is None
-    assert size_of([1] * 5, 4, SIZES) is None
-    assert size_of([], 4, SIZES) is None
+    assert size_of([1], SIZES) == SIZES[0]
+    assert size_of([100, 28], SIZES) == 128
+    assert size_of([100, 29], SIZES) == 160
+    assert size_of([SIZES[-1]], SIZES) == SIZES[-1]
+    assert size_of([SIZES[-1], 1], SIZES) is None
+    assert size_of([1] * 16, SIZES) == 16
+    assert size_of([1] * 17, SIZES) is None
+    assert size_of([1] * 17, (*SIZES, 1024, 2048)) == 2048  # the first for so many rows
+    assert size_of([], SIZES) is None

@@ -25,9 +25,9 @@ from .program import NotCoveredError
 # Tokens of all rows together. Above, the GPU is busy for longer than the launches take; with small
 # layers not before their tokens times their weights are so many.
 SIZES = (16, 32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
-LARGER = (768, 1024, 1280, 1536, 1792, 2048)
-MOST_WORK = 16 << 30
-MOST_ROWS = 16
+LARGER = (768, 1024, 1280, 1536, 1792, 2048, 3072, 4096, 5120, 6144, 7168, 8192)
+MOST_WORK = 64 << 30
+MOST_ROWS, TOKENS_A_ROW = 16, 64  # so many rows, or one for so many tokens if that is more
 MOST_CONTEXT = 4096  # tokens of a row, cached ones included: for more, tables get long
 Kind = Literal["rows", "prompts"]
 
@@ -56,7 +56,7 @@ class PrefillGraphs:
         self.sizes = sizes(prefill.network.spec, peers.size)
         self._prefill, self._angles, self._device = prefill, angles, device
         self._block_size = limits.block_size
-        self._rows = min(limits.max_batch, MOST_ROWS)
+        self._most_rows = limits.max_batch
         self._context = min(limits.max_tokens, MOST_CONTEXT)
         self._encoded = prefill.network.weights.encoder is not None
         self._pool = torch.cuda.graph_pool_handle()
@@ -93,7 +93,7 @@ class PrefillGraphs:
     def _get(
         self, kind: Kind, counts: Sequence[int], lengths: Sequence[int]
     ) -> tuple[PrefillInputs, Captured] | None:
-        size = size_of(counts, self._rows, self.sizes)
+        size = size_of(counts, self.sizes)
         if size is None:
             return None
         dim = self._prefill.network.spec.head_dim
@@ -119,7 +119,8 @@ class PrefillGraphs:
 
     def _inputs(self, kind: Kind, size: int, tiling: Tiling) -> PrefillInputs:
         width = -(-self._context // self._block_size) if kind == "rows" else 0
-        inputs = PrefillInputs(size, min(self._rows, size), width, 0, self._device, tiling)
+        rows = min(self._most_rows, rows_of(size))
+        inputs = PrefillInputs(size, rows, width, 0, self._device, tiling)
         inputs.clear()
         return inputs
 
@@ -146,12 +147,15 @@ def sizes(spec: ModelSpec, ranks: int) -> tuple[int, ...]:
     return (*SIZES, *(size for size in LARGER if size * weights <= MOST_WORK))
 
 
-def size_of(counts: Sequence[int], most_rows: int, sizes: Sequence[int]) -> int | None:
-    """Of `sizes` that for rows of so many tokens; None if there is none."""
-    total = sum(counts)
-    if not 0 < len(counts) <= most_rows or total > sizes[-1]:
-        return None
-    return sizes[bisect_left(sizes, total)]
+def rows_of(size: int) -> int:
+    """The most rows of a captured prefill of `size` tokens."""
+    return min(size, max(MOST_ROWS, size // TOKENS_A_ROW))
+
+
+def size_of(counts: Sequence[int], sizes: Sequence[int]) -> int | None:
+    """The first of `sizes` that rows of so many tokens fit in; None if there is none."""
+    first = bisect_left(sizes, sum(counts))
+    return next((size for size in sizes[first:] if 0 < len(counts) <= rows_of(size)), None)
 
 
 def _not_covered() -> Attention:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -110,22 +109,20 @@ class PrefillInputs:
 
     def fill_rows(self, rows: Sequence[Row], block_size: int) -> None:
         """A decoder's rows, which continue what the cache has of them."""
-        counts, lengths = [len(row.token_ids) for row in rows], [row.length for row in rows]
+        host = self.host
         self._clear()
-        self._fill_tokens([row.token_ids for row in rows], [row.start for row in rows])
-        self._fill_tiles(counts, lengths)
-        host, end = self.host, 0
+        lengths = [row.length for row in rows]
         for i, row in enumerate(rows):
-            begin, end = end, end + counts[i]
-            host["reach"][begin:end] = max(row.length, row.prompt_length)
-            host["slots"][begin:end] = slots(row.blocks, row.start, row.length, block_size)
             used = -(-row.length // block_size)
             host["table"][i, :used] = row.blocks[:used]
             host["cross_lengths"][i] = row.cross_length
             host["cross_table"][i, : len(row.cross_blocks)] = row.cross_blocks
+        reach = [max(row.length, row.prompt_length) for row in rows]
+        own = self._fill_tokens([row.token_ids for row in rows], lengths, reach)
+        self._fill_slots(own, host["table"], block_size)
         last = [
             end - 1
-            for row, end in zip(rows, accumulate(counts), strict=True)
+            for row, end in zip(rows, host["starts"][1:].tolist(), strict=False)
             if row.sample is not None
         ]
         host["last"][: len(last)] = last
@@ -133,16 +130,15 @@ class PrefillInputs:
 
     def fill_prompts(self, prompts: Sequence[Prompt], block_size: int) -> None:
         """Prompts that attend to themselves; slots are those of their cross-attention."""
-        counts = [len(prompt.token_ids) for prompt in prompts]
         self._clear()
-        self._fill_tokens([prompt.token_ids for prompt in prompts], [0] * len(prompts))
-        self._fill_tiles(counts, counts)
-        host, end = self.host, 0
-        for prompt, count in zip(prompts, counts, strict=True):
-            begin, end = end, end + count
-            host["reach"][begin:end] = count
-            if prompt.cross_blocks:
-                host["slots"][begin:end] = slots(prompt.cross_blocks, 0, count, block_size)
+        lengths = [len(prompt.token_ids) for prompt in prompts]
+        own = self._fill_tokens([prompt.token_ids for prompt in prompts], lengths, lengths)
+        if any(prompt.cross_blocks for prompt in prompts):
+            width = -(-max(lengths) // block_size)
+            table = np.full((len(prompts), width), NOWHERE, dtype=np.int32)
+            for i, prompt in enumerate(prompts):
+                table[i, : len(prompt.cross_blocks)] = prompt.cross_blocks[:width]
+            self._fill_slots(own, table, block_size)
         upload(self._host, self._packed)
 
     def clear(self) -> None:
@@ -155,20 +151,32 @@ class PrefillInputs:
         self.host["slots"][:] = NOWHERE
         self.host["tiles"][:] = NOTHING
 
-    def _fill_tokens(self, ids: Sequence[Sequence[int]], starts: Sequence[int]) -> None:
-        end = 0
-        for own, start in zip(ids, starts, strict=True):
-            begin, end = end, end + len(own)
-            self.host["ids"][begin:end] = own
-            self.host["positions"][begin:end] = np.arange(start, start + len(own))
-
-    def _fill_tiles(self, counts: Sequence[int], lengths: Sequence[int]) -> None:
+    def _fill_tokens(
+        self, ids: Sequence[Sequence[int]], lengths: Sequence[int], reach: Sequence[int]
+    ) -> Integers:
+        """The last tokens, with these `ids`, of rows of these `lengths`; the row of each token."""
+        host, counts = self.host, [len(own) for own in ids]
         ends = np.cumsum(counts)
-        self.host["starts"][1 : len(counts) + 1] = ends
-        self.host["starts"][len(counts) + 1 :] = ends[-1]
-        self.host["lengths"][: len(lengths)] = lengths
+        total = ends[-1]
+        begin = 0
+        for own, count in zip(ids, counts, strict=True):
+            host["ids"][begin : begin + count] = own
+            begin += count
+        host["positions"][:total] = np.arange(total) + np.repeat(lengths - ends, counts)
+        host["reach"][:total] = np.repeat(reach, counts)
+        host["starts"][1 : len(counts) + 1] = ends
+        host["starts"][len(counts) + 1 :] = total
+        host["lengths"][: len(counts)] = lengths
         found = tiles(counts, lengths, self.tiling.queries)
-        self.host["tiles"][: len(found)] = found
+        host["tiles"][: len(found)] = found
+        return np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+
+    def _fill_slots(self, rows: Integers, table: Integers, block_size: int) -> None:
+        """Where the tokens lie, which are of these `rows` of a table of blocks; NOWHERE is none."""
+        positions = self.host["positions"][: len(rows)]
+        blocks, offsets = np.divmod(positions, block_size)
+        found = table[rows, blocks] * block_size + offsets
+        np.maximum(found, NOWHERE, out=self.host["slots"][: len(rows)])
 
 
 def tiles(counts: Sequence[int], lengths: Sequence[int], queries: int) -> list[tuple[int, int]]:
@@ -200,9 +208,3 @@ def have_many_keys(counts: Sequence[int], lengths: Sequence[int], dim: int) -> b
     average over tokens, as if there were no windows."""
     keys = sum(n * length for n, length in zip(counts, lengths, strict=True))
     return keys >= (MANY_KEYS if dim <= WIDE else MANY_KEYS // 2) * sum(counts)
-
-
-def slots(blocks: Sequence[int], start: int, stop: int, block_size: int) -> npt.NDArray[Any]:
-    """Where tokens start to stop of a sequence lie: block * block_size + offset."""
-    at = np.arange(start, stop)
-    return np.asarray(blocks)[at // block_size] * block_size + at % block_size

@@ -1,16 +1,18 @@
-// A block does heads of one token: queries, keys and values alike. Several lanes do a head, eight
-// features each, and the same of one head after the other, so that angles are read once.
+// Where anything is turned (normalized or rotated), a block does heads of one token: queries, keys and
+// values alike. Several lanes do a head, eight features each, and the same of one head after the
+// other, so that angles are read once. Else keys and values of all tokens are copied.
 #include "write_kv.h"
 
 namespace lmi {
 namespace {
 
-constexpr int THREADS = 256, AT_ONCE = 4;  // heads that a lane reads before it needs any
+constexpr int THREADS = 256, AT_ONCE = 4;  // heads, or words, that a lane reads before it needs any
+constexpr int COPIED = THREADS * AT_ONCE;  // words of eight features that a block copies
 
 struct Work {
   WriteKvParams p;
-  int first, count;  // the heads of a token that there is something to do for
-  int width;         // lanes a head: dim / 8, rounded up to a power of two
+  int count;  // the heads of a token that there is something to do for, the first ones
+  int width;  // lanes a head: dim / 8, rounded up to a power of two
 };
 
 // What a lane's eight features, from `at` on, are rotated with in half-split layout: feature i goes
@@ -84,14 +86,13 @@ __device__ void turn(const Work& work, const Rotation& rotation, bool active, Op
 }
 
 template <typename T>
-__global__ void __launch_bounds__(THREADS) write_kv_kernel(const Work work) {
+__global__ void __launch_bounds__(THREADS) turn_kv_kernel(const Work work) {
   let_next_start();
   wait_for_last();
   const WriteKvParams& p = work.p;
   const int64_t token = blockIdx.x;
   const int lane = threadIdx.x % work.width, groups = THREADS / work.width;
   const bool active = lane * 8 < p.dim;
-  const bool turned = p.pairs || p.q_norm.data || p.k_norm.data;
   const Rotation rotation(p, token, active ? lane * 8 : 0);
   const int slot = p.k ? p.slots[token] : -1, stride = groups * static_cast<int>(gridDim.y);
   T* const heads = static_cast<T*>(p.qkv) + token * (p.heads + 2 * p.kv_heads) * p.dim;
@@ -99,7 +100,7 @@ __global__ void __launch_bounds__(THREADS) write_kv_kernel(const Work work) {
     Raw<T> own[AT_ONCE], partners[AT_ONCE];
     const int first = base + static_cast<int>(threadIdx.x) / work.width;
     const auto head_at = [&](int k) {  // beyond the last, that one: read, but not written
-      return work.first + min(first + k * stride, work.count - 1);
+      return min(first + k * stride, work.count - 1);
     };
 #pragma unroll
     for (int k = 0; k < AT_ONCE; ++k) {
@@ -113,7 +114,7 @@ __global__ void __launch_bounds__(THREADS) write_kv_kernel(const Work work) {
       const int head = head_at(k), key = head - p.heads;
       const bool query = key < 0, value = key >= p.kv_heads;
       Raw<T> raw = own[k];
-      if (turned) turn(work, rotation, active, query ? p.q_norm : p.k_norm, partners[k], raw);
+      turn(work, rotation, active, query ? p.q_norm : p.k_norm, partners[k], raw);
       if (first + k * stride >= work.count || !active) continue;
       if (query || !p.k) {
         if (rotation.at < 2 * p.pairs || p.q_norm.data || p.k_norm.data) {
@@ -130,24 +131,58 @@ __global__ void __launch_bounds__(THREADS) write_kv_kernel(const Work work) {
 }
 
 template <typename T>
+__global__ void __launch_bounds__(THREADS) store_kv_kernel(const WriteKvParams p) {
+  let_next_start();
+  wait_for_last();
+  // A token's words: of its keys, and behind them as many of its values.
+  const unsigned half = static_cast<unsigned>(p.kv_heads) * p.dim / 8, words = 2 * half;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * COPIED, begin = first / words;
+  const unsigned skipped = first % words + threadIdx.x;
+  Raw<T> raw[AT_ONCE];
+  int slots[AT_ONCE];
+#pragma unroll
+  for (int k = 0; k < AT_ONCE; ++k) {
+    const unsigned at = skipped + k * THREADS;
+    const int64_t token = begin + at / words;
+    slots[k] = -1;
+    if (token >= p.tokens) continue;
+    slots[k] = p.slots[token];
+    const T* own = static_cast<const T*>(p.qkv) + token * (p.heads + 2 * p.kv_heads) * p.dim;
+    raw[k].read(own + p.heads * p.dim + at % words * 8);
+  }
+#pragma unroll
+  for (int k = 0; k < AT_ONCE; ++k) {
+    if (slots[k] < 0) continue;
+    const unsigned word = (skipped + k * THREADS) % words;
+    T* const cache = static_cast<T*>(word < half ? p.k : p.v);
+    raw[k].write(cache + (static_cast<int64_t>(slots[k]) * half + word % half) * 8);
+  }
+}
+
+template <typename T>
 void launch_write(const Work& work, const Device& gpu, cudaStream_t stream) {
+  const WriteKvParams& p = work.p;
+  if (!p.pairs && !p.q_norm.data && !p.k_norm.data) {
+    const int64_t words = p.tokens * p.kv_heads * p.dim / 4;
+    const dim3 grid(static_cast<unsigned>((words + COPIED - 1) / COPIED));
+    launch(&store_kv_kernel<T>, p, grid, THREADS, 0, early(gpu), stream);
+    return;
+  }
   const int groups = THREADS / work.width;
   // Few tokens' heads are shared by several blocks.
-  const int64_t parts = std::clamp<int64_t>(4 * gpu.processors / work.p.tokens, 1,
+  const int64_t parts = std::clamp<int64_t>(4 * gpu.processors / p.tokens, 1,
                                             (work.count + groups - 1) / groups);
-  const dim3 grid(static_cast<unsigned>(work.p.tokens), static_cast<unsigned>(parts));
-  launch(&write_kv_kernel<T>, work, grid, THREADS, 0, early(gpu), stream);
+  const dim3 grid(static_cast<unsigned>(p.tokens), static_cast<unsigned>(parts));
+  launch(&turn_kv_kernel<T>, work, grid, THREADS, 0, early(gpu), stream);
 }
 
 }  // namespace
 
 void write_kv(const WriteKvParams& p, const Device& gpu, cudaStream_t stream) {
-  Work work{p, 0, 0, 1};
-  while (work.width * 8 < p.dim) work.width *= 2;
   const bool turned = p.pairs || p.q_norm.data || p.k_norm.data;
-  work.first = turned ? 0 : p.heads;
-  work.count = p.heads + p.kv_heads * (p.k ? 2 : turned ? 1 : 0) - work.first;
-  if (!work.count) return;
+  if (!turned && !p.k) return;
+  Work work{p, p.heads + p.kv_heads * (p.k ? 2 : 1), 1};
+  while (work.width * 8 < p.dim) work.width *= 2;
   switch (p.type) {
     case Type::float16: return launch_write<__half>(work, gpu, stream);
     case Type::bfloat16: return launch_write<__nv_bfloat16>(work, gpu, stream);
