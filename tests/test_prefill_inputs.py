@@ -114,7 +114,6 @@ def test_slots_of_rows_and_of_prompts() -> None:
     assert PrefillInputs.of_prompts([Prompt([3] * 2)], 8, CPU).slots.tolist() == [-1, -1]
 
 
-
 @pytest.mark.parametrize("causal", [False, True])
 def test_bias_by_distance_is_that_of_the_buckets(causal: bool) -> None:
     position, table = RelativeBias(buckets=32, max_distance=128), torch.randn(32, 3)
