@@ -37,7 +37,7 @@ from lmi_multi.network import Network
 RESERVED = 1 * GIB
 HOST_RESERVED = 2 * GIB
 CACHE_SHARE = 0.8
-BUFFERS = 256 * 2**20  # through which the CUDA backend reads
+BUFFERS = 64 * 2**20  # through which the CUDA backend reads
 _ROWS = 2**40  # more than any memory holds: the memory is to be the limit
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from io import FileIO
 from pathlib import Path
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
+from threading import Event
 from typing import Any, cast
 
 import torch
@@ -20,11 +20,19 @@ from torch import Tensor
 from lmi_multi import progress
 from lmi_multi.checkpoint.artifact import Artifact
 from lmi_multi.checkpoint.header import TensorInfo, read_header
+from lmi_multi.checkpoint.layout import Stored
 from lmi_multi.checkpoint.shard import pieces
 from lmi_multi.errors import CheckpointError
 
+from . import kernels
+
 THREADS = 16
-CHUNK = 8 * 2**20  # bytes of a pinned buffer, of which each thread fills one while one is sent
+CHUNK = 32 * 2**20  # bytes that a thread brings at a time
+PIECES, PIECE = (
+    2,
+    2 * 2**20,
+)  # of a thread's pinned memory: bytes, of which one is sent as one is read
+TOO_SHORT = -1
 
 
 @dataclass(frozen=True)
@@ -58,12 +66,6 @@ class Span:
             target = self.target[row : row + step]
             yield Span(self.path, self.start + row * self.pitch, self.pitch, target)
 
-    def read(self, file: FileIO, view: memoryview) -> None:
-        """Fill `view` with the rows. Raises CheckpointError if the file became shorter."""
-        rows, width = self.target.shape
-        for row in range(rows):
-            _fill(file, view[row * width : (row + 1) * width], self.start + row * self.pitch)
-
 
 def load_rank(
     artifact: Artifact,
@@ -74,31 +76,34 @@ def load_rank(
 ) -> dict[str, Tensor]:
     """`Artifact.load_rank` on `device`, for any degree; raises its errors."""
     artifact.check_rank(rank, size)
-    tensors = {
-        t.name: torch.empty(t.local_shape(size), dtype=t.dtype, device=device)
-        for t in artifact.wanted(names)
-    }
+    tensors: dict[str, Tensor] = {}
+
+    def made() -> Iterator[tuple[Stored, Tensor]]:
+        for t in artifact.wanted(names):
+            shape = t.local_shape(size)
+            tensors[t.name] = torch.empty(shape, dtype=t.dtype, device=device)
+            yield t, tensors[t.name]
+
     try:
-        read_spans(plan_spans(artifact, rank, size, tensors), device)
+        read_spans(plan_spans(artifact, rank, size, made()), device)
     except OSError as error:
         raise CheckpointError(f"{artifact.folder} changed while it was read: {error}") from None
     return tensors
 
 
 def plan_spans(
-    artifact: Artifact, rank: int, size: int, tensors: Mapping[str, Tensor]
-) -> list[Span]:
-    """Where in the artifact's files `tensors`, those of `rank` of `size`, lie, whatever degree the
-    files have. What lies beyond the vocabulary is set to zero here."""
+    artifact: Artifact, rank: int, size: int, tensors: Iterable[tuple[Stored, Tensor]]
+) -> Iterator[Span]:
+    """Where in the artifact's files `tensors`, of those of `rank` of `size`, lie, whatever degree
+    the files have. What lies beyond the vocabulary is set to zero here."""
     stored = artifact.tensor_parallel
     paths = [artifact.rank_path(owner) for owner in range(stored)]
     headers = [read_header(path) for path in paths]
-    spans: list[Span] = []
-    for entry in artifact.wanted(tensors):
-        target, split, name = tensors[entry.name], entry.split, entry.name
+    for entry, target in tensors:
+        split, name = entry.split, entry.name
         if split is None or size == stored:
             owner = rank if size == stored else 0
-            spans.append(Span.of(paths[owner], headers[owner][name].start, target))
+            yield Span.of(paths[owner], headers[owner][name].start, target)
             continue
         at = 0
         for part in pieces(split, entry.shape[split.dim], stored, size, rank):
@@ -108,8 +113,7 @@ def plan_spans(
                 own.zero_()
             else:
                 info = headers[part.rank][name]
-                spans.append(_part(paths[part.rank], info, split.dim, part.start, own))
-    return spans
+                yield _part(paths[part.rank], info, split.dim, part.start, own)
 
 
 def _part(path: Path, info: TensorInfo, dim: int, first: int, target: Tensor) -> Span:
@@ -127,71 +131,93 @@ def read_file(path: Path, infos: dict[str, TensorInfo], device: torch.device) ->
         name: torch.empty(info.shape, dtype=info.dtype, device=device)
         for name, info in infos.items()
     }
-    spans = [Span.of(path, info.start, tensors[name]) for name, info in infos.items()]
-    read_spans(spans, device)
+    read_spans((Span.of(path, info.start, tensors[name]) for name, info in infos.items()), device)
     return tensors
 
 
 def read_spans(spans: Iterable[Span], device: torch.device) -> None:
-    """Fill the targets, on a GPU. Raises CheckpointError if a file became shorter."""
-    queue: SimpleQueue[Span] = SimpleQueue()
-    largest = CHUNK
-    for span in spans:
-        for chunk in span.chunks():
-            queue.put(chunk)
-            largest = max(largest, chunk.target.numel())
-    ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    ready.record(torch.cuda.current_stream(device))
+    """Fill the targets, on a GPU; the first ones while later ones are made. Raises OSError, and
+    CheckpointError if a file became shorter."""
+    queue: SimpleQueue[Span | None] = SimpleQueue()
+    stop = Event()
+    made = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    stream = torch.cuda.current_stream(device)
     with ThreadPoolExecutor(THREADS) as pool:
-        send = partial(_send, queue, device, ready, largest)
-        for done in [pool.submit(send) for _ in range(THREADS)]:
+        sending = [pool.submit(_send, queue, device, made, stop) for _ in range(THREADS)]
+        try:
+            for span in spans:
+                made.record(stream)  # what had this tensor's memory before may still be used
+                for chunk in span.chunks():
+                    queue.put(chunk)
+        except BaseException:
+            stop.set()
+            raise
+        finally:
+            for _ in sending:
+                queue.put(None)
+        for done in sending:
             done.result()
 
 
 def _send(
-    queue: SimpleQueue[Span], device: torch.device, ready: torch.cuda.Event, largest: int
+    queue: SimpleQueue[Span | None], device: torch.device, made: torch.cuda.Event, stop: Event
 ) -> None:
-    """Read and send chunks, of at most `largest` bytes, until there are none."""
-    buffers = [torch.empty(largest, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
-    views = [memoryview(cast(Any, buffer.numpy())) for buffer in buffers]
-    sent = [torch.cuda.Event() for _ in buffers]  # type: ignore[no-untyped-call]
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    stream.wait_event(ready)  # what had the new tensors' memory before may still be used
-    turn = 0
+    """Bring chunks until there is None instead; or none any more, once any thread has failed."""
     files: dict[Path, FileIO] = {}
     try:
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        pinned = torch.empty((PIECES, PIECE), dtype=torch.uint8, pin_memory=True)
         with ExitStack() as opened, torch.cuda.stream(stream):
-            while (chunk := _next(queue)) is not None:
+            while (chunk := queue.get()) is not None:
+                if stop.is_set():
+                    continue
                 progress.tick()
                 if chunk.path not in files:
                     files[chunk.path] = opened.enter_context(chunk.path.open("rb", buffering=0))
-                count = chunk.target.numel()
-                sent[turn].synchronize()
-                chunk.read(files[chunk.path], views[turn][:count])
-                there = buffers[turn][:count].view(chunk.target.shape)
-                chunk.target.copy_(there, non_blocking=True)
-                sent[turn].record(stream)
-                turn = 1 - turn
+                stream.wait_event(made)
+                bring(files[chunk.path], chunk, pinned)
     except BaseException:
-        while _next(queue) is not None:  # the others need not go on
-            pass
+        stop.set()
         raise
-    finally:
-        stream.synchronize()  # nothing may still be written to tensors that are dropped
 
 
-def _next(queue: SimpleQueue[Span]) -> Span | None:
-    try:
-        return queue.get_nowait()
-    except Empty:
-        return None
+def bring(file: FileIO, span: Span, pinned: Tensor) -> None:
+    """Fill the target through `pinned` uint8 [pieces, bytes]; it is there on return. Raises
+    OSError, and CheckpointError if the file became shorter."""
+    read = read_rows if kernels.missing() else torch.ops.lmi_multi.read_rows
+    fault = read(file.fileno(), span.start, span.pitch, span.target, pinned)
+    if fault == TOO_SHORT:
+        raise CheckpointError(f"{file.name} became shorter while it was read")
+    if fault:
+        raise OSError(fault, os.strerror(fault), file.name)
 
 
-def _fill(file: FileIO, view: memoryview, start: int) -> None:
-    """Read from `start` on until `view` is full."""
+def read_rows(file: int, start: int, pitch: int, target: Tensor, pinned: Tensor) -> int:
+    """What the kernels' operator of this name does (csrc/library_read.cu), where there are none;
+    but nothing is sent while something is read."""
+    buffer = pinned.view(-1)
+    view = memoryview(cast(Any, buffer.numpy()))
+    rows, width = target.shape
+    part, most = min(width, len(buffer)), max(len(buffer) // width, 1)
+    for row in range(0, rows, most):
+        count = min(most, rows - row)
+        for at in range(0, width, part):
+            size = min(part, width - at)
+            for i in range(count):
+                own = view[i * size : (i + 1) * size]
+                if not _fill(file, own, start + (row + i) * pitch + at):
+                    return TOO_SHORT
+            there = buffer[: count * size].view(count, size)
+            target[row : row + count, at : at + size].copy_(there)
+    return 0
+
+
+def _fill(file: int, view: memoryview, start: int) -> bool:
+    """Read from `start` on until `view` is full; False if the file ends before."""
     done = 0
     while done < len(view):
-        count = os.preadv(file.fileno(), [view[done:]], start + done)
+        count = os.preadv(file, [view[done:]], start + done)
         if not count:
-            raise CheckpointError(f"{file.name} became shorter while it was read")
+            return False
         done += count
+    return True
