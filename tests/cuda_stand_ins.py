@@ -241,6 +241,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Programs:
         run_program=made.run, run_program_of_ranks=made.run_of_ranks,
         all_reduce=lambda *_: False,
         prefill=prefill_kernel.prefill, write_kv=prefill_kernel.write_kv,
+        lay_out=prefill_kernel.lay_out,
         beams=beams_kernel.beams, copy_blocks=beams_kernel.copy_blocks,
     )  # fmt: skip
     event = SimpleNamespace(synchronize=lambda: None, wait=lambda: None)

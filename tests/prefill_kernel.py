@@ -9,6 +9,22 @@ from torch import Tensor
 from lmi_multi.models.rope import rotate
 
 
+def lay_out(
+    starts: Tensor, lengths: Tensor, reached: Tensor, table: Tensor, block_size: int,
+    positions: Tensor, reach: Tensor, slots: Tensor,
+) -> bool:  # fmt: skip
+    """The operation of csrc/library_prefill.cu."""
+    positions.zero_(), reach.zero_(), slots.fill_(-1)
+    for row, (first, end) in enumerate(zip(starts.tolist(), starts.tolist()[1:], strict=False)):
+        for token in range(first, end):
+            place = int(lengths[row]) - (end - token)
+            positions[token], reach[token] = place, reached[row]
+            block = place // block_size
+            if block < table.shape[1] and table[row, block] >= 0:
+                slots[token] = table[row, block] * block_size + place % block_size
+    return True
+
+
 def write_kv(kv: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> bool:
     """Store packed keys and values [tokens, 2 * kv_heads * dim] where `slots` is not negative."""
     stored = slots >= 0

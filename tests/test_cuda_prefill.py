@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ from lmi_multi.ops.paged import PagedAttention, PagedCache
 from lmi_multi.ops.reference import Reference
 from lmi_multi.ops.sampling import SampleRow
 from lmi_multi.parallel.collectives import SingleRank
-from tests import tiny_models
+from tests import prefill_kernel, tiny_models
 from tests.families import ENCODERS, GENERATORS, VOCAB
 from tests.test_cuda_attention import POSITIONS, make_layer, make_spec, widened
 from tests.test_cuda_kernels import _available, _poison, error, randn
@@ -99,6 +100,44 @@ def tilings(many: bool, dim: int) -> tuple[Tiling, ...]:
             pytest.skip("cuda: the kernel for many keys is for Hopper alone")
         return (LONG,)
     return (SMALL, LARGE) if dim <= 128 else (SMALL,)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_tokens_are_laid_out(seed: int) -> None:
+    """Rows of one token and of many, also of none any more, tables that are too narrow, and tokens
+    of no row."""
+    chance, device = random.Random(seed), torch.device("cuda")
+    rows, width, block = chance.randint(1, 70), chance.randint(0, 40), chance.choice((8, 16))
+    counts = [chance.choice((1, 1, 2, 5, 130, 0)) for _ in range(rows)]
+    lengths = [n + chance.randint(0, 300) for n in counts]
+    tokens = sum(counts) + chance.choice((1, 300))
+    starts = torch.tensor([0, *accumulate(counts)], dtype=torch.int32)
+    reached = torch.randint(0, 5000, (rows,), dtype=torch.int32)
+    table = torch.randint(-1, 900, (rows, width), dtype=torch.int32)
+    given = (starts, torch.tensor(lengths, dtype=torch.int32), reached, table)
+    expected = [torch.empty(tokens, dtype=torch.int32) for _ in range(3)]
+    assert prefill_kernel.lay_out(*given, block, *expected)
+    found = [torch.empty(tokens, dtype=torch.int32, device=device) for _ in range(3)]
+    assert torch.ops.lmi_multi.lay_out(*(own.to(device) for own in given), block, *found)
+    for own, other in zip(found, expected, strict=True):
+        assert own.tolist() == other.tolist()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("kv_heads", "dim"), [(1, 8), (3, 40), (12, 64), (2, 256)])
+@pytest.mark.parametrize("tokens", [1, 77, 1000])
+def test_keys_and_values_are_stored(
+    dtype: torch.dtype, kv_heads: int, dim: int, tokens: int
+) -> None:
+    """Where slots are not negative; all else stays as it was."""
+    made = randn(tokens, 2 * kv_heads * dim).to(dtype)
+    k, v = (randn(tokens // 8 + 2, 16, kv_heads, dim).to(dtype) for _ in range(2))
+    slots = torch.randperm(k.shape[0] * 16, device="cuda")[:tokens].int()
+    slots[torch.rand(tokens, device="cuda") < 0.2] = -1
+    others = k.clone(), v.clone()
+    assert prefill_kernel.write_kv(made, *others, slots)
+    assert torch.ops.lmi_multi.write_kv(made, k, v, slots)
+    assert torch.equal(k, others[0]) and torch.equal(v, others[1])
 
 
 @pytest.mark.parametrize("many", [False, True], ids=["few", "many"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,15 +24,18 @@ from lmi_multi.engine.batch import Prompt, Row
 from lmi_multi.models.bias import relative_buckets
 from lmi_multi.models.spec import RelativeBias
 from lmi_multi.ops.sampling import SampleRow
+from tests import prefill_kernel
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def _no_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There is none without a GPU."""
+def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is none without a GPU; nor the kernel that lays out."""
     copy = lambda values, to: to.copy_(torch.from_numpy(values))  # noqa: E731
     monkeypatch.setattr(prefill_inputs, "upload", copy)
+    kernels = SimpleNamespace(lay_out=prefill_kernel.lay_out)
+    monkeypatch.setattr(torch.ops, "lmi_multi", kernels, raising=False)
 
 
 def test_tiles_cover_every_query_once() -> None:
@@ -57,8 +61,9 @@ def test_rows() -> None:
         Row(list(range(70)), 0, list(range(20, 30)), 70, sample=SampleRow()),
     ]
     for extra in (0, 6):
-        inputs = PrefillInputs(74 + extra, 3 + extra, 9 + extra, 2 + extra, CPU)
-        inputs.fill_rows(rows, 8)
+        inputs = PrefillInputs(74 + extra, 3 + extra, 9 + extra, 2 + extra, 8, CPU)
+        inputs.fill_rows(rows)
+        inputs.lay_out()
         assert inputs.ids.tolist() == [7, 4, 3, 2, *range(70), *[0] * extra]
         assert inputs.positions.tolist() == [20, 6, 7, 8, *range(70), *[0] * extra]
         assert inputs.reach.tolist() == [21, 40, 40, 40, *[70] * 70, *[0] * extra]
@@ -98,6 +103,21 @@ def test_prompts() -> None:
     assert inputs.slots.tolist() == [24, 25, *range(72, 80), 8, 9, -1]
     assert inputs.starts.tolist() == [0, 2, 12, 13]
     assert inputs.lengths.tolist() == inputs.reach[[0, 2, 12]].tolist() == [2, 10, 1]
+
+
+def test_nothing_is_left_of_the_last_step() -> None:
+    """But ids, which are computed for nothing."""
+    inputs = PrefillInputs(140, 4, 20, 0, 8, CPU)
+    inputs.fill_rows([Row([5] * 70, 0, range(9), 70), *[Row([5], 9, [1, 2], 10)] * 3])
+    inputs.lay_out()
+    inputs.fill_prompts([Prompt([3, 4], cross_blocks=[6])])
+    inputs.lay_out()
+    assert inputs.ids[:2].tolist() == [3, 4]
+    assert inputs.starts.tolist() == [0, 2, 2, 2, 2]
+    assert inputs.positions.tolist() == [0, 1] + [0] * 138
+    assert inputs.reach.tolist() == [2, 2] + [0] * 138
+    assert inputs.slots.tolist() == [48, 49] + [-1] * 138
+    assert inputs.tiles.tolist() == [[0, 0]] + [[-1, -1]] * 5
 
 
 def test_slots_of_rows_and_of_prompts() -> None:

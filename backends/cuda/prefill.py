@@ -162,7 +162,7 @@ class Prefill:
     def covers(self, tiling: Tiling = SMALL) -> bool:
         """Whether the kernel does the attention of every layer, by asking it to do nothing."""
         weights, heads = self.network.weights, self._heads
-        inputs = PrefillInputs(1, 1, 1, 1, self._device, tiling)
+        inputs = PrefillInputs(1, 1, 1, 1, self._cache.block_size, self._device, tiling)
         inputs.clear()
         angles = heads.angles(inputs.positions, inputs.reach)
         width, dtype = (heads.q + 2 * heads.kv) * heads.dim, weights.dtype

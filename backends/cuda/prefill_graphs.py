@@ -57,7 +57,7 @@ class PrefillGraphs:
         self._prefill, self._angles, self._device = prefill, angles, device
         self._block_size = limits.block_size
         self._most_rows = limits.max_batch
-        self._context = min(limits.max_tokens, MOST_CONTEXT)
+        self._longest, self._context = limits.max_tokens, min(limits.max_tokens, MOST_CONTEXT)
         self._encoded = prefill.network.weights.encoder is not None
         self._pool = torch.cuda.graph_pool_handle()
         # All ranks or none: they capture together.
@@ -74,7 +74,7 @@ class PrefillGraphs:
         if found is None:
             return None
         inputs, graph = found
-        inputs.fill_rows(rows, self._block_size)
+        inputs.fill_rows(rows)
         return graph.replay()[: sum(row.sample is not None for row in rows)]
 
     def encode_to_cache(self, prompts: Sequence[Prompt]) -> bool:
@@ -86,7 +86,7 @@ class PrefillGraphs:
         if found is None:
             return False
         inputs, graph = found
-        inputs.fill_prompts(prompts, self._block_size)
+        inputs.fill_prompts(prompts)
         graph.replay()
         return True
 
@@ -118,18 +118,21 @@ class PrefillGraphs:
         return None
 
     def _inputs(self, kind: Kind, size: int, tiling: Tiling) -> PrefillInputs:
-        width = -(-self._context // self._block_size) if kind == "rows" else 0
+        longest = self._context if kind == "rows" else min(self._longest, size)
+        width = -(-longest // self._block_size)
         rows = min(self._most_rows, rows_of(size))
-        inputs = PrefillInputs(size, rows, width, 0, self._device, tiling)
+        inputs = PrefillInputs(size, rows, width, 0, self._block_size, self._device, tiling)
         inputs.clear()
         return inputs
 
     def _logits(self, inputs: PrefillInputs) -> Tensor:
+        inputs.lay_out()
         network = self._prefill.network
         hidden = network.decode(inputs.ids, inputs.positions, self._attention(inputs, None))
         return network.logits(hidden.index_select(0, inputs.last))
 
     def _encode(self, inputs: PrefillInputs) -> Tensor:
+        inputs.lay_out()
         attention = self._attention(inputs, False)
         memory = self._prefill.network.encode(inputs.ids, inputs.positions, None, attention)
         self._prefill.write_cross(memory, inputs)

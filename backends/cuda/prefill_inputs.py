@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -35,12 +36,14 @@ SMALL, LARGE, LONG = Tiling(64), Tiling(128), Tiling(128, many=True)
 class PrefillInputs:
     """Room for `tokens` packed tokens of up to `rows` rows, all int32 on the device.
 
-    Of each token: `ids`, `positions`, `reach` (the context that its row has), and `slots` in the
-    cache, block * block_size + offset, -1 for none. Of each row: where its tokens begin, `starts`
-    [rows + 1], how many keys it has, `lengths`, and its blocks, `table` [rows, width]; the same of
-    its encoded prompt, `cross_lengths` and `cross_table`. `last`: the last tokens of the rows that
-    draw, which come first. `tiles` [n, 2], as `tiling` has them: a row and the first of its
-    queries, or -1.
+    Of each token `ids`. Of each row: where its tokens begin, `starts` [rows + 1], how many keys it
+    has, `lengths`, the context that it `reached`, and its blocks, `table` [rows, width]: of a
+    prompt those of its cross-attention, NOWHERE for none. What a decoder's row has of its encoded
+    prompt: `cross_lengths` and `cross_table`. `last`: the last tokens of the rows that draw, which
+    come first. `tiles` [n, 2], as `tiling` has them: a row and the first of its queries, or -1.
+
+    From these `lay_out` makes what a step reads of each token: `positions`, `reach` (its row's
+    context), and `slots` in the cache, block * block_size + offset, -1 for none.
 
     What is not filled computes nothing, and nothing is stored for it.
     """
@@ -51,14 +54,15 @@ class PrefillInputs:
         rows: int,
         width: int,
         cross_width: int,
+        block_size: int,
         device: torch.device,
         tiling: Tiling = SMALL,
     ) -> None:
-        self.tiling = tiling
+        self.tiling, self.block_size = tiling, block_size
         shapes = {
-            **dict.fromkeys(("ids", "positions", "reach", "slots"), (tokens,)),
+            "ids": (tokens,),
             "starts": (rows + 1,),
-            **dict.fromkeys(("lengths", "cross_lengths", "last"), (rows,)),
+            **dict.fromkeys(("lengths", "reached", "cross_lengths", "last"), (rows,)),
             "tiles": (tokens // tiling.queries + rows, 2),
             "table": (rows, width),
             "cross_table": (rows, cross_width),
@@ -75,22 +79,25 @@ class PrefillInputs:
         views = {
             name: own.view(shape) for (name, shape), own in zip(shapes.items(), parts, strict=True)
         }
-        self.ids, self.positions = views["ids"], views["positions"]
-        self.reach, self.slots = views["reach"], views["slots"]
+        self.ids, self.last, self.tiles = views["ids"], views["last"], views["tiles"]
         self.starts, self.lengths, self.table = views["starts"], views["lengths"], views["table"]
+        self._reached = views["reached"]
         self.cross_lengths, self.cross_table = views["cross_lengths"], views["cross_table"]
-        self.last, self.tiles = views["last"], views["tiles"]
+        self.positions, self.reach, self.slots = torch.empty(
+            (3, tokens), dtype=torch.int32, device=device
+        )
 
     @classmethod
     def of_rows(
         cls, rows: Sequence[Row], block_size: int, device: torch.device, tiling: Tiling = SMALL
     ) -> PrefillInputs:
-        """Of a decoder's rows, and no larger."""
+        """Of a decoder's rows, and no larger; laid out."""
         width = max(-(-row.length // block_size) for row in rows)
         cross_width = max(len(row.cross_blocks) for row in rows)
         tokens = sum(len(row.token_ids) for row in rows)
-        made = cls(tokens, len(rows), width, cross_width, device, tiling)
-        made.fill_rows(rows, block_size)
+        made = cls(tokens, len(rows), width, cross_width, block_size, device, tiling)
+        made.fill_rows(rows)
+        made.lay_out()
         return made
 
     @classmethod
@@ -101,82 +108,73 @@ class PrefillInputs:
         device: torch.device,
         tiling: Tiling = SMALL,
     ) -> PrefillInputs:
-        """Of prompts that attend to themselves, and no larger."""
+        """Of prompts that attend to themselves, and no larger; laid out."""
         tokens = sum(len(prompt.token_ids) for prompt in prompts)
-        made = cls(tokens, len(prompts), 0, 0, device, tiling)
-        made.fill_prompts(prompts, block_size)
+        width = -(-max(len(prompt.token_ids) for prompt in prompts) // block_size)
+        made = cls(tokens, len(prompts), width, 0, block_size, device, tiling)
+        made.fill_prompts(prompts)
+        made.lay_out()
         return made
 
-    def fill_rows(self, rows: Sequence[Row], block_size: int) -> None:
+    def fill_rows(self, rows: Sequence[Row]) -> None:
         """A decoder's rows, which continue what the cache has of them."""
-        host = self.host
-        self._clear()
-        lengths = [row.length for row in rows]
+        host, lengths = self.host, [row.length for row in rows]
+        ends = self._fill([row.token_ids for row in rows], lengths)
         for i, row in enumerate(rows):
-            used = -(-row.length // block_size)
+            used = -(-row.length // self.block_size)
             host["table"][i, :used] = row.blocks[:used]
-            host["cross_lengths"][i] = row.cross_length
-            host["cross_table"][i, : len(row.cross_blocks)] = row.cross_blocks
-        reach = [max(row.length, row.prompt_length) for row in rows]
-        own = self._fill_tokens([row.token_ids for row in rows], lengths, reach)
-        self._fill_slots(own, host["table"], block_size)
-        last = [
-            end - 1
-            for row, end in zip(rows, host["starts"][1:].tolist(), strict=False)
-            if row.sample is not None
-        ]
+            if row.cross_blocks:
+                host["cross_table"][i, : len(row.cross_blocks)] = row.cross_blocks
+        host["cross_lengths"][: len(rows)] = [row.cross_length for row in rows]
+        host["reached"][: len(rows)] = [max(row.length, row.prompt_length) for row in rows]
+        last = [end - 1 for row, end in zip(rows, ends, strict=True) if row.sample is not None]
         host["last"][: len(last)] = last
         upload(self._host, self._packed)
 
-    def fill_prompts(self, prompts: Sequence[Prompt], block_size: int) -> None:
+    def fill_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Prompts that attend to themselves; slots are those of their cross-attention."""
-        self._clear()
-        lengths = [len(prompt.token_ids) for prompt in prompts]
-        own = self._fill_tokens([prompt.token_ids for prompt in prompts], lengths, lengths)
-        if any(prompt.cross_blocks for prompt in prompts):
-            width = -(-max(lengths) // block_size)
-            table = np.full((len(prompts), width), NOWHERE, dtype=np.int32)
-            for i, prompt in enumerate(prompts):
-                table[i, : len(prompt.cross_blocks)] = prompt.cross_blocks[:width]
-            self._fill_slots(own, table, block_size)
+        host, lengths = self.host, [len(prompt.token_ids) for prompt in prompts]
+        self._fill([prompt.token_ids for prompt in prompts], lengths)
+        host["reached"][: len(prompts)] = lengths
+        host["table"][:] = NOWHERE
+        for i, prompt in enumerate(prompts):
+            own = prompt.cross_blocks[: -(-lengths[i] // self.block_size)]
+            host["table"][i, : len(own)] = own
         upload(self._host, self._packed)
 
     def clear(self) -> None:
         """No rows at all."""
-        self._clear()
-        upload(self._host, self._packed)
-
-    def _clear(self) -> None:
         self._host[:] = 0
-        self.host["slots"][:] = NOWHERE
         self.host["tiles"][:] = NOTHING
+        upload(self._host, self._packed)
+        self.lay_out()
 
-    def _fill_tokens(
-        self, ids: Sequence[Sequence[int]], lengths: Sequence[int], reach: Sequence[int]
-    ) -> Integers:
-        """The last tokens, with these `ids`, of rows of these `lengths`; the row of each token."""
+    def lay_out(self) -> None:
+        """Find each token's place, on the device, by what was filled in."""
+        done = torch.ops.lmi_multi.lay_out(
+            *(self.starts, self.lengths, self._reached, self.table, self.block_size),
+            *(self.positions, self.reach, self.slots),
+        )
+        if not done:
+            raise ValueError("a prefill of no tokens")
+
+    def _fill(self, ids: Sequence[Sequence[int]], lengths: Sequence[int]) -> list[int]:
+        """The last tokens, with these `ids`, of rows of these `lengths`; where each row's end.
+
+        What the last prefill has left beyond them is read by nothing that counts."""
         host, counts = self.host, [len(own) for own in ids]
-        ends = np.cumsum(counts)
-        total = ends[-1]
+        ends = list(accumulate(counts))
         begin = 0
-        for own, count in zip(ids, counts, strict=True):
-            host["ids"][begin : begin + count] = own
-            begin += count
-        host["positions"][:total] = np.arange(total) + np.repeat(lengths - ends, counts)
-        host["reach"][:total] = np.repeat(reach, counts)
-        host["starts"][1 : len(counts) + 1] = ends
-        host["starts"][len(counts) + 1 :] = total
-        host["lengths"][: len(counts)] = lengths
+        for own, end in zip(ids, ends, strict=True):
+            host["ids"][begin:end] = own
+            begin = end
+        host["starts"][1 : len(ends) + 1] = ends
+        host["starts"][len(ends) + 1 :] = ends[-1]
+        host["lengths"][: len(ends)] = lengths
         found = tiles(counts, lengths, self.tiling.queries)
         host["tiles"][: len(found)] = found
-        return np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-
-    def _fill_slots(self, rows: Integers, table: Integers, block_size: int) -> None:
-        """Where the tokens lie, which are of these `rows` of a table of blocks; NOWHERE is none."""
-        positions = self.host["positions"][: len(rows)]
-        blocks, offsets = np.divmod(positions, block_size)
-        found = table[rows, blocks] * block_size + offsets
-        np.maximum(found, NOWHERE, out=self.host["slots"][: len(rows)])
+        host["tiles"][len(found) :] = NOTHING
+        return ends
 
 
 def tiles(counts: Sequence[int], lengths: Sequence[int], queries: int) -> list[tuple[int, int]]:

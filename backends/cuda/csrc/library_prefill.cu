@@ -1,4 +1,5 @@
 // The operations of a prefill as torch sees them; false as in library.cu.
+#include "lay_out.h"
 #include "prefill.h"
 #include "tensors.h"
 #include "write_kv.h"
@@ -39,6 +40,32 @@ struct Packed {
     return static_cast<char*>(of.data_ptr()) + first * dim * 2;
   }
 };
+
+bool run_lay_out(Tensor starts, Tensor lengths, Tensor reached, Tensor table, int64_t block_size,
+                 Tensor positions, Tensor reach, Tensor slots) {
+  const int64_t tokens = positions.numel(), rows = lengths.numel();
+  if (!tokens || !rows || block_size < 1 || !is_row(starts, ScalarType::Int, rows + 1) ||
+      !is_row(lengths, ScalarType::Int, rows) || !is_row(reached, ScalarType::Int, rows) ||
+      table.dim() != 2 || !is_row(table, ScalarType::Int, rows * table.size(1)) ||
+      !is_row(positions, ScalarType::Int, tokens) || !is_row(reach, ScalarType::Int, tokens) ||
+      !is_row(slots, ScalarType::Int, tokens)) {
+    return false;
+  }
+  const torch::stable::accelerator::DeviceGuard guard(starts.get_device_index());
+  const LayOutParams p{.starts = pointer<const int>(starts),
+                       .lengths = pointer<const int>(lengths),
+                       .reached = pointer<const int>(reached),
+                       .table = pointer<const int>(table),
+                       .positions = pointer<int>(positions),
+                       .reach = pointer<int>(reach),
+                       .slots = pointer<int>(slots),
+                       .tokens = static_cast<int>(tokens),
+                       .rows = static_cast<int>(rows),
+                       .width = static_cast<int>(table.size(1)),
+                       .block_size = static_cast<int>(block_size)};
+  lay_out(p, stream_of(starts));
+  return true;
+}
 
 bool run_write_kv(Tensor kv, Tensor k, Tensor v, Tensor slots) {
   const int64_t kv_heads = k.size(2), dim = k.size(3), tokens = slots.numel();
@@ -152,6 +179,9 @@ bool run_prefill(Tensor q, Maybe k, Maybe v, Maybe slots, Maybe table, Tensor st
 }  // namespace lmi
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lmi_multi, m) {
+  m.def(
+      "lay_out(Tensor starts, Tensor lengths, Tensor reached, Tensor table, int block_size, "
+      "Tensor(a!) positions, Tensor(b!) reach, Tensor(c!) slots) -> bool");
   m.def("write_kv(Tensor kv, Tensor(a!) k, Tensor(b!) v, Tensor slots) -> bool");
   m.def(
       "prefill(Tensor(a!) q, Tensor(b!)? k, Tensor(c!)? v, Tensor? slots, Tensor? table, "
@@ -161,6 +191,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lmi_multi, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lmi_multi, CUDA, m) {
+  m.impl("lay_out", TORCH_BOX(&lmi::run_lay_out));
   m.impl("write_kv", TORCH_BOX(&lmi::run_write_kv));
   m.impl("prefill", TORCH_BOX(&lmi::run_prefill));
 }
