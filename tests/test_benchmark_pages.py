@@ -166,10 +166,14 @@ def test_loading_says_what_is_wrong_before_it_writes_a_file(tmp_path: Path) -> N
 
 def test_the_page_of_loading() -> None:
     copy, ready = (
-        loading.Rate(*own) for own in (("copy", 10**9, 0.02), ("gpt-j-6b ready", 12 * 10**9, 0.4))
+        loading.Rate(*own)
+        for own in (("copy", 10**9, 0.03, 0.02), ("gpt-j-6b ready", 12 * 10**9, 2, 0.4))
     )
     text = loading._page("command", [copy, ready])
-    assert "| copy | 0.020 | 50.0 | 100% |\n| gpt-j-6b ready | 0.400 | 30.0 | 60% |" in text
+    assert (
+        "| copy | 0.030 | 0.020 | 50.0 | 100% |\n| gpt-j-6b ready | 2.000 | 0.400 | 30.0 | 60% |"
+        in text
+    )
 
 
 def test_steps_must_have_room_for_newcomers(tmp_path: Path) -> None:

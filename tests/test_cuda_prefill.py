@@ -207,6 +207,7 @@ def test_keys_and_values_are_stored(dtype: torch.dtype) -> None:
     for dim, kv, tokens in ((8, 1, 1), (64, 3, 77), (80, 2, 300), (256, 16, 9), (40, 12, 1111)):
         split = Heads(make_spec(POSITIONS["learned"], kv, kv, dim), 1)
         cache = PagedCache(split, 150, 8, dtype, device)
+        cache.whole.zero_()
         slots = torch.randperm(1200, device=device)[:tokens].int()
         slots[tokens // 2] = -1
         kv_packed = randn(tokens, 2 * kv * dim, dtype=dtype)
@@ -234,6 +235,7 @@ def test_what_is_not_covered_is_left_alone() -> None:
     ):
         split = Heads(make_spec(POSITIONS["rope"], 2, 2, dim), 1)
         cache = PagedCache(split, 2, block, dtype, device)
+        cache.whole.zero_()
         inputs = PrefillInputs.of_rows([Row([0] * 3, 0, [1], 3)], block, device, tiling)
         qkv = randn(3, 6 * dim, dtype=dtype)
         before = qkv.clone()
@@ -265,6 +267,9 @@ class Models:
         self.torch = TorchExecutor(self.spec, dict(tensors), LIMITS, Reference(), single)
         exact = {name: t.float() for name, t in tensors.items()}
         self.exact = TorchExecutor(self.spec, exact, LIMITS, Reference(), single)
+        for executor in (self.ours, self.torch, self.exact):
+            if executor.clears_blocks:  # and these rows do not say which are new
+                executor._cache.whole.zero_()
 
     @staticmethod
     def _artifact(folder: Path, family: str, dtype: str) -> Artifact:

@@ -52,7 +52,7 @@ class PagedCache:
         self.heads, self.block_size = heads, block_size
         count = heads.spec.decoder_layers if layers is None else layers
         shape = (count, 2, blocks, block_size, heads.kv, heads.dim)
-        self.whole = _lazy_zeros(shape, dtype, device)
+        self.whole = _unwritten(shape, dtype, device)
         self.k, self.v = list(self.whole[:, 0]), list(self.whole[:, 1])
         self._blocks = self.whole.flatten(3).flatten(0, 2)
         self._first = torch.arange(2 * count, device=device)[:, None] * blocks  # of every pool
@@ -235,12 +235,15 @@ class PagedAttention(Attention):
         return self._cross
 
 
-def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros that take physical memory only once written, so that a large pool costs nothing.
+def _unwritten(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A pool of which nobody has written anything: whoever gets a block zeroes it, or reads no more
+    than was written.
 
-    numpy allocates zeros with calloc, torch fills them.
+    On a CPU zeros that take physical memory only once written, so that a large pool costs nothing:
+    numpy allocates them with calloc, torch fills them. A GPU's memory as it was: to
+    fill 56 GiB takes an H200 17 ms.
     """
     if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
+        return torch.empty(shape, dtype=dtype, device=device)
     bits = {2: np.int16, 4: np.int32}[dtype.itemsize]
     return torch.from_numpy(np.zeros(shape, dtype=bits)).view(dtype)
