@@ -84,6 +84,28 @@ def test_products(rows: int, codes: torch.dtype | None) -> None:
     assert not fused._scratch.counters.any()
 
 
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("rows", [65, 300])
+def test_products_of_many_rows(rows: int, gated: bool) -> None:
+    """The kernel for those, on tiles that end within a box."""
+    fused = ops()
+    if not fused._hopper:
+        pytest.skip("cuda: this kernel is for sm_90a")
+    torch.manual_seed(0)
+    linear = make_linear(264 * (1 + gated), 200, HALF, False, True)
+    x, residual = randn(rows, 200, dtype=HALF), randn(rows, 264, dtype=HALF)
+    found = fused._gemm(x, linear, HALF, None, "gelu_tanh", gated)
+    assert (
+        error(found, Reference().linear(x.double(), wide(linear), "gelu_tanh", gated))
+        < (TOLERANCE[HALF])
+    )
+    if not gated:
+        found = fused._gemm(x, linear, HALF, residual)
+        expected = residual.double() + Reference().linear(x.double(), wide(linear))
+        assert error(found, expected) < TOLERANCE[HALF]
+    assert not fused._scratch.counters.any()
+
+
 @pytest.mark.parametrize("dtype", [HALF, torch.float32], ids=str)
 @pytest.mark.parametrize("vocab", [999, 32128])
 def test_searches(dtype: torch.dtype, vocab: int) -> None:
