@@ -57,10 +57,15 @@ class Resolved:
     num_beam_groups: int = 1
     diversity_penalty: float = 0.0
 
-    @property
+    @cached_property
     def group_beams(self) -> int:
         """Beams in each group."""
         return self.num_beams // self.num_beam_groups
+
+    @cached_property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """All tokens that end an answer."""
+        return (*self.eos_token_ids, *self.stop_token_ids)
 
     @property
     def excludes(self) -> bool:
@@ -190,7 +195,7 @@ class Resolved:
         if self.bad_words:
             banned += word_bans(tokens, self.bad_words)
         if step < self.min_new_tokens:
-            banned += [*self.eos_token_ids, *self.stop_token_ids]
+            banned += self.end_token_ids
         return tuple(dict.fromkeys(banned))
 
     def _edit(self, step: int, tokens: Sequence[int], encoder_ids: Sequence[int]) -> Edit | None:

@@ -76,8 +76,9 @@ def known(request: Request) -> list[list[int]]:
     if isinstance(request, Sequence):
         return [request.tokens]
     assert isinstance(request, BeamSearch)
-    rows = request._state.rows[: None if request._state.drawn else 1]
-    return [[*request._given, *beam.tokens] for beam in rows]
+    state = request._state
+    beams = [beam for group in state.groups for beam in group.running]
+    return [[*request._given, *beam.tokens] for beam in beams[: None if state.drawn else 1]]
 
 
 @settings(max_examples=300, deadline=None)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 from lmi_multi.completion import FinishReason
 from lmi_multi.engine import hypotheses, sequence
@@ -20,20 +18,17 @@ from lmi_multi.resolved import Resolved
 _numbers = itertools.count(1)
 
 
-@dataclass(frozen=True)
-class _State:
+class _State(NamedTuple):
     """Everything that a step changes, so that it changes at once: an interrupt (Ctrl-C) leaves
-    one state or the next. Blocks have the numbers of their places in `BeamSearch.blocks`; before
-    the next step `fresh` ones are zeroed, and each pair of `copies` is copied."""
+    one state or the next. There are `blocks` of the cache for each running beam, one group's behind
+    the other's. Before the next step `fresh` ones are zeroed, and each pair of `copies` is copied.
+    """
 
-    groups: tuple[Group, ...]
+    groups: Sequence[Group]
+    blocks: Sequence[tuple[int, ...]]
     drawn: int = 0
-    fresh: tuple[int, ...] = ()
-    copies: tuple[tuple[int, int], ...] = ()
-
-    @property
-    def rows(self) -> list[Hypothesis]:
-        return [beam for group in self.groups for beam in group.running]
+    fresh: Sequence[int] = ()
+    copies: Sequence[tuple[int, int]] = ()
 
 
 class BeamSearch:
@@ -61,13 +56,11 @@ class BeamSearch:
         self._given = list(tokens)
         self._answers = answers
         self._size = block_size
-        self._prefilled = self._reused = self._shared = 0
-        prompt = tuple(range(-(-len(tokens) // block_size)))
-        beam = Hypothesis(blocks=prompt, detokenizer=detokenizer)
-        self._start = _State((Group((beam,)),) * options.num_beam_groups)
-        self._state = self._start
-        self._own_blocks: tuple[tuple[int, ...], ...] = ()
-        self._search = next(_numbers)
+        self._detokenizer = detokenizer
+        self._ahead: SampleRow | None = None  # the next step's, where it is known
+        self._keep = hypotheses.continuations(options)
+        self._state: _State
+        self.start(0, 0)
 
     @property
     def first_tokens(self) -> list[int]:
@@ -88,7 +81,7 @@ class BeamSearch:
     @property
     def pending(self) -> int:
         """See `Request.pending`."""
-        return len(self._given) + self._state.drawn - self.computed
+        return 1 if self._state.drawn else len(self._given) - self._prefilled
 
     @property
     def goes_ahead(self) -> bool:
@@ -98,7 +91,7 @@ class BeamSearch:
     @property
     def tokens_of_step(self) -> int:
         """See `Request.tokens_of_step`."""
-        return len(self._state.rows) if self._state.drawn else 1
+        return len(self._state.blocks) if self._state.drawn else 1
 
     def blocks_needed(self, size: int) -> tuple[int, int]:
         """See `Request.blocks_needed`."""
@@ -115,36 +108,49 @@ class BeamSearch:
         state = self._state
         if not state.drawn:
             return [self._prefill(count)]
-        sample, going = self.options.ahead(state.drawn), self._going(state)
-        rows = [
-            self._row(beam, group.running if place == 0 else (), sample, going)
-            for group in state.groups
-            for place, beam in enumerate(group.running)
-        ]
-        copies = tuple((self.blocks[a], self.blocks[b]) for a, b in state.copies)
-        rows[0] = rows[0]._replace(fresh=self._own(state.fresh), copies=copies)
+        known, self._ahead = self._ahead, self.options.ahead(state.drawn + 1)
+        sample = known if known and known.step == state.drawn else self.options.ahead(state.drawn)
+        going = self._going(state)
+        start, given, encoded = self.computed, len(self._given), len(self.encoder_ids or ())
+        each, fresh, copies = iter(state.blocks), state.fresh, state.copies
+        rows: list[Row] = []
+        for group in state.groups:
+            beams: Beams | None = self._beams(group.running, going)
+            for beam in group.running:
+                # By place: it takes half the time, and there is one for each beam of each step.
+                row = Row(
+                    [beam.tokens[-1]], start, next(each), given, self._cross, encoded,
+                    sample or self._sample(beam), None, beams, fresh, copies,
+                )  # fmt: skip
+                rows.append(row)
+                beams, fresh, copies = None, (), ()  # those are for first rows
         return rows
 
     def accept(self, draws: Iterator[Draw | Continuations]) -> None:
         """See `Request.accept`."""
-        state = self._state
+        state, found = self._state, cast("Iterator[Continuations]", draws)
         if state.drawn:
-            found = [cast(Continuations, next(draws)) if g.running else None for g in state.groups]
+            each = [next(found) if group.running else None for group in state.groups]
         else:  # one row, with which all groups begin
-            found = [cast(Continuations, next(draws))] * len(state.groups)
+            each = [next(found)] * len(state.groups)
         if self.finish_reason is not None:
             return
-        if not all(own is None or own.finite for own in found):
-            self.fail(self._not_finite)
-            return
         groups: list[Group] = []
-        taken: Counter[int] = Counter()
-        for group, own in zip(state.groups, found, strict=True):
+        blocks: list[tuple[int, ...]] = []
+        taken: dict[int, int] = {}
+        first = 0  # of a group's rows
+        for group, own in zip(state.groups, each, strict=True):
             if own is not None:
-                group = hypotheses.advance(group, own.best, taken, self.options)
+                if not own.finite:
+                    self.fail(self._not_finite)
+                    return
+                advanced = hypotheses.advance(group, own.best, taken, self.options)
+                blocks += [state.blocks[first + beam.parent] for beam in advanced.running]
+                first += len(group.running)
+                group = advanced
             groups.append(group)
-        if any(group.running for group in groups):
-            self._state = self._placed(groups, state.drawn + 1)
+        if blocks:
+            self._state = self._placed(groups, blocks, state.drawn + 1)
         else:
             self._answer(groups)
 
@@ -157,8 +163,13 @@ class BeamSearch:
         """See `Request.start`."""
         self._prefilled = self._reused = reused
         self._shared = shared
-        self._state = self._start
-        self._own_blocks = ()
+        prompt = tuple(self.blocks[: -(-len(self._given) // self._size)])
+        group = Group((Hypothesis(detokenizer=self._detokenizer),))
+        count = self.options.num_beam_groups
+        self._state = _State([group] * count, [prompt] * count)
+        places = range(-(-self._longest // self._size))
+        self._own = tuple(zip(*map(self._own_blocks, places), strict=True))
+        self._cross = tuple(self.cross_blocks)
         self._search = next(_numbers)
 
     def cancel(self) -> None:
@@ -175,98 +186,73 @@ class BeamSearch:
 
     def _prefill(self, count: int) -> Row:
         stop = self._prefilled + count
-        row = self._row(self._start.rows[0], self._start.rows[:1])
+        running = self._state.groups[0].running
+        blocks = self._state.blocks[0]
         fresh: tuple[int, ...] = ()
         if self._prefilled == self._reused:  # its first step
-            fresh = (*row.blocks[self._shared :], *row.cross_blocks)
+            fresh = (*blocks[self._shared :], *self._cross)
         whole = stop == len(self._given)
-        return row._replace(
+        return Row(
             token_ids=self._given[self._prefilled : stop],
             start=self._prefilled,
-            sample=row.sample if whole else None,
-            beams=row.beams if whole else None,
+            blocks=blocks,
+            prompt_length=len(self._given),
+            cross_blocks=self._cross,
+            cross_length=len(self.encoder_ids or ()),
+            sample=self._sample(running[0]) if whole else None,
+            beams=self._beams(running, None) if whole else None,
             fresh=fresh,
         )
 
-    def _row(
-        self,
-        beam: Hypothesis,
-        group: Sequence[Hypothesis],
-        sample: SampleRow | None = None,
-        going: Going | None = None,
-    ) -> Row:
-        """One beam's last token; the first of a group asks for the whole group. `sample` is None
-        where it depends on the beam's tokens."""
-        encoder_ids = self.encoder_ids or ()
-        if sample is None:
-            tokens = [*self._given, *beam.tokens]
-            sample = self.options.row(len(beam.tokens), tokens, encoder_ids)
-        beams = None
-        if group:
-            scores = tuple(own.score for own in group)
-            beams = Beams(scores, hypotheses.continuations(self.options), going, self._search)
-        return Row(
-            token_ids=[beam.tokens[-1] if beam.tokens else self._given[-1]],
-            start=len(self._given) + len(beam.tokens) - 1,
-            blocks=self._own(beam.blocks),
-            prompt_length=len(self._given),
-            cross_blocks=tuple(self.cross_blocks),
-            cross_length=len(encoder_ids),
-            sample=sample,
-            beams=beams,
-        )
+    def _sample(self, beam: Hypothesis) -> SampleRow:
+        """How a beam draws where that depends on its tokens."""
+        tokens = [*self._given, *beam.tokens]
+        return self.options.row(len(beam.tokens), tokens, self.encoder_ids or ())
+
+    def _beams(self, running: Sequence[Hypothesis], going: Going | None) -> Beams:
+        return Beams(tuple([beam.score for beam in running]), self._keep, going, self._search)
 
     def _going(self, state: _State) -> Going | None:
         """See `Beams.going`."""
-        options, beams = self.options, state.rows
-        sample = options.ahead(state.drawn + 1)
-        if sample is None or options.num_beam_groups > 1 or beams[0].detokenizer is not None:
+        options, running = self.options, state.groups[0].running
+        if options.num_beam_groups > 1 or running[0].detokenizer is not None:
             return None
-        if len(beams) < self.width:  # a vocabulary that small: there will be more of them
+        if len(running) < self.width:  # a vocabulary that small: there will be more of them
             return None
-        if not self._own_blocks:
-            places = range(-(-self._longest // self._size))
-            self._own_blocks = tuple(
-                self._own([self._number(place, row) for place in places])
-                for row in range(self.width)
-            )
-        return Going((*options.eos_token_ids, *options.stop_token_ids), self._own_blocks, sample)
+        ahead = self._ahead
+        return None if ahead is None else Going(options.end_token_ids, self._own, ahead)
 
     @property
     def _longest(self) -> int:
         """The most tokens of a beam that are in the cache."""
         return len(self._given) + self.options.max_new_tokens - 1
 
-    def _number(self, place: int, row: int) -> int:
-        """That of a row's own block for a place among its blocks: behind the prompt's full blocks,
-        which all rows share, there is one for each row."""
-        shared = len(self._given) // self._size
-        return place if place < shared else shared + (place - shared) * self.width + row
+    def _own_blocks(self, place: int) -> list[int]:
+        """Each row's own block for a place among its blocks: one for all rows where the prompt
+        fills it, which they share."""
+        shared, width = len(self._given) // self._size, self.width
+        if place < shared:
+            return self.blocks[place : place + 1] * width
+        first = shared + (place - shared) * width
+        return self.blocks[first : first + width]
 
-    def _own(self, numbers: Sequence[int]) -> tuple[int, ...]:
-        return tuple(map(self.blocks.__getitem__, numbers))
-
-    def _placed(self, groups: Sequence[Group], drawn: int) -> _State:
-        """The next state: every beam gets a block of its own for the token that it adds, as `Going`
-        says."""
-        beams = [beam for group in groups for beam in group.running]
+    def _placed(self, groups: Sequence[Group], blocks: list[tuple[int, ...]], drawn: int) -> _State:
+        """The next state, of `groups` whose running beams have inherited these `blocks`: each gets
+        one of its own for the token that it adds, as `Going` says."""
         place = (len(self._given) + drawn - 1) // self._size
-        first = self._number(place, 0)
-        own = range(first, first + self.width)
+        if len(blocks[0]) == place:  # and so have all
+            fresh = self._own_blocks(place)[: len(blocks)]
+            placed = [(*own, new) for own, new in zip(blocks, fresh, strict=True)]
+            return _State(groups, placed, drawn, fresh)
         copies: list[tuple[int, int]] = []
-        if len(beams[0].blocks) == place:  # and so are all
-            fresh = tuple(own[: len(beams)])
-            beams = [beam.on((*beam.blocks, own[i])) for i, beam in enumerate(beams)]
-        else:
-            fresh, held = (), [beam.blocks[place] for beam in beams]
-            unused = (number for number in own if number not in held)
-            for i, beam in enumerate(beams):
-                if held[i] in held[i + 1 :]:
-                    copies.append((held[i], next(unused)))
-                    beams[i] = beam.on((*beam.blocks[:place], copies[-1][1]))
-        rest = iter(beams)
-        done = (Group(tuple(next(rest) for _ in g.running), g.finished) for g in groups)
-        return _State(tuple(done), drawn, fresh, tuple(copies))
+        last = {own[place]: i for i, own in enumerate(blocks)}
+        if len(last) < len(blocks):
+            unused = iter([block for block in self._own_blocks(place) if block not in last])
+            for i, own in enumerate(blocks):
+                if last[own[place]] != i:
+                    copies.append((own[place], next(unused)))
+                    blocks[i] = (*own[:place], copies[-1][1])
+        return _State(groups, blocks, drawn, (), copies)
 
     @property
     def _not_finite(self) -> str:

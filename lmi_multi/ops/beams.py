@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,8 +11,7 @@ from torch import Tensor
 from lmi_multi.ops.sampling import SampleRow
 
 
-@dataclass(frozen=True)
-class Going:
+class Going(NamedTuple):
     """How beams go on, where nothing but scores decides: as many of the best continuations as there
     are beams, without those whose token is one of `stops`, become the beams, the best first.
 
@@ -29,8 +28,7 @@ class Going:
     sample: SampleRow
 
 
-@dataclass(frozen=True)
-class Beams:
+class Beams(NamedTuple):
     """The running beams of one search, which are as many consecutive rows: `scores` are their
     log-probabilities so far. `keep` >= 1 of their best continuations are wanted.
 
