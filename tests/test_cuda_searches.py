@@ -341,6 +341,7 @@ def test_only_what_the_device_has_done_is_taken() -> None:
     assert gone.led_to(rows, before, 8)
     others: list[tuple[int, dict[str, Any]]] = [
         (0, {"token_ids": [9]}), (1, {"start": 8}), (1, {"blocks": [1, 5]}),
+        (1, {"start": 7, "blocks": [1]}),
         (1, {"blocks": [2, 4]}), (0, {"copies": []}), (0, {"copies": [(3, 4)]}),
         (1, {"sample": SampleRow(step=5)}), (0, {"beams": None}), (1, {"cross_blocks": [9]}),
         (0, {"beams": Beams((-3.0, -4.5), 4)}), (0, {"beams": Beams((-3.0, -4.0), 5)}),

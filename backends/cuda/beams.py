@@ -67,13 +67,13 @@ class BeamKind(NamedTuple):
         tokens = records[:, 2 * keep : 3 * keep].tolist()
         usable = records[:, 3 * keep].tolist()
         nothing = float("-inf")
-        return [
-            Continuations(
-                [Continuation(b, t, s) for b, t, s in zip(*best, strict=True) if s > nothing],
-                finite > 0,
-            )
-            for *best, finite in zip(beams, tokens, scores, usable, strict=True)
-        ]
+        found = []
+        for own, *best, finite in zip(scores, beams, tokens, usable, strict=True):
+            continuations = list(map(Continuation, *best, own))
+            if not own[-1] > nothing:  # scores fall
+                continuations = [c for c in continuations if c.score > nothing]
+            found.append(Continuations(continuations, finite > 0))
+        return found
 
     def gone(self, records: Records) -> list[Gone]:
         """How the kernel let each search go on."""
@@ -104,20 +104,22 @@ class Gone(NamedTuple):
             return False
         if now.scores != self.scores or now.keep != was.keep or len(rows) != len(before):
             return False
-        start, sample, cross = before[0].length, was.going.sample, before[0].cross_blocks
-        if any(
-            row.start != start or row.sample != sample or row.cross_blocks != cross for row in rows
-        ):
-            return False
-        place = start // block_size
-        copies = [pair for pair in zip(self.sources, self.blocks, strict=True) if pair[0] >= 0]
-        return (
-            [row.token_ids[0] for row in rows] == self.tokens
-            and [row.blocks[place] for row in rows] == self.blocks
-            and [row.blocks[:place] for row in rows]
-            == [before[parent].blocks[:place] for parent in self.parents]
-            and list(rows[0].copies) == copies
-        )
+        start = before[0].length
+        place, alike = start // block_size, (start, was.going.sample, before[0].cross_blocks)
+        copies: list[tuple[int, int]] = []
+        parts = zip(rows, self.parents, self.tokens, self.blocks, self.sources, strict=True)
+        for row, parent, token, block, source in parts:
+            # As tuples, which do not look into what is the same object on both sides.
+            if (row.start, row.sample, row.cross_blocks) != alike:
+                return False
+            blocks, old = row.blocks, before[parent].blocks
+            if row.token_ids[0] != token or blocks[place] != block:
+                return False
+            if blocks is not old and blocks[:place] != old[:place]:
+                return False
+            if source >= 0:
+                copies.append((source, block))
+        return list(rows[0].copies) == copies
 
 
 class BeamInputs:
@@ -147,6 +149,7 @@ class BeamInputs:
         # A search has two rows at least.
         most_of_row = -(-BeamKind(2, MOST_KEPT).record // 2)
         self.found = pinned((2, most * most_of_row), torch.int32)
+        self._records = self.found.numpy()
 
     def fill(self, rows: Sequence[Row], kind: BeamKind) -> None:
         """Put the rows' searches in the first places."""
@@ -198,6 +201,11 @@ class BeamInputs:
             scratch.counters,
         )
         return self.found if done else None
+
+    def records(self, kind: BeamKind, searches: int) -> Records:
+        """Where the step that begins now leaves its records: [searches, record]."""
+        half: Records = self._records[self._inputs.turn, : searches * kind.record]
+        return half.reshape(searches, kind.record)
 
     def best(self, logits: Tensor, kind: BeamKind) -> Tensor:
         """The best continuations of the searches in the first places, as

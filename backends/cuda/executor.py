@@ -139,6 +139,10 @@ class CudaExecutor(TorchExecutor):
             self._searches.go_on(rows, taken)
             batch = replace(batch, rows=[r for i, r in enumerate(rows) if i not in begun_before])
         self._prepare(batch)
+        if taken and not batch.rows:  # most steps of searches
+            self._flight = None
+            self._peers.check()
+            return StepResult([own.result for own in taken.values()])
         last, self._flight = self._flight, None
         places = [last.place(row) if last else None for row in rows]
         if self._ahead is not None and set(places) == {None}:

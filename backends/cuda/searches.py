@@ -9,6 +9,7 @@ blocks, before anything that their successors write there.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -169,7 +170,7 @@ class Searches:
         width, size = last.kind.width, self._graphs.inputs.block_size
         own = rows[first : first + width]
         count = len(last.records)
-        for number in (*range(expected, count), *range(min(expected, count))):
+        for number in itertools.chain(range(expected, count), range(min(expected, count))):
             before = last.rows.get(number)
             if before is None:
                 continue
@@ -200,10 +201,9 @@ class Searches:
         searches: int,
     ) -> Begun:
         """Begin a step with the inputs as they are."""
-        inputs = self._graphs.inputs
-        self._fills = inputs.fills
-        half = captured.replay()[inputs.turn, : searches * kind.record]
-        records = half.view(searches, kind.record).numpy()
+        self._fills = self._graphs.inputs.fills
+        captured.replay()
+        records = self._graphs.beams.records(kind, searches)
         return Begun(rows, kind, captured, records, recorded())
 
 
