@@ -31,7 +31,9 @@ from lmi_multi.backends.drawing import draw
 from lmi_multi.engine.batch import Row
 from lmi_multi.model import Model
 from lmi_multi.models.spec import ModelSpec, Rope
+from lmi_multi.models.weights import Layer
 from lmi_multi.ops.beams import Beams
+from lmi_multi.ops.packed import PackedAttention
 from lmi_multi.ops.sampling import SampleRow
 from lmi_multi.parallel.collectives import SingleRank
 from tests import tiny_models
@@ -320,6 +322,29 @@ def test_sizes_of_captured_prefills() -> None:
     assert prefill_graphs.sizes(large, 1)[-1] == 5120
     assert prefill_graphs.sizes(large, 2)[-1] == 8192  # half a layer each
     assert prefill_graphs.sizes(xxl, 1) == prefill_graphs.SIZES
+
+
+@pytest.mark.parametrize("covered", [True, False], ids=["kernel", "torch"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_known_tokens_attend_by_the_kernel(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, family: str, covered: bool
+) -> None:
+    """A decoder's to themselves, where it covers that; their cross-attention is torch's."""
+    kernel, attend = torch.ops.lmi_multi.prefill, PackedAttention.attend
+    by_torch: list[int] = []
+
+    def also(self: PackedAttention, layer: Layer, qkv: Tensor) -> Tensor:
+        by_torch.append(layer.index)
+        return attend(self, layer, qkv)
+
+    texts, answers = prompts(5, 9), [[3, 4, 5], [6], [7, 8], [9] * 7, [10]]
+    with cpu_model(folder, family) as cpu, open_model(folder, family) as model:
+        expected = cpu.score(texts, answers)
+        torch.ops.lmi_multi.prefill = kernel if covered else lambda *_: False
+        monkeypatch.setattr(PackedAttention, "attend", also)
+        for own, other in zip(model.score(texts, answers), expected, strict=True):
+            assert own == pytest.approx(other, abs=2e-5)
+    assert bool(by_torch) is not covered
 
 
 @pytest.mark.parametrize("family", ["t5", "llama-gqa"])

@@ -22,7 +22,7 @@ from lmi_multi.backends.base import Limits
 from lmi_multi.backends.torch_executor import TorchExecutor
 from lmi_multi.checkpoint.artifact import Artifact
 from lmi_multi.checkpoint.convert import convert
-from lmi_multi.engine.batch import Batch, Prompt, Row
+from lmi_multi.engine.batch import Batch, Passage, Prompt, Row
 from lmi_multi.models.bias import alibi_slopes
 from lmi_multi.ops.heads import Heads
 from lmi_multi.ops.packed import PackedAttention
@@ -316,6 +316,10 @@ def test_models(tmp_path: Path, family: str, dtype: str) -> None:
         batch = Batch([b._replace(cross_blocks=a.cross_blocks, cross_length=a.cross_length)
                        for a, b in zip(rows, batch.rows, strict=True)])  # fmt: skip
     models.check(*(e.logits(batch) for e in (models.ours, models.torch, models.exact)))
+
+    texts = [[chance.randrange(3, VOCAB) for _ in range(n)] for n in (1, 70, 130)]
+    known = [Passage(own, None if decoder else texts[0] + own[::-1]) for own in texts]
+    models.check(*(e.score(known) for e in (models.ours, models.torch, models.exact)))
 
     for count in (1, 3, 6):
         rows, prompts = model_rows(decoder, first[-count:], chance)

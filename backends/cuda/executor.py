@@ -19,6 +19,7 @@ from lmi_multi.backends.drawing import draw_by_row
 from lmi_multi.backends.torch_executor import TorchExecutor
 from lmi_multi.engine.batch import Batch, Continuations, Draw, Passage, Prompt, Row, StepResult
 from lmi_multi.models.spec import ModelSpec
+from lmi_multi.ops import Attention
 from lmi_multi.ops.paged import PagedAttention
 from lmi_multi.parallel.collectives import Peers
 
@@ -314,6 +315,9 @@ class CudaExecutor(TorchExecutor):
 
     def _encode(self, prompts: Sequence[Prompt]) -> Tensor:
         return self._prefill.encode(prompts)
+
+    def _known(self, prompts: Sequence[Prompt], attention: Attention) -> Attention:
+        return self._prefill.known(prompts, attention)
 
     def _encode_to_cache(self, prompts: Sequence[Prompt]) -> None:
         graphs = self._prefill_graphs

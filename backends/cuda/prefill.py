@@ -109,7 +109,8 @@ class PrefillKernel:
 
 class PrefillAttention(Attention):
     """`Attention` of one step by the kernel; from the first layer on that it does not cover, by
-    what `otherwise` makes. `causal` None: rows over the cache; else packed rows over themselves.
+    what `otherwise` makes. `causal` None: rows over the cache; else packed rows over themselves,
+    whose cross-attention is what `otherwise` makes of it.
     """
 
     def __init__(
@@ -123,22 +124,25 @@ class PrefillAttention(Attention):
         self._kernel, self._inputs, self._angles = kernel, inputs, angles
         self._causal, self._make = causal, otherwise
         self._other: Attention | None = None
+        self._covered = True
 
     def attend(self, layer: Layer, qkv: Tensor) -> Tensor:
         """See `Attention.attend`."""
         out, kernel = None, self._kernel
-        if self._other is None:
+        if self._covered:
             if self._causal is None:
                 out = kernel.extend(layer, qkv, self._inputs, self._angles)
             else:
                 out = kernel.packed(layer, qkv, self._inputs, self._angles, self._causal)
+            self._covered = out is not None
         return self._otherwise().attend(layer, qkv) if out is None else out
 
     def cross_attend(self, layer: Layer, q: Tensor) -> Tensor:
         """See `Attention.cross_attend`."""
         out = None
-        if self._other is None and self._causal is None:
+        if self._covered and self._causal is None:
             out = self._kernel.read(layer, q, self._inputs)
+            self._covered = out is not None
         return self._otherwise().cross_attend(layer, q) if out is None else out
 
     def _otherwise(self) -> Attention:
@@ -192,6 +196,13 @@ class Prefill:
     def encode(self, prompts: Sequence[Prompt]) -> Tensor:
         """The encoder's output [tokens, hidden], or that of a decoder without one."""
         return self._encode(prompts, self._inputs(prompts))
+
+    def known(self, prompts: Sequence[Prompt], otherwise: Attention) -> Attention:
+        """What attends where `prompts` are a decoder's known tokens: the kernel, in place of
+        `otherwise`, to themselves."""
+        inputs = self._inputs(prompts)
+        angles = self._heads.angles(inputs.positions, inputs.reach)
+        return PrefillAttention(self.kernel, inputs, angles, True, lambda: otherwise)
 
     def encode_to_cache(self, prompts: Sequence[Prompt]) -> None:
         """Encode, and store every decoder layer's cross-attention keys and values."""

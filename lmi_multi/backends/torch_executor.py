@@ -16,6 +16,7 @@ from lmi_multi.engine.batch import Batch, Passage, Prompt, Row, StepResult
 from lmi_multi.models.spec import ModelSpec
 from lmi_multi.models.transformer import Transformer
 from lmi_multi.models.weights import bind
+from lmi_multi.ops import Attention
 from lmi_multi.ops.packed import PackedAttention
 from lmi_multi.ops.paged import PagedAttention, PagedCache
 from lmi_multi.ops.reference import Reference
@@ -206,7 +207,11 @@ class TorchExecutor:
             cross_kv=lambda layer: self._network.cross_kv(layer, memory),
             cross_counts=[len(p.encoder_ids or ()) for p in passages],
         )
-        return self._network.decode(ids, positions, attention)
+        return self._network.decode(ids, positions, self._known(own, attention))
+
+    def _known(self, prompts: Sequence[Prompt], attention: Attention) -> Attention:
+        """What attends where `prompts` are a decoder's known tokens, and `attention` would do."""
+        return attention
 
     def _write_cross(self, prompts: Sequence[Prompt], memory: Tensor) -> None:
         """Project the encoded prompts once and keep their cross-attention keys and values."""

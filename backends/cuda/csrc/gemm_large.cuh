@@ -29,7 +29,9 @@ constexpr int LARGE_SHARED = LARGE_ALIGNED + LARGE_DEPTH * LARGE_STEP + 4 * LARG
 struct LargeMemory {
   unsigned char *steps, *results;
   Barrier *full, *empty;    // of the ring's slots
-  Barrier *dumped, *taken;  // results are there; and have been read
+  // Results are there; and have been read. Every lane arrives, by itself: one for its warp would do,
+  // but racecheck does not follow what the others did before.
+  Barrier *dumped, *taken;
 };
 
 // Pairs of tiles of a column lie behind each other, eight at a time: so what runs at a time reads
@@ -157,15 +159,14 @@ __device__ void finish_tile(const LargeParams& p, const LargeMemory& memory, con
 // The warps that do nothing else. Those that multiply help them with the last tile.
 template <typename T>
 __device__ void finish_tiles(const LargeParams& p, const LargeMemory& memory) {
-  const int lane = threadIdx.x % 32, part = threadIdx.x / 32 - MULTIPLIERS - 1;
+  const int part = threadIdx.x / 32 - MULTIPLIERS - 1;
   const Tiles tiles(p);
 #pragma unroll 1
   for (unsigned i = 0; i < tiles.count; ++i) {
     const bool last = i + 1 == tiles.count;
     memory.dumped->wait(i % 2);
     finish_tile<T>(p, memory, tiles(p, i), part, last ? FINISHERS + MULTIPLIERS : FINISHERS);
-    __syncwarp();
-    if (lane == 0) memory.taken->arrive();
+    memory.taken->arrive();
   }
 }
 
@@ -220,8 +221,7 @@ __device__ void multiply_tiles(const LargeParams& p, const LargeMemory& memory) 
     release(before);
     memory.taken->wait(n % 2 ^ 1);
     dump<T>(memory.results, sums);
-    __syncwarp();
-    if (lane == 0) memory.dumped->arrive();
+    memory.dumped->arrive();
   }
   const unsigned last = tiles.count - 1;
   memory.dumped->wait(last % 2);
@@ -242,7 +242,7 @@ __global__ void __launch_bounds__(LARGE_THREADS, 1)
   if (threadIdx.x == 0) {
     prefetch(&p.x), prefetch(&p.weights);
     for (int i = 0; i < LARGE_DEPTH; ++i) full[i].init(1), empty[i].init(2 * MULTIPLIERS);
-    dumped.init(MULTIPLIERS), taken.init(FINISHERS);
+    dumped.init(32 * MULTIPLIERS), taken.init(32 * FINISHERS);
     fence_barriers();
   }
   __syncthreads();
