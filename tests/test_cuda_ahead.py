@@ -261,10 +261,12 @@ def test_a_step_that_fails_leaves_nothing_behind(
             assert tiny_models.is_clean(model)
 
 
+@pytest.mark.parametrize("name", ["capture", "run"])
 @pytest.mark.parametrize("family", ["gpt2", "t5"])
 def test_without_memory_for_graphs_it_runs_uncaptured(
-    monkeypatch: pytest.MonkeyPatch, folder: Path, family: str
+    monkeypatch: pytest.MonkeyPatch, folder: Path, family: str, name: str
 ) -> None:
+    """Nor for the steps that are tried when it is loaded."""
     own = prompts(4, 6)
     with cpu_model(folder, family) as cpu:
         expected = [c.token_ids for c in cpu.generate(own, max_new_tokens=9)]
@@ -272,8 +274,10 @@ def test_without_memory_for_graphs_it_runs_uncaptured(
     def no_room(*_: object) -> None:
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(graphs, "capture", no_room)
+    monkeypatch.setattr(graphs, name, no_room)
     with open_model(folder, family) as model:
+        opened: Any = model.engine.executor
+        assert (opened._fed is None) is (name == "run")
         assert [c.token_ids for c in model.generate(own, max_new_tokens=9)] == expected
 
 

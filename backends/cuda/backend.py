@@ -77,10 +77,10 @@ class CudaBackend:
         devices = _devices(grid)
         gpus = {rank: _device(index) for rank, index in devices.items()}
         sizes = sizes_on(network, gpus, grid, max_batch, max_tokens, memory_share)
-        build = partial(_build_rank, artifact.folder, grid, devices, sizes)
         if grid.size == 1:
             with torch.cuda.device(devices[0]):  # the caller's current GPU stays what it is
-                return build(sizes.limits, 0, 1)
+                return _build(artifact, grid, devices, sizes, sizes.limits, 0)
+        build = partial(_build_rank, artifact.folder, grid, devices, sizes)
         names = ", ".join(_describe(devices[rank]) for rank in sizes.ranks)
         return open_ranks(grid, build, sizes.limits, names, "nccl", identity(artifact, grid))
 
@@ -122,7 +122,20 @@ def _build_rank(
     size: int,
 ) -> Executor:
     share = Share(grid.slice_of(rank), grid.tensor)
-    artifact, index = Artifact.open_share(folder, share), devices[rank]
+    artifact = Artifact.open_share(folder, share)
+    return _build(artifact, grid, devices, sizes, limits, rank)
+
+
+def _build(
+    artifact: Artifact,
+    grid: Grid,
+    devices: Mapping[int, int],
+    sizes: Sizes,
+    limits: Limits,
+    rank: int,
+) -> Executor:
+    """The executor of a rank; what of the GPU it takes is logged beside what was planned."""
+    index = devices[rank]
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     free = _device(index).free

@@ -142,6 +142,14 @@ class StepGraphs:
         self._entry, self._most_program_rows = Entry(network, inputs, angles), most_program_rows
         self._in_one = os.environ.get(HEADS) != "0"
 
+    def check(self, rows: int) -> None:
+        """Raise NotCoveredError, on all ranks, if the kernels do not cover a step of so many
+        rows. Ranks find out together, by capturing it; one by itself is ready sooner without."""
+        if self._peers.alone:
+            run(lambda: self._logits(self.size(rows)), self._stream)
+        else:
+            self.logits(rows)
+
     def logits(self, rows: int) -> Captured | None:
         """A step that ends with the logits: float32 [size >= rows, vocab]. None if it cannot be
         had: memory is short."""
