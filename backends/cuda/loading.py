@@ -149,14 +149,15 @@ def read_spans(spans: Iterable[Span], device: torch.device) -> None:
                 made.record(stream)  # what had this tensor's memory before may still be used
                 for chunk in span.chunks():
                     queue.put(chunk)
-        except BaseException:
-            stop.set()
-            raise
-        finally:
             for _ in sending:
                 queue.put(None)
-        for done in sending:
-            done.result()
+            for done in sending:
+                done.result()
+        except BaseException:  # Ctrl-C as well: nobody need bring the rest
+            stop.set()
+            for _ in sending:
+                queue.put(None)
+            raise
 
 
 def _send(
