@@ -20,7 +20,7 @@ from transformers.generation.logits_process import (
 )
 
 from lmi_multi.ops import philox, sampling
-from lmi_multi.ops.sampling import SampleRow, Sampling, sample
+from lmi_multi.ops.sampling import SampleRow, Sampling, sample, uniform, uniforms
 
 INF = float("inf")
 
@@ -362,3 +362,22 @@ def test_the_graph_is_static(rows: list[SampleRow]) -> None:
     with FakeTensorMode(allow_non_fake_inputs=True):
         drawn = sample(torch.empty(2, 300), settings_)
     assert drawn.tokens.shape == (2,) and drawn.finite.shape == (2,)
+
+
+def test_random_numbers_of_several_steps_are_those_of_each() -> None:
+    rows = [SampleRow(1.0, seed=2**64 - 1, step=2**33), SampleRow(1.0, seed=5, step=3, stream=7)]
+    together = uniforms(rows, 4)
+    assert together.shape == (4, 2)
+    for number, own in enumerate(together):
+        later = [row.at(row.step + number, row.stream) for row in rows]
+        assert own.tolist() == uniform(later, "cpu").tolist()
+        each = [philox.uniform([r.seed], [r.step], r.stream)[0] for r in later]
+        assert own.tolist() == each
+    assert uniforms([], 4).shape == (4, 0)
+
+
+def test_what_continues_a_row() -> None:
+    row = SampleRow(0.5, seed=3, step=6, stream=1)
+    assert row.at(7, 1).continues(row)
+    for other in (row, row.at(8, 1), row.at(7, 2), row.at(7, 1)._replace(seed=4)):
+        assert not other.continues(row)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -61,8 +62,12 @@ class SampleRow(NamedTuple):
         )
 
     def continues(self, before: SampleRow) -> bool:
-        """Whether it differs from `before` in nothing but its step."""
-        return self[:_STEP] == before[:_STEP] and self[_STEP + 1 :] == before[_STEP + 1 :]
+        """Whether it differs from `before` in nothing but its step, which is the next one."""
+        return (
+            self.step == before.step + 1
+            and self[:_STEP] == before[:_STEP]
+            and self[_STEP + 1 :] == before[_STEP + 1 :]
+        )
 
 
 _STEP = SampleRow._fields.index("step")
@@ -281,16 +286,17 @@ def _floor_24(part: float) -> float:
 
 def uniform(rows: Sequence[SampleRow], device: torch.device | str) -> Tensor:
     """Each row's random number for its step: float32[rows] in [0, 1)."""
-    if not rows:
-        return torch.empty(0, device=device)
+    return torch.from_numpy(uniforms(rows, 1)[0]).to(device)
+
+
+def uniforms(rows: Sequence[SampleRow], count: int) -> npt.NDArray[np.float32]:
+    """Each row's random numbers for its step and those behind it: float32[count, rows]."""
     seeds = np.array([row.seed for row in rows], dtype=np.uint64)
-    steps = np.array([row.step for row in rows], dtype=np.uint64)
-    streams = np.array([row.stream for row in rows])
-    numbers = np.empty(len(rows), dtype=np.float32)
-    for stream in np.unique(streams):
-        own = streams == stream
-        numbers[own] = philox.uniform(seeds[own], steps[own], int(stream))
-    return torch.from_numpy(numbers).to(device)
+    first = np.array([row.step for row in rows], dtype=np.uint64)
+    streams = np.array([row.stream for row in rows], dtype=np.uint64)
+    steps = first + np.arange(count, dtype=np.uint64)[:, None]
+    own = np.tile(seeds, count), steps.ravel(), np.tile(streams, count)
+    return philox.uniform(*own).reshape(steps.shape)
 
 
 def _banned(rows: Sequence[SampleRow], device: torch.device | str) -> Tensor:
