@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Literal
 
 from lmi_multi.errors import OptionError
@@ -91,6 +91,8 @@ class Resolved:
         `tokens` are the decoder's so far, `step` generated ones at their end; `encoder_ids` the
         prompt of an encoder-decoder. Answers to one prompt differ in `stream`.
         """
+        if self._is_plain:
+            return _likeliest(step, stream)
         if self._is_simple and step >= self.min_new_tokens:
             return self._simple.at(step, stream)
         forced = self._forced(step, tokens)
@@ -104,9 +106,11 @@ class Resolved:
     def ahead(self, step: int, stream: int = 0) -> SampleRow | None:
         """`row` for a step whose tokens are not known yet; None if it depends on them, or if the
         answer does not get that far."""
-        if step >= self.max_new_tokens or self._reads_tokens:
+        if step >= self.max_new_tokens:
             return None
-        return self.row(step, stream=stream)
+        if self._is_plain:
+            return _likeliest(step, stream)
+        return None if self._reads_tokens else self.row(step, stream=stream)
 
     @cached_property
     def _reads_tokens(self) -> bool:
@@ -131,6 +135,11 @@ class Resolved:
     def _is_simple(self) -> bool:
         """Whether all steps draw alike, but for the end tokens that come too early."""
         return not (self._reads_tokens or self.forced_eos_token_ids or self.logit_bias)
+
+    @cached_property
+    def _is_plain(self) -> bool:
+        """Whether the likeliest token is wanted in every step, and nothing else."""
+        return self._is_simple and not self.min_new_tokens and self._simple == SampleRow()
 
     @cached_property
     def _simple(self) -> SampleRow:
@@ -225,6 +234,12 @@ class Resolved:
             (token, -self.presence_penalty - self.frequency_penalty * count)
             for token, count in counts
         )
+
+
+@lru_cache(maxsize=4096)
+def _likeliest(step: int, stream: int) -> SampleRow:
+    """One for all rows that draw so: nothing to make, and equal at a glance."""
+    return SampleRow(step=step, stream=stream)
 
 
 def _distinct(tokens: Sequence[int]) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from random import Random
 
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from lmi_multi.backends.base import Limits
 from lmi_multi.engine.batch import Batch, Continuation, Continuations, Draw, Row
 from lmi_multi.engine.beams import BeamSearch
-from lmi_multi.engine.request import Request, Share
+from lmi_multi.engine.request import Request
 from lmi_multi.engine.scheduler import Scheduler
 from lmi_multi.engine.sequence import Sequence
 from lmi_multi.models.spec import Learned, ModelSpec
@@ -107,13 +107,13 @@ def test_every_row_reads_its_own_tokens(seed: int, prefix_caching: bool) -> None
         assert sum(len(row.token_ids) for row in batch.rows) <= limits.max_step_tokens
         assert len(batch.rows) <= limits.max_batch
         cache.step(batch)
-        for share in shares:
-            check(share, cache)
+        for request, rows in shares:
+            check(request, rows, cache)
         if random.random() < 0.1:
             continue  # the executor failed: what was planned is planned once more
-        for share in shares:
-            if share.draws:
-                share.request.accept(iter(draws(random, share.rows)))
+        for request, rows in shares:
+            if rows[0].sample is not None:
+                request.accept(iter(draws(random, rows)))
         if random.random() < 0.1:
             continue  # interrupted before the commit
         scheduler.commit(shares)
@@ -134,11 +134,11 @@ def prompt_of(random: Random) -> list[int]:
     return same + [random.randint(20, 21) for _ in range(stop - len(same))]
 
 
-def check(share: Share, cache: Cache) -> None:
+def check(request: Request, rows: Collection[Row], cache: Cache) -> None:
     """Whether the rows of a request read what they should after a step."""
-    tokens = known(share.request)
-    assert len(tokens) == len(share.rows)
-    for row, own in zip(share.rows, tokens, strict=True):
+    tokens = known(request)
+    assert len(tokens) == len(rows)
+    for row, own in zip(rows, tokens, strict=True):
         assert cache.read(tuple(row.blocks), row.length) == own[: row.length]
         assert (row.sample is not None) == (row.length == len(own))
 

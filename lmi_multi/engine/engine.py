@@ -15,7 +15,7 @@ from torch import Tensor
 from lmi_multi import interrupts
 from lmi_multi.backends.base import Executor
 from lmi_multi.engine.batch import Passage, Prompt
-from lmi_multi.engine.request import Request, Share
+from lmi_multi.engine.request import Request, Share, tokens_of
 from lmi_multi.engine.scheduler import Scheduler
 from lmi_multi.errors import OptionError
 
@@ -118,10 +118,9 @@ class Engine:
                 self._user = me
             return work()
         finally:  # of an interrupt as well, wherever it came; another one waits
-            with interrupts.delayed(), self._lock:
-                if self._user is me:
-                    self._user = None
-                    self._changed.notify_all()
+            if self._user is me:
+                with interrupts.delayed(), self._lock:
+                    self._free()
 
     def _step(self) -> None:
         with interrupts.delayed(), self._lock:
@@ -133,17 +132,23 @@ class Engine:
                 self._give_up_one(shares, error)
             return
         with interrupts.delayed(), self._lock:
-            for share in shares:
-                if share.draws:
-                    share.request.accept(draws)
+            for request, rows in shares:
+                if rows[0].sample is not None:
+                    request.accept(draws)
             self.scheduler.commit(shares)
             self._steps += 1
+            self._free()  # in here, as holding interrupts back once more takes longer than that
+
+    def _free(self) -> None:
+        """Let another one use the executor."""
+        self._user = None
+        self._changed.notify_all()
 
     def _give_up_one(self, shares: Items[Share], error: torch.OutOfMemoryError) -> None:
         """Fail the request that wanted most of a step which did not fit the GPU, the latest of
         several; the others take the step again. Sizes are planned so that this does not happen:
         another process has taken memory, or the plan is wrong."""
-        largest = max(reversed(shares), key=lambda share: share.tokens).request
+        largest, _ = max(reversed(shares), key=tokens_of)
         message = f"a step with it does not fit the GPU: {str(error).splitlines()[0]}"
         log.error("%s; %d others go on", message, len(shares) - 1)
         largest.fail(message, "out_of_memory")

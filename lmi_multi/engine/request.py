@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from lmi_multi.completion import FinishReason
 from lmi_multi.engine.batch import Continuations, Draw, Prompt, Row
@@ -86,20 +86,13 @@ class Job:
     answers: Sequence[sequence.Sequence]
 
 
-class Share(NamedTuple):
-    """What one request has of a step. A tuple, as one is made for each request of each step."""
+# What one request has of a step. A bare tuple, as one is made for each request of each step.
+Share = tuple[Request, Sequence[Row]]
 
-    request: Request
-    rows: Sequence[Row]
 
-    @property
-    def tokens(self) -> int:
-        """How many are computed for it: in its first step the encoder's too, and one of the step
-        that is begun meanwhile, if this one has none."""
-        encoded = self.request.encoder_ids if self.rows[0].fresh else None
-        return sum(len(row.token_ids) or 1 for row in self.rows) + len(encoded or ())
-
-    @property
-    def draws(self) -> bool:
-        """Whether the step draws for it."""
-        return self.rows[0].sample is not None
+def tokens_of(share: Share) -> int:
+    """How many tokens are computed for a request: in its first step the encoder's too, and one of
+    the step that is begun meanwhile, if this one has none."""
+    request, rows = share
+    encoded = request.encoder_ids if rows[0].fresh else None
+    return sum(len(row.token_ids) or 1 for row in rows) + len(encoded or ())

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from operator import attrgetter
 
 from lmi_multi.backends.base import Limits
 from lmi_multi.engine.batch import Batch, Row
 from lmi_multi.engine.prefix import PrefixCache
 from lmi_multi.engine.request import Request, Share
+
+_pending = attrgetter("pending")
 
 
 class Scheduler:
@@ -59,17 +62,19 @@ class Scheduler:
         self._requeue_newcomers()
         budget = encoded = self.limits.max_step_tokens
         counts: list[tuple[Request, int]] = []
-        for request in sorted(self.running, key=lambda r: r.pending):
-            budget -= self._share(request, budget, counts)
-        room = self.limits.max_batch - self.rows
+        budget -= self._share_alike(budget, counts)
+        if not counts:
+            for request in sorted(self.running, key=_pending):
+                budget -= self._share(request, budget, counts)
+        room = self.limits.max_batch - self.rows if self.waiting else 0
         while budget > 0 and (newcomer := self._admit(room, encoded)):
             room -= newcomer.width
             encoded -= len(newcomer.encoder_ids or ())
             budget -= self._share(newcomer, budget, counts)
         counts.sort(key=lambda share: share[1] > 1)
-        shares = [Share(request, request.rows(count)) for request, count in counts]
+        shares: list[Share] = [(request, request.rows(count)) for request, count in counts]
         batch = Batch(
-            rows=[row for share in shares for row in share.rows],
+            rows=[row for _, rows in shares for row in rows],
             prompts=[r.prompt() for r in self._newcomers if r.encoder_ids is not None],
         )
         return batch, shares
@@ -88,26 +93,33 @@ class Scheduler:
         for request in [r for r in self.running if r.finish_reason is not None]:
             self.release(request)
 
+    def _share_alike(self, budget: int, counts: list[tuple[Request, int]]) -> int:
+        """`_share` for all running requests at once, if each has one token to compute and all of
+        them fit in, as in most steps. Else nobody gets anything."""
+        wanted = sum([request.tokens_of_step for request in self.running])
+        if wanted > budget or {request.pending for request in self.running} != {1}:
+            return 0
+        counts += [(request, 1) for request in self.running]
+        return wanted
+
     def _share(self, request: Request, budget: int, counts: list[tuple[Request, int]]) -> int:
         """Give a request of what is left, and say how many tokens that takes. Rows beside each
         other, a beam search's, advance together or not at all."""
-        rows = request.tokens_of_step
-        count = max(0, min(request.pending, budget // rows))
+        rows, pending = request.tokens_of_step, request.pending
+        count = pending if pending * rows <= budget else budget // rows
         if count:
-            left = self._leaves_last(request, count, counts)
+            # The only token of one that runs is not a prompt's, or it was left for this step.
+            prompt = count > 1 or request in self._newcomers
+            left = prompt and count == pending and self._leaves_last(request, counts)
             counts.append((request, count - left))
         return count * rows  # nobody gets a slice of the one token that is left
 
-    def _leaves_last(
-        self, request: Request, count: int, counts: Sequence[tuple[Request, int]]
-    ) -> bool:
+    def _leaves_last(self, request: Request, counts: Sequence[tuple[Request, int]]) -> bool:
         """Whether the last token of a prompt is for the next step, where it is a row like those
         that run already: a step that draws a newcomer's first token waits for its prefill, or its
         encoder, and so do the tokens of rows that were computed before. Of a newcomer that has but
         one token, as an encoder-decoder's start token, this step then computes none."""
         if not self.limits.begins_ahead or not counts or request.width > 1:
-            return False
-        if count < request.pending or (count == 1 and request not in self._newcomers):
             return False
         first, tokens = counts[0]
         if tokens != 1 or first in self._newcomers:
@@ -159,17 +171,19 @@ class Scheduler:
 
     def commit(self, shares: Sequence[Share]) -> None:
         """Note what a step computed. Requests that finished since are released."""
-        for share in shares:
-            share.request.advance(share.rows[0].length)
-            self._store(share.request, share.rows[0])
-            if share.request.finish_reason is not None:
-                self.release(share.request)
+        for request, rows in shares:
+            row = rows[0]
+            request.advance(row.length)
+            if row.start < row.prompt_length:
+                self._store(request, row)
+            if request.finish_reason is not None:
+                self.release(request)
         self._newcomers = []
 
     def _store(self, request: Request, row: Row) -> None:
         """Let others find what a step computed of a prompt. One whose caller left while the step
         ran has no blocks any more."""
-        if request.blocks and row.start < row.prompt_length and request.encoder_ids is None:
+        if request.blocks and request.encoder_ids is None:
             self.cache.store(request.first_tokens[: row.length], request.blocks)
 
     def release(self, request: Request) -> None:

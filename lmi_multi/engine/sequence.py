@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, ClassVar
 
 from lmi_multi.completion import FinishReason, TokenLogprob
 from lmi_multi.engine.batch import Continuations, Draw, Prompt, Row
@@ -25,12 +25,16 @@ class Sequence:
     a beam search is a sequence too, which nothing runs: the search fills it, and its `score`.
     """
 
+    width: ClassVar[int] = 1  # see `Request.width`
+    tokens_of_step: ClassVar[int] = 1  # see `Request.tokens_of_step`
+
     options: Resolved
     tokens: list[int]
     encoder_ids: list[int] | None = None
     detokenizer: Detokenizer | None = None
     first_tokens: list[int] = field(init=False)
     given: int = field(init=False)
+    longest: int = field(init=False)  # the most decoder tokens that it can reach
     computed: int = 0
     reused: int = 0
     shared: int = 0
@@ -45,10 +49,15 @@ class Sequence:
     # How the next draw will be made, if that is known.
     _ahead: SampleRow | None = field(init=False, default=None)
     _fresh: bool = field(init=False, default=True)  # no step has had it yet
+    # What `blocks` and `cross_blocks` were when it started, for its rows: whoever leaves while a
+    # step runs empties them.
+    _own: tuple[int, ...] = field(init=False, default=())
+    _cross: tuple[int, ...] = field(init=False, default=())
 
     def __post_init__(self) -> None:
         self.first_tokens = list(self.tokens)
         self.given = len(self.tokens)
+        self.longest = self.given + self.options.max_new_tokens
 
     @property
     def generated(self) -> list[int]:
@@ -67,21 +76,6 @@ class Sequence:
         if self.options.logprobs is None:
             return None
         return sum(entry.logprob for entry in self.logprobs)
-
-    @property
-    def longest(self) -> int:
-        """The most decoder tokens that this sequence can reach."""
-        return self.given + self.options.max_new_tokens
-
-    @property
-    def width(self) -> int:
-        """See `Request.width`."""
-        return 1
-
-    @property
-    def tokens_of_step(self) -> int:
-        """See `Request.tokens_of_step`."""
-        return 1
 
     @property
     def goes_ahead(self) -> bool:
@@ -105,41 +99,37 @@ class Sequence:
 
     def rows(self, count: int) -> list[Row]:
         """See `Request.rows`."""
-        stop = self.computed + count
+        start, tokens = self.computed, self.tokens
+        stop = start + count
         sample = ahead = next_token = None
-        if stop == len(self.tokens):
+        if stop == len(tokens):
             drawn = stop - self.given
             sample = self._ahead
             if sample is None or sample.step != drawn:
-                sample = self.options.row(drawn, self.tokens, self.encoder_ids or (), self.stream)
+                sample = self.options.row(drawn, tokens, self.encoder_ids or (), self.stream)
             ahead = self._ahead = self.options.ahead(drawn + 1, self.stream)
-        elif stop + 1 == len(self.tokens):
-            next_token = self.tokens[stop]
+        elif stop + 1 == len(tokens):
+            next_token = tokens[stop]
             ahead = self._ahead = self.options.ahead(stop + 1 - self.given, self.stream)
         fresh: tuple[int, ...] = ()
         if self._fresh:
-            fresh, self._fresh = (*self.blocks[self.shared :], *self.cross_blocks), False
+            fresh, self._fresh = (*self._own[self.shared :], *self._cross), False
+        encoded = len(self.encoder_ids or ())
+        # By place: it takes half the time, and there is one for each sequence of each step.
         row = Row(
-            token_ids=self.tokens[self.computed : stop],
-            start=self.computed,
-            blocks=tuple(self.blocks),  # the caller may leave, and empty it, while the step runs
-            prompt_length=self.given,
-            cross_blocks=tuple(self.cross_blocks),
-            cross_length=len(self.encoder_ids or ()),
-            sample=sample,
-            ahead=ahead,
-            fresh=fresh,
-            next_token=next_token,
-        )
+            tokens[start:stop], start, self._own, self.given, self._cross, encoded,
+            sample, ahead, None, fresh, (), next_token,
+        )  # fmt: skip
         return [row]
 
     def accept(self, draws: Iterator[Draw | Continuations]) -> None:
         """See `Request.accept`."""
-        draw = cast(Draw, next(draws))
+        own: Iterator[Any] = draws  # no `cast`: that is a call for each sequence of each step
+        token, finite, logprob = next(own)
         if self.finish_reason is not None:
             return
-        if draw.finite:
-            self.push(draw.token, draw.logprob)
+        if finite:
+            self.push(token, logprob)
         else:
             self.fail(not_finite(len(self.generated), self.options))
 
@@ -149,10 +139,8 @@ class Sequence:
             self.logprobs.append(logprob)
         self.tokens.append(token)
         reason: FinishReason | None = None
-        if token in self.options.eos_token_ids:
-            reason = "eos"
-        elif token in self.options.stop_token_ids:
-            reason = "stop"
+        if token in self.options.end_token_ids:
+            reason = "eos" if token in self.options.eos_token_ids else "stop"
         elif self.detokenizer is not None:
             self.pieces.append(self.detokenizer.push(token))
             if self.detokenizer.stopped:
@@ -175,6 +163,7 @@ class Sequence:
         """See `Request.start`."""
         self.reused = self.computed = reused
         self.shared, self._fresh = shared, True
+        self._own, self._cross = tuple(self.blocks), tuple(self.cross_blocks)
 
     def cancel(self) -> None:
         """See `Request.cancel`."""
