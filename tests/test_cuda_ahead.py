@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +73,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def found(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
     """Where each row that was looked for in a flight was."""
-    place, places = ahead.Flight.place, []
+    is_of, place, places = ahead.Flight.is_of, ahead.Flight.place, []
+
+    def noted_all(self: ahead.Flight, rows: Sequence[Row]) -> bool:
+        found = is_of(self, rows)
+        if found:
+            places.extend(range(len(rows)))
+            assert [place(self, row) for row in rows] == list(range(len(rows)))
+        return found
 
     def noted(self: ahead.Flight, row: Row) -> int | None:
         places.append(place(self, row))
         return places[-1]
 
+    monkeypatch.setattr(ahead.Flight, "is_of", noted_all)
     monkeypatch.setattr(ahead.Flight, "place", noted)
     return places
 
@@ -163,6 +172,19 @@ def test_known_tokens_are_a_step_that_nobody_waits_for(
             assert events == ["_replay"] + ["_replay", "results"] * 3 + ["results"]
 
 
+def test_random_numbers_are_of_the_rows_that_go_on(folder: Path) -> None:
+    """They are made for several steps at once; rows end, and others come, between these."""
+    own, steps = prompts(4, 6), ahead.DRAWN_AT_ONCE
+    sampled: dict[str, Any] = {"do_sample": True, "top_p": 0.9, "ignore_eos": True}
+    lengths = [2 * steps + 3, steps, 3, 3 * steps]
+    options = [
+        sampled | {"max_new_tokens": n, "seed": n, "num_return_sequences": 2} for n in lengths
+    ]
+    with cpu_model(folder, "t5") as cpu, open_model(folder, "t5") as model:
+        expected = [answer.token_ids for answer in cpu.generate(own, options)]
+        assert [answer.token_ids for answer in model.generate(own, options)] == expected
+
+
 @pytest.mark.parametrize("family", ["t5", "gpt2"])
 def test_few_graphs_are_not_spent_where_no_step_follows(folder: Path, family: str) -> None:
     """Rows whose bans change with every token, and answers of one token."""
@@ -240,7 +262,9 @@ def test_a_step_that_fails_leaves_nothing_behind(
     own = prompts(4, 5)
     with cpu_model(folder, "gpt2") as cpu, open_model(folder, "gpt2") as model:
         expected = [c.token_ids for c in cpu.generate(own, max_new_tokens=9)]
-        for name, number in itertools.product(("_prepare", "_draw", "_next_logits"), range(1, 4)):
+        for name, number in itertools.product(
+            ("_prepare", "_draw", "_next_logits", "_go_on"), range(1, 4)
+        ):
             calls = itertools.count(1)
             method = getattr(executor.CudaExecutor, name)
 

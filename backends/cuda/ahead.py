@@ -10,7 +10,8 @@ successors write there.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -18,11 +19,14 @@ from torch import Tensor
 
 from lmi_multi import progress
 from lmi_multi.engine.batch import Draw, Row
-from lmi_multi.ops.sampling import SampleRow
+from lmi_multi.ops.sampling import SampleRow, uniforms
 
-from .draws import GREEDY, DrawKind, can_capture
+from .draws import GREEDY, Chances, DrawKind, can_capture, capturable, is_greedy
 from .graphs import Captured, StepGraphs
 from .inputs import download, recorded, upload
+
+# Of how many steps random numbers are made in one go: it takes little longer than for one.
+DRAWN_AT_ONCE = 8
 
 
 @dataclass
@@ -30,6 +34,8 @@ class Flight:
     """A step that was begun: of `rows`, each one token further than it says, drawing by `draws`.
     (Where `Ahead.start` has begun it, as they say.)
 
+    `numbers` are those that its rows had among all that might have been in it. `chances` are random
+    numbers for the steps behind it, as far as they have been made: if these are of the same rows.
     `fed` are the tokens that it was given, once the host knows them.
     """
 
@@ -39,31 +45,37 @@ class Flight:
     # Pinned int64 [rows]; there when `done` is, until the step after the next one begins.
     drawn: Tensor
     done: torch.cuda.Event
+    numbers: Sequence[int] = ()
+    chances: Sequence[Chances] = ()
     fed: Sequence[int] = ()
-    places: dict[int, int] = field(init=False)  # by a row's last block, which is its own
 
-    def __post_init__(self) -> None:
-        self.places = {row.blocks[-1]: place for place, row in enumerate(self.rows)}
+    def is_of(self, rows: Sequence[Row]) -> bool:
+        """Whether `rows` are what has been computed, in this order."""
+        return len(rows) == len(self.fed) and all(
+            map(_follows, rows, self.rows, self.draws, self.fed)
+        )
 
     def place(self, row: Row) -> int | None:
         """Where in this flight `row` has been computed; None if it has not."""
-        place = self.places.get(row.blocks[-1])
-        if place is None or row.fresh or row.copies or row.beams is not None:
+        place = self._places.get(row.blocks[-1])
+        if place is None:
             return None
-        before = self.rows[place]
-        same = (
-            row.start == before.length
-            and row.sample == self.draws[place]
-            and tuple(row.token_ids) == (self.fed[place],)
-            and len(row.blocks) == len(before.blocks)
-        )
+        same = _follows(row, self.rows[place], self.draws[place], self.fed[place])
         return place if same else None
+
+    @cached_property
+    def _places(self) -> dict[int, int]:
+        """By a row's last block, which is its own."""
+        return {row.blocks[-1]: place for place, row in enumerate(self.rows)}
 
     def results(self) -> list[Draw]:
         """What was drawn for every row; waits for it, and so for other ranks' part of it."""
         with progress.waiting():
             self.done.synchronize()
-        return [Draw(max(token, 0), token >= 0) for token in self.drawn.tolist()]
+        tokens = self.drawn.tolist()
+        if min(tokens) >= 0:  # most often
+            return list(map(Draw, tokens))
+        return [Draw(max(token, 0), token >= 0) for token in tokens]
 
 
 class Ahead:
@@ -100,23 +112,29 @@ class Ahead:
         Each row is fed its one of `tokens`, or, where that is None, what `last` has drawn or is
         about to draw at its one of `places`. None if no row is sure enough of what it wants.
         """
-        going = [i for i, row in enumerate(rows) if row.ahead and can_capture(row.ahead)]
+        going = capturable([row.ahead for row in rows])
         if not going:
             return None
-        own = [rows[i] for i in going]
-        draws = [row.ahead for row in own if row.ahead]
-        kind = self._graphs.draws.kind(draws)
-        graph = self._graph(len(own), kind)
+        if len(going) < len(rows):
+            rows = [rows[i] for i in going]
+            tokens, places = [tokens[i] for i in going], [places[i] for i in going]
+        draws = [row.ahead for row in rows if row.ahead]
+        same = last if last and _continues(last, places, draws) else None  # and so the same kind
+        kind = same.kind if same else self._graphs.draws.kind(draws)
+        graph = self._graph(len(rows), kind)
         if graph is None:
             return None
-        if last and last.kind == kind and self._continues(last, [places[i] for i in going], draws):
-            if kind.any_sampled:
-                self._graphs.draws.advance(draws)
-        else:
-            self._graphs.inputs.fill(own, ahead=1)
+        chances: Sequence[Chances] = ()
+        if same is None:
+            self._graphs.inputs.fill(rows, ahead=1)
             self._graphs.draws.fill(draws)
-            self._feed([tokens[i] for i in going], [places[i] for i in going])
-        return self._replay(graph, own, draws, kind)
+            self._feed(tokens, places)
+        elif kind.any_sampled:
+            now, *chances = same.chances or uniforms(draws, DRAWN_AT_ONCE)
+            self._graphs.draws.advance(now)
+        begun = self._replay(graph, rows, draws, kind)
+        begun.numbers, begun.chances = going, chances
+        return begun
 
     def _graph(self, rows: int, kind: DrawKind) -> Captured | None:
         """A step that draws to the half of the tokens' memory that has been read: those of the last
@@ -142,14 +160,6 @@ class Ahead:
         if self._begun is not None:
             self._begun.synchronize()
 
-    def _continues(
-        self, last: Flight, places: Sequence[int | None], draws: Sequence[SampleRow]
-    ) -> bool:
-        """Whether the rows are those of `last`, in its order, and want what they wanted."""
-        return list(places) == list(range(len(last.rows))) and all(
-            now.continues(before) for before, now in zip(last.draws, draws, strict=True)
-        )
-
     def _feed(self, tokens: Sequence[int | None], places: Sequence[int | None]) -> None:
         """Put the next tokens in the first places: those given, else those drawn at `places`."""
         ids = self._graphs.inputs.ids
@@ -160,3 +170,23 @@ class Ahead:
         upload(host, device)
         given, from_places = device
         ids[: len(tokens)] = torch.where(given < 0, ids[from_places], given)
+
+
+def _follows(row: Row, before: Row, draw: SampleRow, token: int) -> bool:
+    """Whether `row` is the one behind `before`: fed `token`, and drawing by `draw`."""
+    return (
+        row.start == before.start + len(before.token_ids)
+        and row.sample == draw
+        and [*row.token_ids] == [token]
+        and row.blocks == before.blocks
+        and not (row.fresh or row.copies or row.beams)
+    )
+
+
+def _continues(last: Flight, places: Sequence[int | None], draws: Sequence[SampleRow]) -> bool:
+    """Whether the rows are those of `last`, in its order, and want what they wanted."""
+    if list(places) != list(range(len(last.rows))):
+        return False
+    if last.kind == GREEDY:  # which has no options
+        return is_greedy(draws)
+    return all(map(SampleRow.continues, draws, last.draws))

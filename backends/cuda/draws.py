@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lmi_multi.ops.sampling import Sampled, SampleRow, Sampling, sample, uniform
+from lmi_multi.ops.sampling import Sampled, SampleRow, Sampling, sample
 
 from .inputs import upload
 
@@ -31,6 +33,9 @@ class DrawKind(NamedTuple):
 GREEDY = DrawKind(False, False, False, False, window=0, banned=0)  # the likeliest token alone
 
 
+Chances = npt.NDArray[np.float32]  # a random number for each row
+
+
 class DrawInputs:
     """The options of up to `most` rows on the device."""
 
@@ -44,11 +49,11 @@ class DrawInputs:
 
     def kind(self, rows: Sequence[SampleRow]) -> DrawKind:
         """What these rows need."""
-        return GREEDY if _is_greedy(rows) else _kind(_sampling(rows, len(rows)))
+        return GREEDY if is_greedy(rows) else _kind(_sampling(rows, len(rows)))
 
     def fill(self, rows: Sequence[SampleRow]) -> None:
         """Put the rows' options in the first places."""
-        if _is_greedy(rows):
+        if is_greedy(rows):
             return
         host = _sampling(rows, self.most)
         if host.any_sampled:
@@ -60,10 +65,9 @@ class DrawInputs:
             padded = torch.nn.functional.pad(host.banned, padding, value=-1)
             upload(padded.numpy(), banned)
 
-    def advance(self, rows: Sequence[SampleRow]) -> None:
+    def advance(self, chances: Chances) -> None:
         """Put the rows' next random numbers in the first places; their options have not changed."""
-        numbers = uniform(rows, "cpu").numpy()
-        upload(numbers, self._columns["uniform"][: len(rows)])
+        upload(chances, self._columns["uniform"][: len(chances)])
 
     def sample(self, logits: Tensor, kind: DrawKind) -> Sampled:
         """Draw for `logits` float32 [rows, vocab], rows in the first places, as `kind` says."""
@@ -85,7 +89,12 @@ def can_capture(row: SampleRow) -> bool:
     return row.edit is None and row.logprobs is None
 
 
-def _is_greedy(rows: Sequence[SampleRow]) -> bool:
+def capturable(rows: Sequence[SampleRow | None]) -> list[int]:
+    """The numbers of those that a captured step can draw for."""
+    return [i for i, row in enumerate(rows) if row and row.edit is None and row.logprobs is None]
+
+
+def is_greedy(rows: Sequence[SampleRow]) -> bool:
     """Whether the likeliest tokens alone are wanted."""
     return not any(row.temperature or row.banned for row in rows)
 

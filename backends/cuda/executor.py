@@ -133,7 +133,9 @@ class CudaExecutor(TorchExecutor):
     def step(self, batch: Batch) -> StepResult:
         """See `Executor.step`."""
         self._join()
-        rows = batch.rows
+        rows, last = batch.rows, self._flight
+        if self._ahead and last and not batch.prompts and last.is_of(rows):  # most steps
+            return self._go_on(self._ahead, last, rows)
         taken = self._searches.taken(rows) if self._searches is not None else {}
         begun_before = {n for i, place in taken.items() for n in range(i, i + place.width)}
         if self._searches is not None and taken:
@@ -144,7 +146,7 @@ class CudaExecutor(TorchExecutor):
             self._flight = None
             self._peers.check()
             return StepResult([own.result for own in taken.values()])
-        last, self._flight = self._flight, None
+        self._flight = None
         places = [last.place(row) if last else None for row in rows]
         if self._ahead is not None and set(places) == {None}:
             last = self._ahead.start(rows)  # then the next step needs no tokens of this one either
@@ -175,11 +177,21 @@ class CudaExecutor(TorchExecutor):
             found |= {i: drawn[place] for i, place in enumerate(places) if place is not None}
         if begun is not None:
             given = [_token(found[i]) if tokens[i] is None else tokens[i] for i in going]
-            fed = {rows[i].blocks[-1]: t or 0 for i, t in zip(going, given, strict=True)}
-            begun.fed = [fed[row.blocks[-1]] for row in begun.rows]
+            begun.fed = [given[n] or 0 for n in begun.numbers]
         self._flight = begun
         self._peers.check()
         return StepResult([found[i] for i in sorted(found)])
+
+    def _go_on(self, ahead: Ahead, last: Flight, rows: Sequence[Row]) -> StepResult:
+        """What `step` does where `rows` are all that it is asked for, and those of `last`."""
+        self._flight = None
+        begun = ahead.begin(rows, [None] * len(rows), range(len(rows)), last)
+        drawn = last.results()
+        if begun is not None:
+            begun.fed = [drawn[n].token for n in begun.numbers]
+        self._flight = begun
+        self._peers.check()
+        return StepResult(drawn)
 
     def _agreed(
         self, rows: Sequence[Row], tokens: list[int | None], rest: Sequence[int]
