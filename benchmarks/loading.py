@@ -2,7 +2,7 @@
 benchmarks.loading [--gib 10 --shape gpt-j-6b]`.
 
 A file of tensors by our reader and by safetensors' own; and `load` of an artifact of a shape, whose
-weights are a hole in a file, until the model is ready: weights, cache, graphs.
+weights are a hole in a file, until the model is ready: weights, cache, steps tried.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ on {{where}}.
 
 Files are in the page cache; those of models are holes, whose pages are zero. Seconds of a first
 round, and the median of {ROUNDS} behind it; GB a second, and the share of the copy's. A model is
-ready when `load` returns: its weights, its cache, and what of graphs it begins with.
+ready when `load` returns: with its weights, its cache, and steps of one row and of all rows tried.
 
 | what | first, s | s | GB/s | share |
 | --- | --: | --: | --: | --: |
