@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from lmi_multi import backends
 from lmi_multi.checkpoint.artifact import Artifact
 from lmi_multi.checkpoint.convert import convert
-from lmi_multi.checkpoint.header import read_header
+from lmi_multi.checkpoint.header import build_header, read_header
 from lmi_multi.errors import CheckpointError
 from tests import tiny_models
 
@@ -44,6 +44,23 @@ def test_bytes_are_those_of_the_file(tmp_path: Path) -> None:
     assert set(found) == set(made)
     for name, tensor in made.items():
         assert found[name].dtype == tensor.dtype and torch.equal(found[name].cpu(), tensor)
+
+
+def test_a_tensor_may_have_more_bytes_than_31_bits_count(tmp_path: Path) -> None:
+    from lmi_multi.backends.cuda.loading import read_file
+
+    size = 2**31 + 3 * 2**20 + 5
+    if torch.cuda.mem_get_info()[0] < size + 2**30:
+        pytest.skip("cuda: too little memory is free")
+    head, infos = build_header([("long", (size,), torch.uint8)])
+    path = tmp_path / "model.safetensors"
+    with path.open("wb") as file:  # a hole, but for its ends
+        file.write(head + b"begin")
+        file.seek(infos["long"].stop - 3)
+        file.write(b"end")
+    found = read_file(path, read_header(path), torch.device("cuda", 0))["long"]
+    assert bytes(found[:6].tolist()) == b"begin\0" and bytes(found[-4:].tolist()) == b"\0end"
+    assert int(found.count_nonzero()) == len(b"beginend")
 
 
 @pytest.mark.parametrize("quantize", [None, "int8", "fp8"])

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
+from queue import SimpleQueue
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -98,3 +102,47 @@ def test_a_file_cut_short(checkpoints: Path, tmp_path: Path) -> None:
 
 def test_the_buffers_are_those_of_the_estimates() -> None:
     assert fit.BUFFERS == loading.THREADS * loading.PIECES * loading.PIECE
+
+
+class Threads:
+    """Runs at most `most` at once, then starts no more."""
+
+    def __init__(self, most: int) -> None:
+        self.left, self.started = most, list[threading.Thread]()
+
+    def __enter__(self) -> Threads:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for thread in self.started:
+            thread.join(timeout=10)
+
+    def submit(self, work: Callable[..., None], *given: object) -> Future[None]:
+        if not self.left:
+            raise RuntimeError("can't start new thread")
+        self.left -= 1
+        done: Future[None] = Future()
+        self.started.append(threading.Thread(target=lambda: done.set_result(work(*given))))
+        self.started[-1].start()
+        return done
+
+
+def test_threads_that_cannot_start_are_an_error_and_no_wait(
+    monkeypatch: pytest.MonkeyPatch, checkpoints: Path
+) -> None:
+    made, pool = tiny_models.artifact(checkpoints, "gpt2"), Threads(3)
+    event = SimpleNamespace(record=lambda _: None)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
+    monkeypatch.setattr(loading, "ThreadPoolExecutor", lambda _: pool)
+
+    def send(queue: SimpleQueue[Span | None], *_: object) -> None:
+        while queue.get() is not None:
+            pass
+
+    monkeypatch.setattr(loading, "_send", send)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        loading.read_spans(
+            plan_spans(made, 0, 1, entries(made, poisoned(made, 1))), torch.device("cpu")
+        )
+    assert len(pool.started) == 3 and not any(t.is_alive() for t in pool.started)

@@ -174,5 +174,9 @@ def test_sizes_of_graphs() -> None:
     assert size_of([SIZES[-1], 1], SIZES) is None
     assert size_of([1] * 16, SIZES) == 16
     assert size_of([1] * 17, SIZES) is None
-    assert size_of([1] * 17, (*SIZES, 1024, 2048)) == 2048  # the first for so many rows
+    larger = (*SIZES, 1024, 2048, 3072, 4096)
+    assert size_of([40] * 64, larger) == 4096  # 3,072 have no room for so many rows
+    assert size_of([32] * 64, larger) == 4096
+    assert size_of([31] * 64, larger) is None  # it would be half empty
+    assert size_of([1] * 17, larger) is None
     assert size_of([], SIZES) is None

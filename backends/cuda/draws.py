@@ -91,7 +91,7 @@ def can_capture(row: SampleRow) -> bool:
 
 def capturable(rows: Sequence[SampleRow | None]) -> list[int]:
     """The numbers of those that a captured step can draw for."""
-    return [i for i, row in enumerate(rows) if row and row.edit is None and row.logprobs is None]
+    return [i for i, row in enumerate(rows) if row and can_capture(row)]
 
 
 def is_greedy(rows: Sequence[SampleRow]) -> bool:

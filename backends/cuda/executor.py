@@ -300,11 +300,8 @@ class CudaExecutor(TorchExecutor):
             if self._fed is not None:
                 for rows in (1, self.limits.max_batch):
                     self._fed.check(rows)
-        except (NotCoveredError, torch.OutOfMemoryError) as error:
-            why = "the kernels do not cover this network's attention"
-            if not isinstance(error, NotCoveredError):
-                why = "there is no memory for a step of all rows"
-            log.warning("%s: it runs uncaptured", why)
+        except NotCoveredError:
+            log.warning("the kernels do not cover this network's attention: it runs uncaptured")
             self._fed = self._ahead = None
         if self._fed is not None and self._peers.least(self._prefill.covers()):
             self._prefill_graphs = PrefillGraphs(

@@ -145,10 +145,13 @@ class StepGraphs:
     def check(self, rows: int) -> None:
         """Raise NotCoveredError, on all ranks, if the kernels do not cover a step of so many
         rows. Ranks find out together, by capturing it; one by itself is ready sooner without."""
-        if self._peers.alone:
-            run(lambda: self._logits(self.size(rows)), self._stream)
-        else:
+        if not self._peers.alone:
             self.logits(rows)
+            return
+        try:
+            run(lambda: self._logits(self.size(rows)), self._stream)
+        except torch.OutOfMemoryError:  # there may be some when it is wanted
+            log.warning("no memory to try a step of %d rows", rows)
 
     def logits(self, rows: int) -> Captured | None:
         """A step that ends with the logits: float32 [size >= rows, vocab]. None if it cannot be

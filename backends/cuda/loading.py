@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Container, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from io import FileIO
@@ -126,7 +126,8 @@ def _part(path: Path, info: TensorInfo, dim: int, first: int, target: Tensor) ->
 
 
 def read_file(path: Path, infos: dict[str, TensorInfo], device: torch.device) -> dict[str, Tensor]:
-    """The tensors of a safetensors file on a GPU. Raises CheckpointError if it became shorter."""
+    """The tensors of a safetensors file on a GPU. Raises OSError, and CheckpointError if it became
+    shorter."""
     tensors = {
         name: torch.empty(info.shape, dtype=info.dtype, device=device)
         for name, info in infos.items()
@@ -143,20 +144,24 @@ def read_spans(spans: Iterable[Span], device: torch.device) -> None:
     made = torch.cuda.Event()  # type: ignore[no-untyped-call]
     stream = torch.cuda.current_stream(device)
     with ThreadPoolExecutor(THREADS) as pool:
-        sending = [pool.submit(_send, queue, device, made, stop) for _ in range(THREADS)]
+        sending: list[Future[None]] = []
         try:
-            for span in spans:
-                made.record(stream)  # what had this tensor's memory before may still be used
-                for chunk in span.chunks():
-                    queue.put(chunk)
-            for _ in sending:
-                queue.put(None)
+            try:
+                for _ in range(THREADS):
+                    sending.append(pool.submit(_send, queue, device, made, stop))
+                for span in spans:
+                    made.record(stream)  # what had this tensor's memory before may still be used
+                    for chunk in span.chunks():
+                        queue.put(chunk)
+                    if stop.is_set():
+                        break
+            finally:
+                for _ in range(THREADS):
+                    queue.put(None)
             for done in sending:
                 done.result()
         except BaseException:  # Ctrl-C as well: nobody need bring the rest
             stop.set()
-            for _ in sending:
-                queue.put(None)
             raise
 
 

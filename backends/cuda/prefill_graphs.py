@@ -53,7 +53,10 @@ class PrefillGraphs:
         stream: torch.cuda.Stream,
     ) -> None:
         self._peers, self._stream = peers, stream
-        self.sizes = sizes(prefill.network.spec, peers.size)
+        # No more than a step can have, whose memory is planned.
+        most = max(limits.max_step_tokens, limits.max_tokens)
+        every = sizes(prefill.network.spec, peers.size)
+        self.sizes = tuple(size for size in every if size <= most) or every[:1]
         self._prefill, self._angles, self._device = prefill, angles, device
         self._block_size = limits.block_size
         self._most_rows = limits.max_batch
@@ -136,7 +139,7 @@ class PrefillGraphs:
         attention = self._attention(inputs, False)
         memory = self._prefill.network.encode(inputs.ids, inputs.positions, None, attention)
         self._prefill.write_cross(memory, inputs)
-        return memory
+        return inputs.slots  # nobody wants what was encoded, and the graph would keep it
 
     def _attention(self, inputs: PrefillInputs, causal: bool | None) -> PrefillAttention:
         angles = None if self._angles is None else self._angles.at(inputs.positions)
@@ -156,9 +159,16 @@ def rows_of(size: int) -> int:
 
 
 def size_of(counts: Sequence[int], sizes: Sequence[int]) -> int | None:
-    """The first of `sizes` that rows of so many tokens fit in; None if there is none."""
-    first = bisect_left(sizes, sum(counts))
-    return next((size for size in sizes[first:] if 0 < len(counts) <= rows_of(size)), None)
+    """The first of `sizes` that rows of so many tokens fit in; None if there is none, or if one
+    that has room for so many rows would be half empty."""
+    total = sum(counts)
+    first = bisect_left(sizes, total)
+    for size in sizes[first:]:
+        if size > sizes[first] and size > 2 * total:
+            return None
+        if 0 < len(counts) <= rows_of(size):
+            return size
+    return None
 
 
 def _not_covered() -> Attention:

@@ -83,9 +83,8 @@ class PrefillInputs:
         self.starts, self.lengths, self.table = views["starts"], views["lengths"], views["table"]
         self._reached = views["reached"]
         self.cross_lengths, self.cross_table = views["cross_lengths"], views["cross_table"]
-        self.positions, self.reach, self.slots = torch.empty(
-            (3, tokens), dtype=torch.int32, device=device
-        )
+        places = torch.empty((3, tokens), dtype=torch.int32, device=device)
+        self.positions, self.reach, self.slots = places.unbind(0)
 
     @classmethod
     def of_rows(

@@ -240,8 +240,8 @@ def _unwritten(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device)
     than was written.
 
     On a CPU zeros that take physical memory only once written, so that a large pool costs nothing:
-    numpy allocates them with calloc, torch fills them. A GPU's memory as it was: to
-    fill 56 GiB takes an H200 17 ms.
+    numpy allocates them with calloc, torch fills them. A GPU's memory as it was: to fill 56 GiB
+    takes an H200 17 ms.
     """
     if device.type != "cpu":
         return torch.empty(shape, dtype=dtype, device=device)

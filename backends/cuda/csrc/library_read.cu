@@ -49,20 +49,28 @@ int64_t run_read_rows(int64_t file, int64_t start, int64_t pitch, Tensor target,
   char* const to = static_cast<char*>(target.data_ptr());
   std::vector<Sent> sent(pieces);
   int64_t turn = 0, fault = 0;
-  for (int64_t row = 0; row < rows && !fault; row += most) {
-    const int64_t count = std::min(most, rows - row);
-    for (int64_t at = 0; at < width && !fault; at += part) {
-      const int64_t size = std::min(part, width - at), piece = turn++ % pieces;
-      char* const from = static_cast<char*>(pinned.data_ptr()) + piece * room;
-      if (turn > pieces) sent[piece].wait();
-      for (int64_t i = 0; i < count && !fault; ++i) {
-        fault = fill(static_cast<int>(file), from + i * size, size, start + (row + i) * pitch + at);
-      }
-      if (fault) break;
-      check(cudaMemcpy2DAsync(to + row * stride + at, std::max(stride, size), from, size, size,
-                              count, cudaMemcpyHostToDevice, stream), "copy to the GPU");
-      sent[piece].record(stream);
+  const auto bring = [&](int64_t row, int64_t count, int64_t at, int64_t size) {
+    const int64_t piece = turn++ % pieces;
+    char* const from = static_cast<char*>(pinned.data_ptr()) + piece * room;
+    if (turn > pieces) sent[piece].wait();
+    for (int64_t i = 0; i < count && !fault; ++i) {
+      fault = fill(static_cast<int>(file), from + i * size, size, start + (row + i) * pitch + at);
     }
+    if (fault) return;
+    // A pitch has to fit 31 bits: that of one row, which may be a whole tensor, means nothing.
+    check(cudaMemcpy2DAsync(to + row * stride + at, count > 1 ? stride : size, from, size, size,
+                            count, cudaMemcpyHostToDevice, stream), "copy to the GPU");
+    sent[piece].record(stream);
+  };
+  try {
+    for (int64_t row = 0; row < rows; row += most) {
+      for (int64_t at = 0; at < width && !fault; at += part) {
+        bring(row, std::min(most, rows - row), at, std::min(part, width - at));
+      }
+    }
+  } catch (...) {
+    cudaStreamSynchronize(stream);  // `pinned` is another's when this returns
+    throw;
   }
   check(cudaStreamSynchronize(stream), "copy to the GPU");
   return fault;
