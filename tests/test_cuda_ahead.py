@@ -112,7 +112,7 @@ def test_every_step_but_the_first_is_begun_ahead(folder: Path, found: list[int |
 
 @pytest.mark.parametrize("family", ["t5", "gpt2"])
 @pytest.mark.parametrize(
-    "sampled", [{}, {"temperature": 0.8, "seed": 3}], ids=["greedy", "sampled"]
+    "sampled", [{}, {"do_sample": True, "temperature": 0.8, "seed": 3}], ids=["greedy", "sampled"]
 )
 def test_nobody_waits_for_the_prefill_of_newcomers(
     monkeypatch: pytest.MonkeyPatch, folder: Path, sampled: dict[str, Any], family: str
@@ -145,7 +145,7 @@ def test_nobody_waits_for_the_prefill_of_newcomers(
 
 @pytest.mark.parametrize("family", ["t5", "gpt2"])
 @pytest.mark.parametrize(
-    "sampled", [{}, {"temperature": 0.8, "seed": 3}], ids=["greedy", "sampled"]
+    "sampled", [{}, {"do_sample": True, "temperature": 0.8, "seed": 3}], ids=["greedy", "sampled"]
 )
 def test_known_tokens_are_a_step_that_nobody_waits_for(
     monkeypatch: pytest.MonkeyPatch, folder: Path, sampled: dict[str, Any], family: str
