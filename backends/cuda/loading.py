@@ -28,10 +28,8 @@ from . import kernels
 
 THREADS = 16
 CHUNK = 32 * 2**20  # bytes that a thread brings at a time
-PIECES, PIECE = (
-    2,
-    2 * 2**20,
-)  # of a thread's pinned memory: bytes, of which one is sent as one is read
+# Of a thread's pinned memory, bytes: one is sent as one is read.
+PIECES, PIECE = 2, 2 * 2**20
 TOO_SHORT = -1
 
 
