@@ -14,6 +14,7 @@ from lmi_multi.backends.cuda import (
     ahead,
     attention,
     beams,
+    capturing,
     draws,
     executor,
     graphs,
@@ -258,6 +259,6 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Programs:
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(torch.cuda, "Stream", lambda *_: None)
     monkeypatch.setattr(prefill, "processors", lambda device: 1)
-    monkeypatch.setattr(graphs, "capture", lambda body, *_: Replayed(body))
-    monkeypatch.setattr(graphs, "run", lambda body, stream: body())
+    monkeypatch.setattr(capturing, "capture", lambda body, *_: Replayed(body))
+    monkeypatch.setattr(capturing, "run", lambda body, stream: body())
     return made

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from lmi_multi.backends.cuda import graphs
+from lmi_multi.backends.cuda import capturing
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -139,7 +139,7 @@ class Graph:
 
 
 def capture(body: Callable[[], Tensor], stream: object, pool: list[Graph]) -> Graph:
-    """As `graphs.capture`: once before, so that all it sets up is there."""
+    """As `capturing.capture`: once before, so that all it sets up is there."""
     body()
     with Tape() as tape:
         out = body()
@@ -157,4 +157,4 @@ def static(monkeypatch: pytest.MonkeyPatch, kernels: SimpleNamespace) -> None:
     for name, work in vars(kernels).items():
         setattr(kernels, name, noted(work))
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", list)
-    monkeypatch.setattr(graphs, "capture", capture)
+    monkeypatch.setattr(capturing, "capture", capture)

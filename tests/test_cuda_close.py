@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from lmi_multi.backends.cuda import draws, graphs
+from lmi_multi.backends.cuda import capturing, draws
 from torch import Tensor
 
 from lmi_multi.ops.sampling import SampleRow
@@ -30,12 +30,12 @@ def test_every_graph_goes_at_once(
     that holds a call of theirs."""
     made: list[weakref.ref[Any]] = []
 
-    def capture(body: Callable[[], Tensor], *_: Any) -> graphs.Captured:
+    def capture(body: Callable[[], Tensor], *_: Any) -> capturing.Captured:
         graph: Any = Graph()
         made.append(weakref.ref(graph))
-        return graphs.Captured(graph, body())
+        return capturing.Captured(graph, body())
 
-    monkeypatch.setattr(graphs, "capture", capture)
+    monkeypatch.setattr(capturing, "capture", capture)
     monkeypatch.setattr(SingleRank, "alone", False)  # as several ranks do it: each is made twice
     gc.disable()
     try:

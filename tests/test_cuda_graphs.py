@@ -223,7 +223,7 @@ def test_torch_ranks_in_a_graph_as_it_does_uncaptured(
     with ties as bf16 has them, with tokens that cannot come, and with a beam without usable logits;
     replayed on others."""
     from lmi_multi.backends.cuda.beams import BeamInputs, BeamKind
-    from lmi_multi.backends.cuda.graphs import capture
+    from lmi_multi.backends.cuda.capturing import capture
     from lmi_multi.backends.cuda.inputs import StepInputs
 
     device, kind = torch.device("cuda", 0), BeamKind(width, keep)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from lmi_multi.backends.cuda import ahead, executor, graphs, inputs
+from lmi_multi.backends.cuda import ahead, capturing, executor, inputs
 from lmi_multi.backends.cuda.beams import BeamKind
 from torch import Tensor
 
@@ -21,7 +21,7 @@ from tests.static_graphs import Graph, NotCapturableError, capture, static
 from tests.test_cuda_ahead import open_model
 from tests.test_cuda_graphs import SEARCHES, assert_same_as_cpu, cpu_model, prompts
 
-REAL_CAPTURE = graphs.capture
+REAL_CAPTURE = capturing.capture
 
 
 @pytest.fixture(autouse=True)
@@ -157,7 +157,7 @@ def test_a_capture_without_memory_ends_on_the_callers_stream(
     monkeypatch.setattr(torch.cuda, "graph", graph)
     monkeypatch.setattr(torch.cuda, "stream", stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: streams[0])
-    monkeypatch.setattr(graphs, "run", lambda work, stream: work())
+    monkeypatch.setattr(capturing, "run", lambda work, stream: work())
     with pytest.raises(torch.OutOfMemoryError):
         REAL_CAPTURE(body, Stream(), None)  # type: ignore[arg-type]
     assert streams == ["the caller's"] and len(calls) == 2

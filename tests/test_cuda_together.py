@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from lmi_multi.backends.cuda import draws, executor, graphs, prefill_graphs, prefill_inputs
+from lmi_multi.backends.cuda import capturing, draws, executor, prefill_graphs, prefill_inputs
 from lmi_multi.backends.cuda.ahead import Flight
 from lmi_multi.backends.cuda.draws import GREEDY
 from lmi_multi.backends.cuda.ops import Scratch
@@ -190,7 +190,7 @@ class SomeCaptures:
                 raise self.error("no room")
             return captured
 
-        shelf.patch.setattr(graphs, "capture", capture)
+        shelf.patch.setattr(capturing, "capture", capture)
 
 
 @pytest.mark.parametrize(

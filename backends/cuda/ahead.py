@@ -21,8 +21,9 @@ from lmi_multi import progress
 from lmi_multi.engine.batch import Draw, Row
 from lmi_multi.ops.sampling import SampleRow, uniforms
 
+from .capturing import Captured
 from .draws import GREEDY, Chances, DrawKind, can_capture, capturable, is_greedy
-from .graphs import Captured, StepGraphs
+from .graphs import StepGraphs
 from .inputs import download, recorded, upload
 
 # Of how many steps random numbers are made in one go: it takes little longer than for one.

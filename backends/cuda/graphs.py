@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from lmi_multi import interrupts, progress
 from lmi_multi.models.transformer import Transformer
 from lmi_multi.models.weights import Layer, Linear, Norm
 from lmi_multi.ops import Attention, Ops
 from lmi_multi.parallel.collectives import Peers
 
+from . import capturing
 from .attention import DecodeAttention, Projection, splits
 from .beams import BeamInputs, BeamKind
+from .capturing import Captured
 from .draws import GREEDY, DrawInputs, DrawKind
 from .entry import Angles, Entered, Entry
 from .inputs import StepInputs
@@ -33,15 +31,9 @@ SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024,
 # Clients choose among thousands of kinds, and each graph stops all rows while it is made.
 MOST_CHOSEN = 32
 Kind = DrawKind | BeamKind | None
-Made = TypeVar("Made")
 # Where this is 0, attention is always a kernel of its own.
 HEADS = "LMI_MULTI_CUDA_HEADS"
 ALWAYS: tuple[Kind, ...] = (None, GREEDY)
-# torch captures one graph at a time in a process, which may hold several models.
-_CAPTURING = threading.Lock()
-# What can become of a capture on one of several ranks, the worst first.
-_NOT_COVERED, _NO_MEMORY, _DONE = range(3)
-
 log = logging.getLogger(__name__)
 
 
@@ -100,19 +92,6 @@ class CapturedAttention(Attention):
         return _covered(self._kernel.read(layer, q, self._cross))
 
 
-@dataclass(frozen=True)
-class Captured:
-    """A graph, and the tensor that holds what it computes after a replay."""
-
-    graph: torch.cuda.CUDAGraph
-    out: Tensor
-
-    def replay(self) -> Tensor:
-        """Run it on the current stream."""
-        self.graph.replay()
-        return self.out
-
-
 class StepGraphs:
     """The steps of one network over one cache, each captured when it is first wanted.
 
@@ -149,7 +128,7 @@ class StepGraphs:
             self.logits(rows)
             return
         try:
-            run(lambda: self._logits(self.size(rows)), self._stream)
+            capturing.run(lambda: self._logits(self.size(rows)), self._stream)
         except torch.OutOfMemoryError:  # there may be some when it is wanted
             log.warning("no memory to try a step of %d rows", rows)
 
@@ -228,11 +207,11 @@ class StepGraphs:
 
         def prepare() -> bool:
             with self._peers.muted():
-                run(lambda: self._logits(size), self._stream)
+                capturing.run(lambda: self._logits(size), self._stream)
             return self._programs[size] is not None
 
         try:
-            made = on_all(prepare, self._peers)
+            made = capturing.on_all(prepare, self._peers)
         except (torch.OutOfMemoryError, NotCoveredError):
             self._programs.pop(size, None)  # as on the rank that has got none
             raise
@@ -303,7 +282,9 @@ class StepGraphs:
             self.inputs.clear()
             try:
                 self._agree_on_program(size)
-                self._captured[key] = capture_together(body, self._stream, self._pool, self._peers)
+                self._captured[key] = capturing.capture_together(
+                    body, self._stream, self._pool, self._peers
+                )
             except torch.OutOfMemoryError:
                 log.warning("no memory to capture a step of %d rows: it runs uncaptured", size)
                 self._captured[key] = None
@@ -312,85 +293,6 @@ class StepGraphs:
             finally:
                 self.inputs.ids.copy_(kept)
         return self._captured[key]
-
-
-def capture(body: Callable[[], Tensor], stream: torch.cuda.Stream, pool: Any) -> Captured:
-    """Run `body` once on `stream`, so that all it sets up is there, and record it; its memory is
-    of `pool`, a handle of torch's.
-
-    Raises torch.OutOfMemoryError also where it is the driver that has none left for a graph.
-    """
-    with _CAPTURING, interrupts.delayed():
-        run(body, stream)
-        with progress.waiting():  # capturing begins with it anyway: other ranks' part of `body`
-            stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        # Other threads may load models and compute meanwhile.
-        recording = torch.cuda.graph(
-            graph, pool=pool, stream=stream, capture_error_mode="thread_local"
-        )
-        try:
-            # torch leaves its stream the current one where a capture does not end well.
-            with torch.cuda.stream(torch.cuda.current_stream()), recording:
-                out = body()
-        except RuntimeError as error:
-            if "out of memory" not in f"{error} {error.__context__}":
-                raise
-            raise torch.OutOfMemoryError(str(error)) from error
-        return Captured(graph, out)
-
-
-def run(body: Callable[[], Tensor], stream: torch.cuda.Stream) -> None:
-    """Run `body` on `stream`, after what the current one has and before what it gets."""
-    current = torch.cuda.current_stream()
-    stream.wait_stream(current)
-    try:
-        with torch.cuda.stream(stream):
-            body()
-    finally:  # also for what had begun when memory was missing: the kernels' scratch is shared
-        current.wait_stream(stream)
-
-
-def capture_together(
-    body: Callable[[], Tensor], stream: torch.cuda.Stream, pool: Any, peers: Peers
-) -> Captured:
-    """`capture` on every rank, or on none.
-
-    Ranks first capture a muted `body`, so that memory is found, or is missing, while nobody waits
-    in the middle of a step for one that has given up. Raises what the worst off of them raised, on
-    every rank: NotCoveredError or torch.OutOfMemoryError.
-    """
-    if peers.alone:
-        return capture(body, stream, pool)
-
-    def rehearse() -> Captured:
-        captured = capture(body, stream, pool)
-        run(body, stream)  # it will run again before it is captured again, beside this graph
-        return captured
-
-    with peers.muted():
-        rehearsed = on_all(rehearse, peers).graph
-    captured = on_all(lambda: capture(body, stream, pool), peers)
-    del rehearsed  # not before: torch gives up a pool that no graph is of
-    return captured
-
-
-def on_all(work: Callable[[], Made], peers: Peers) -> Made:
-    """What `work` returns, which is not None, if it can be done on every rank. Else all raise
-    NotCoveredError or torch.OutOfMemoryError."""
-    done, outcome = None, _DONE
-    try:
-        done = work()
-    except NotCoveredError:
-        outcome = _NOT_COVERED
-    except torch.OutOfMemoryError:
-        outcome = _NO_MEMORY
-    worst = peers.least(outcome)
-    if worst == _NOT_COVERED:
-        raise NotCoveredError
-    if done is None or worst == _NO_MEMORY:
-        raise torch.OutOfMemoryError("a rank has no memory for this graph")
-    return done
 
 
 def can_capture(network: Transformer, peers: Peers) -> bool:

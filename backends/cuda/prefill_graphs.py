@@ -16,8 +16,8 @@ from lmi_multi.models.spec import ModelSpec
 from lmi_multi.ops import Attention
 from lmi_multi.parallel.collectives import Peers
 
+from .capturing import Captured, capture_together, on_all
 from .entry import Angles
-from .graphs import Captured, capture_together, on_all
 from .prefill import Prefill, PrefillAttention
 from .prefill_inputs import LONG, SMALL, PrefillInputs, Tiling, have_many_keys
 from .program import NotCoveredError

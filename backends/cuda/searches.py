@@ -22,7 +22,8 @@ from lmi_multi import progress
 from lmi_multi.engine.batch import Continuations, Row
 
 from .beams import MOST_STOPS, BeamKind, Gone, Records, is_plain
-from .graphs import Captured, StepGraphs
+from .capturing import Captured
+from .graphs import StepGraphs
 from .inputs import download, recorded
 
 
