@@ -30,10 +30,12 @@ import torch
 import typer
 
 from benchmarks import page
+from benchmarks.hollow import outline
 from benchmarks.options import RESULTS, Dtype, Quantize, Results, Shapes
 from benchmarks.prefill import Run, own_run
 from benchmarks.random_model import check, open_model
-from lmi_multi.backends.memory import STEP_TOKENS
+from benchmarks.shapes import SHAPES
+from lmi_multi.backends.memory import step_tokens as planned
 from lmi_multi.checkpoint.layout import DtypeName, QuantizeName
 from lmi_multi.model import Model
 from lmi_multi.timing import time_generation
@@ -49,6 +51,7 @@ class Case:
     shape: str
     dtype: str
     rows: int
+    step_tokens: int
     new_tokens: int
     steps: int
     generate: list[float]
@@ -79,8 +82,8 @@ def main(
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 128,
     new_tokens: Annotated[int, typer.Option(min=2)] = 128,
     step_tokens: Annotated[
-        int, typer.Option(help="of a step; what `load` plans", min=1)
-    ] = STEP_TOKENS,
+        int | None, typer.Option(help="of a step; else what `load` plans on a GPU", min=1)
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1)] = 5,
     require: Annotated[float, typer.Option(help="fail if `parts` is above this")] = 0.0,
     results: Results = RESULTS,
@@ -89,18 +92,18 @@ def main(
     form = check(device, shape, dtype, quantize, results, prompt_tokens + new_tokens)
     cases = []
     for name in shape:
+        most = step_tokens or planned(outline(SHAPES[name])[0])
         for case in measure(
-            name, *form, torch.device(device), batch, prompt_tokens, new_tokens, step_tokens, rounds
+            name, *form, torch.device(device), batch, prompt_tokens, new_tokens, most, rounds
         ):
             typer.echo(_row(case))
             cases.append(case)
     command = page.command("benchmarks.generate")
     figures = {
         "prompt_tokens": prompt_tokens,
-        "step_tokens": step_tokens,
         "cases": [asdict(case) | {"whole": case.whole, "parts": case.parts} for case in cases],
     }
-    text = _page(command, cases, prompt_tokens, step_tokens)
+    text = _page(command, cases, prompt_tokens)
     page.write(results, f"{device}-generate", command, device, figures, text)
     if require and (over := [case for case in cases if case.parts > require]):
         raise SystemExit("\n".join([f"`parts` is above {require}:", *map(_row, over)]))
@@ -132,7 +135,8 @@ def _case(
     engine = model.engine
     prefill = own_run(engine.executor, model.artifact.spec, prompts)  # type: ignore[arg-type]
     encoded = model.spec.kind == "encoder-decoder"
-    case = Case(name, dtype, rows, tokens, tokens - (not encoded), [], [], [], [])
+    most = engine.executor.limits.max_step_tokens
+    case = Case(name, dtype, rows, most, tokens, tokens - (not encoded), [], [], [], [])
     _answer(model, prompts, tokens)  # whatever is made on first use
     for _ in range(rounds):
         case.generate.append(milliseconds(lambda: _answer(model, prompts, tokens)))
@@ -168,12 +172,12 @@ def _row(case: Case) -> str:
     figures = (median(own) for own in (case.generate, case.first, case.prefill, case.step))
     shown = " | ".join(f"{ms:.3f}" for ms in figures)
     return (
-        f"| {case.shape} | {case.dtype} | {case.rows} | {shown} | {case.whole:.3f} "
-        f"| {case.parts:.3f} |"
+        f"| {case.shape} | {case.dtype} | {case.rows} | {case.step_tokens} | {shown} "
+        f"| {case.whole:.3f} | {case.parts:.3f} |"
     )
 
 
-def _page(command: str, cases: Sequence[Case], prompt: int, step_tokens: int) -> str:
+def _page(command: str, cases: Sequence[Case], prompt: int) -> str:
     rounds = len(cases[0].generate)
     return f"""# A whole `generate` beside its parts
 
@@ -181,14 +185,14 @@ def _page(command: str, cases: Sequence[Case], prompt: int, step_tokens: int) ->
 on {{where}}.
 
 Random weights of the true shapes, prompts of {prompt} token ids, {cases[0].new_tokens} forced new
-tokens, greedy, at most {step_tokens} tokens a step, no tokenizer; milliseconds, medians of
-{rounds} rounds.
+tokens, greedy, no tokenizer; milliseconds, medians of {rounds} rounds. Prompts of more than
+`step tokens` in all come in several steps.
 `generate` is the public call. `first` is an answer of one token, `step` each token after it,
 `prefill` the executor's prefill alone, all prompts at once. `whole` = generate / (first + a step
 for each further token); `parts` = generate / (prefill + steps). Ratios are taken in each round.
 
-| shape | weights | rows | generate | first | prefill | step | whole | parts |
-| --- | --- | --: | --: | --: | --: | --: | --: | --: |
+| shape | weights | rows | step tokens | generate | first | prefill | step | whole | parts |
+| --- | --- | --: | --: | --: | --: | --: | --: | --: | --: |
 {chr(10).join(map(_row, cases))}
 """
 

@@ -13,12 +13,14 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 
+from benchmarks.bench_command import bench_timings
 from benchmarks.ctranslate2_peer import CTRANSLATE2
 from benchmarks.graphed import GRAPHED
 from benchmarks.machine import copy_bandwidth, machine, versions
@@ -50,11 +52,14 @@ def main(
         int, typer.Option(help="rows that are one prompt's; ours alone has more than 1", min=1)
     ] = 1,
     peer: Annotated[list[str], typer.Option(help=f"of {', '.join(PEERS)}")] = [],  # noqa: B006
+    bench: Annotated[
+        bool, typer.Option(help="ours by `lmi-multi bench`, of an artifact in --work")
+    ] = False,
     eager: Annotated[bool, typer.Option(help="ours without captured steps as well")] = False,
     program_rows: Annotated[
         int | None, typer.Option(help="rows up to which a step's layers are one kernel", min=0)
     ] = None,
-    work: Annotated[Path | None, typer.Option(help="folder for peers' temporary files")] = None,
+    work: Annotated[Path | None, typer.Option(help="folder for temporary models")] = None,
     results: Annotated[Path | None, typer.Option(help="folder to add a JSON file to")] = None,
 ) -> None:
     """Print a line for every shape, number of rows and contender.
@@ -62,6 +67,8 @@ def main(
     Options with several values are given once a value: --peer transformers --peer torch.
     """
     peers = _peers(peer, batch, beams, quantize, work)
+    if bench and (beams > 1 or eager or program_rows is not None):
+        raise SystemExit("--bench is not for --beams, --eager or --program-rows")
     form = check("cuda", shape, dtype, quantize, results or Path(), prompt_tokens + new_tokens)
     device = torch.device("cuda", 0)
     tasks = [
@@ -74,7 +81,12 @@ def main(
     bandwidth = copy_bandwidth("cuda")
     entries = []
     for task in tasks:
-        for who, timing in _timings(task, form[1], beams, eager, program_rows, peers):
+        ours: Iterator[tuple[str, Timing]]
+        if bench:
+            ours = (("lmi_multi", timing) for timing in bench_timings(task, form[1]))
+        else:
+            ours = _ours(task, form[1], beams, eager, program_rows)
+        for who, timing in chain(ours, _theirs(task, peers)):
             floor = _floor(
                 task.spec, dtype, quantize, timing.rows, prompt_tokens, new_tokens, bandwidth
             )
@@ -113,12 +125,8 @@ def _peers(
     return [PEERS[name] for name in names]
 
 
-def _timings(
-    task: Task, quantize: QuantizeName | None, beams: int, eager: bool, program_rows: int | None,
-    peers: Sequence[Peer],
-) -> Iterator[tuple[str, Timing]]:  # fmt: skip
-    """Of ours and of peers, one after the other: a GPU has not room for all of them."""
-    yield from _ours(task, quantize, beams, eager, program_rows)
+def _theirs(task: Task, peers: Sequence[Peer]) -> Iterator[tuple[str, Timing]]:
+    """One after the other, behind ours: a GPU has not room for all of them."""
     for peer in peers:
         gc.collect()
         torch.cuda.empty_cache()

@@ -96,7 +96,7 @@ def test_generate(tmp_path: Path) -> None:
 def test_the_ratios_of_generate() -> None:
     """Of each round, then their median."""
     case = generate.Case(
-        *("t5", "bf16", 1, 11, 11),
+        *("t5", "bf16", 1, 2048, 11, 11),
         generate=[31.0, 90.0, 33.0], first=[10.0, 30.0, 10.0], step=[2.0, 6.0, 2.0],
         prefill=[8.0, 24.0, 8.0],
     )  # fmt: skip

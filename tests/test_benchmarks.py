@@ -4,6 +4,7 @@ run, and that each contender is what it is called."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import torch
 from lmi_multi.backends.cuda import executor, graphs
 from lmi_multi.backends.cuda.beams import BeamKind
 from lmi_multi.backends.cuda.ops import Scratch
+from safetensors.torch import load_file
 
-from benchmarks import generate, memory, newcomers, prefill, random_model, steps
+from benchmarks import bench_command, generate, memory, newcomers, prefill, random_model, steps
 from benchmarks.peers import Task
 from benchmarks.static_cache import STATIC
 from lmi_multi.parallel.collectives import SingleRank
@@ -42,7 +44,7 @@ def test_steps(monkeypatch: pytest.MonkeyPatch, shape: str, beams: int) -> None:
     monkeypatch.setattr(executor.CudaExecutor, "step", noted)
     task = Task(shape, "fp32", [2, 4], 9, 5, 1, CPU)
     peers = [STATIC] if beams == 1 else []
-    timings = steps._timings(task, None, beams, True, None, peers)
+    timings = chain(steps._ours(task, None, beams, True, None), steps._theirs(task, peers))
     found = [(who, timing.rows) for who, timing in timings]
     searched = f", {beams} beams" if beams > 1 else ""
     names = [f"lmi_multi{searched}", f"lmi_multi, uncaptured{searched}"]
@@ -53,6 +55,18 @@ def test_steps(monkeypatch: pytest.MonkeyPatch, shape: str, beams: int) -> None:
         runs = [first, *[count] * 4, first, first, *[count] * 4]
         assert rows[: len(runs)] == runs
         del rows[: len(runs)]
+
+
+@pytest.mark.parametrize("quantize", [None, "fp8"])
+def test_the_bench_command(tmp_path: Path, quantize: Any) -> None:
+    """It loads an artifact whose weights are numbers, no longer a hole, and times all rows."""
+    path = bench_command._write(Task("tiny-t5", "bf16", [2, 4], 9, 5, 1, CPU), quantize, tmp_path)
+    for name, tensor in load_file(path).items():
+        assert tensor.float().abs().max() > 0, name
+    task = Task("tiny-t5", "bf16", [2, 4], 9, 5, 1, CPU, tmp_path)
+    timings = list(bench_command.bench_timings(task, quantize))
+    assert [timing.rows for timing in timings] == [2, 4]
+    assert all(0 < timing.first < timing.whole for timing in timings)
 
 
 @pytest.mark.parametrize("shape", ["tiny-t5", "tiny-gpt2"])

@@ -13,7 +13,7 @@ from lmi_multi.backends.cuda.sizing import Sizes, sizes_on
 
 from lmi_multi import load
 from lmi_multi.backends.limits import block_bytes
-from lmi_multi.backends.memory import Device, workspace_bytes
+from lmi_multi.backends.memory import Device, step_tokens, workspace_bytes
 from lmi_multi.checkpoint.convert import convert
 from lmi_multi.demo import CHECKPOINT
 from lmi_multi.errors import CapacityError, OptionError
@@ -261,6 +261,24 @@ def test_the_workspace_grows_with_what_it_is_for() -> None:
     quantized = network().workspace_bytes("bf16", "fp8", 2, None, None)
     unquantized = network().workspace_bytes("bf16", None, 2, None, None)
     assert quantized - unquantized == 2 * 4096 * 16000  # half of the head, two bytes each
+
+
+def heads(count: int) -> dict[str, int]:
+    return {"heads": count, "kv_heads": count}
+
+
+def test_steps_of_small_networks_have_more_tokens() -> None:
+    """A prompt's slice takes no longer than one of a large network; all of it is planned."""
+    found = {
+        hidden: step_tokens(network(hidden=hidden, **heads(hidden // 128), ffn=4 * hidden).spec)
+        for hidden in (512, 896, 1024, 1152, 1280, 4096)
+    }
+    assert found == {512: 8192, 896: 5120, 1024: 4096, 1152: 3072, 1280: 2048, 4096: 2048}
+    small = network(hidden=512, **heads(4), ffn=2048)
+    bytes_of = [workspace(small.spec, tokens=tokens) for tokens in (128, 8192, 8193)]
+    assert bytes_of[0] == bytes_of[1] < bytes_of[2]
+    assert plan(small, gpus(1, 8)).limits.max_step_tokens == 8192
+    assert plan(network(), gpus(1, 80)).limits.max_step_tokens == 2048
 
 
 @pytest.mark.parametrize("share", [0, -0.1, 1.01, float("nan"), True, "0.5"])

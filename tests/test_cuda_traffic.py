@@ -32,7 +32,8 @@ def test_traffic_of_all_kinds(
     stand_in(monkeypatch)
     chance, left = random.Random(seed), 0
     kinds: list[dict[str, Any]] = [
-        *({}, {}, {"temperature": 0.8, "seed": 3}, {"temperature": 0.7, "top_k": 5, "seed": 9}),
+        *({}, {}, {"do_sample": True, "temperature": 0.8, "seed": 3}),
+        {"do_sample": True, "temperature": 0.7, "top_k": 5, "seed": 9},
         *({"repetition_penalty": 1.3}, {"logprobs": 2}, {"num_beams": 2}),
     ]
     with cpu_model(tmp_path, family) as cpu, open_model(tmp_path, family) as model:

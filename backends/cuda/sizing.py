@@ -8,7 +8,7 @@ from typing import get_args
 
 from lmi_multi.backends.base import Limits
 from lmi_multi.backends.limits import block_bytes, plan_limits
-from lmi_multi.backends.memory import DEFAULT_BATCH, MEMORY_SHARE, Device, Need
+from lmi_multi.backends.memory import DEFAULT_BATCH, MEMORY_SHARE, Device, Need, step_tokens
 from lmi_multi.checkpoint.files import gib
 from lmi_multi.checkpoint.layout import DTYPES, DtypeName, QuantizeName
 from lmi_multi.errors import CapacityError
@@ -127,6 +127,7 @@ def _limits(network: Network, grid: Grid, layers: int, memory: int, asked: _Aske
         max_batch=asked.max_batch,
         max_tokens=asked.max_tokens,
         default_batch=DEFAULT_BATCH,
+        max_step_tokens=step_tokens(network.spec),
     )
 
 

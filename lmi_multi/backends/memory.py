@@ -16,7 +16,9 @@ from lmi_multi.models.stages import Stage
 
 MEMORY_SHARE = 0.9
 DEFAULT_BATCH = 64
-STEP_TOKENS = 2048
+STEP_TOKENS, MOST_STEP_TOKENS = 2048, 8192
+# Multiplications of a step with more than STEP_TOKENS: some 10 ms of an H200, 70 of an A10G.
+_STEP_WORK = 2 << 40
 _MIB = 2**20
 # Kernels' scratch, cuBLAS's workspaces on two streams, and what the allocator rounds up.
 _FIXED = 256 * _MIB
@@ -72,6 +74,15 @@ def check_share(share: float | None) -> None:
         )
 
 
+def step_tokens(spec: ModelSpec) -> int:
+    """The most tokens of a step on a GPU. Rows that run wait for a newcomer's prefill, so it comes
+    in slices; of a small network they can be larger, and fewer, and are as short."""
+    attention = 2 * (spec.heads + spec.kv_heads) * spec.head_dim
+    layer = spec.hidden * (attention + (2 + spec.gated) * spec.ffn)
+    fitting = _STEP_WORK // (layer * max(spec.encoder_layers, spec.decoder_layers))
+    return min(max(STEP_TOKENS, fitting // 1024 * 1024), MOST_STEP_TOKENS)
+
+
 def workspace_bytes(
     spec: ModelSpec,
     *,
@@ -90,7 +101,7 @@ def workspace_bytes(
     """
     layers = spec.decoder_layers if stage is None else len(stage.decoder)
     heads, kv_heads = (Split(0, (n,)).size(ranks) for n in (spec.heads, spec.kv_heads))
-    rows = max(STEP_TOKENS, max_tokens)
+    rows = max(step_tokens(spec), max_tokens)
     residual = 4 * spec.hidden * 4  # before and after the norm, the sum and its addend, as float32
     qkv = 2 * (heads + 2 * kv_heads) * spec.head_dim * item_bytes
     up = 2 * (2 if spec.gated else 1) * -(-spec.ffn // ranks) * item_bytes
@@ -111,7 +122,7 @@ def workspace_bytes(
 def _bias(spec: ModelSpec, heads: int, tokens: int, item_bytes: int) -> int:
     """What torch's attention adds to a prompt's scores [heads, queries, keys]: in float32 and then
     in the activations' type; for a window alone of one head. A decoder's prompt comes in slices."""
-    queries = tokens if spec.encoder_layers else min(tokens, STEP_TOKENS)
+    queries = tokens if spec.encoder_layers else min(tokens, step_tokens(spec))
     if isinstance(spec.position, (Learned, Rope)):
         heads = 1 if any(spec.windows) else 0
     return heads * queries * tokens * (4 + item_bytes)
