@@ -35,6 +35,7 @@ from benchmarks.options import RESULTS, Dtype, Quantize, Results, Shapes
 from benchmarks.prefill import Run, own_run
 from benchmarks.random_model import check, open_model
 from benchmarks.shapes import SHAPES
+from lmi_multi.backends.memory import MOST_TOKENS
 from lmi_multi.backends.memory import step_tokens as planned
 from lmi_multi.checkpoint.layout import DtypeName, QuantizeName
 from lmi_multi.model import Model
@@ -82,7 +83,7 @@ def main(
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 128,
     new_tokens: Annotated[int, typer.Option(min=2)] = 128,
     step_tokens: Annotated[
-        int | None, typer.Option(help="of a step; else what `load` plans on a GPU", min=1)
+        int | None, typer.Option(help="of any step; else what `load` plans on a GPU", min=1)
     ] = None,
     rounds: Annotated[int, typer.Option(min=1)] = 5,
     require: Annotated[float, typer.Option(help="fail if `parts` is above this")] = 0.0,
@@ -92,9 +93,9 @@ def main(
     form = check(device, shape, dtype, quantize, results, prompt_tokens + new_tokens)
     cases = []
     for name in shape:
-        most = step_tokens or planned(outline(SHAPES[name])[0])
+        tokens = (step_tokens or planned(outline(SHAPES[name])[0]), step_tokens or MOST_TOKENS)
         for case in measure(
-            name, *form, torch.device(device), batch, prompt_tokens, new_tokens, most, rounds
+            name, *form, torch.device(device), batch, prompt_tokens, new_tokens, tokens, rounds
         ):
             typer.echo(_row(case))
             cases.append(case)
@@ -111,13 +112,13 @@ def main(
 
 def measure(
     name: str, dtype: DtypeName, quantize: QuantizeName | None, device: torch.device,
-    batches: Sequence[int], prompt: int, tokens: int, step_tokens: int, rounds: int,
+    batches: Sequence[int], prompt: int, tokens: int, step_tokens: tuple[int, int], rounds: int,
 ) -> Iterator[Case]:  # fmt: skip
-    """A case for each number of rows."""
+    """A case for each number of rows. `step_tokens`: `max_step_tokens` and `max_idle_tokens`."""
     with tempfile.TemporaryDirectory() as work:
         model = open_model(
             name, dtype, quantize, device, Path(work), max(batches), prompt + tokens + 16,
-            step_tokens,
+            *step_tokens,
         )  # fmt: skip
         with model:
             for rows in batches:
@@ -135,7 +136,7 @@ def _case(
     engine = model.engine
     prefill = own_run(engine.executor, model.artifact.spec, prompts)  # type: ignore[arg-type]
     encoded = model.spec.kind == "encoder-decoder"
-    most = engine.executor.limits.max_step_tokens
+    most = engine.executor.limits.most_tokens
     case = Case(name, dtype, rows, most, tokens, tokens - (not encoded), [], [], [], [])
     _answer(model, prompts, tokens)  # whatever is made on first use
     for _ in range(rounds):

@@ -70,7 +70,9 @@ def allow(option: str, given: str, allowed: Iterable[str]) -> None:
         raise SystemExit(f"{option} is {given!r}; allowed: {', '.join(allowed)}")
 
 
-def limits_for(spec: ModelSpec, rows: int, longest: int, step_tokens: int) -> Limits:
+def limits_for(
+    spec: ModelSpec, rows: int, longest: int, step_tokens: int, idle_tokens: int = 0
+) -> Limits:
     """Limits whose cache has room for `rows` rows of `longest` tokens."""
     return Limits(
         max_batch=rows,
@@ -78,6 +80,7 @@ def limits_for(spec: ModelSpec, rows: int, longest: int, step_tokens: int) -> Li
         max_step_tokens=step_tokens,
         blocks=rows * row_blocks(spec, longest, longest, 16),
         block_size=16,
+        max_idle_tokens=idle_tokens,
     )
 
 
@@ -90,11 +93,12 @@ def open_model(
     rows: int,
     longest: int,
     step_tokens: int,
+    idle_tokens: int = 0,
 ) -> Model:
     """A `Model` as `load` gives one, but for its weights and its limits: those of `limits_for`. It
     has no tokenizer, and no end token. `folder` keeps its manifest."""
     spec, tensors = random_model(SHAPES[name], dtype, quantize, device)
-    limits = limits_for(spec, rows, longest, step_tokens)
+    limits = limits_for(spec, rows, longest, step_tokens, idle_tokens)
     artifact = hollow_artifact(name, dtype, quantize, folder)
     return Model(artifact, device.type, _executor(spec, tensors, limits, device), False)
 

@@ -13,7 +13,7 @@ from lmi_multi.backends.cuda.sizing import Sizes, sizes_on
 
 from lmi_multi import load
 from lmi_multi.backends.limits import block_bytes
-from lmi_multi.backends.memory import Device, step_tokens, workspace_bytes
+from lmi_multi.backends.memory import MOST_TOKENS, Device, step_tokens, workspace_bytes
 from lmi_multi.checkpoint.convert import convert
 from lmi_multi.demo import CHECKPOINT
 from lmi_multi.errors import CapacityError, OptionError
@@ -239,10 +239,13 @@ def test_more_stages_are_advised_where_no_degree_fits() -> None:
     assert plan(odd, gpus(2, 13.5), stages=2).limits
 
 
-def workspace(spec: ModelSpec, ranks: int = 1, batch: int = 64, tokens: int = 2048) -> int:
+def workspace(
+    spec: ModelSpec, ranks: int = 1, batch: int = 64, tokens: int = 2048, most: int = 2048
+) -> int:
     return workspace_bytes(
-        spec, widest=0, item_bytes=2, ranks=ranks, max_batch=batch, max_tokens=tokens
-    )
+        spec, widest=0, item_bytes=2, ranks=ranks,
+        max_batch=batch, max_tokens=tokens, most_tokens=most,
+    )  # fmt: skip
 
 
 def test_the_workspace_grows_with_what_it_is_for() -> None:
@@ -275,10 +278,25 @@ def test_steps_of_small_networks_have_more_tokens() -> None:
     }
     assert found == {512: 8192, 896: 5120, 1024: 4096, 1152: 3072, 1280: 2048, 4096: 2048}
     small = network(hidden=512, **heads(4), ffn=2048)
-    bytes_of = [workspace(small.spec, tokens=tokens) for tokens in (128, 8192, 8193)]
-    assert bytes_of[0] == bytes_of[1] < bytes_of[2]
-    assert plan(small, gpus(1, 8)).limits.max_step_tokens == 8192
-    assert plan(network(), gpus(1, 80)).limits.max_step_tokens == 2048
+    limits = plan(small, gpus(1, 24)).limits
+    assert limits.max_step_tokens == limits.most_tokens == 8192
+
+
+@pytest.mark.parametrize("degree", [1, 2])
+def test_steps_that_no_row_waits_for_are_large_where_the_cache_loses_nothing(degree: int) -> None:
+    asked = {"max_batch": 64, "max_tokens": 512}
+    ample = plan(network(), gpus(2, 80), degree, **asked)
+    assert (ample.limits.max_step_tokens, ample.limits.most_tokens) == (2048, MOST_TOKENS)
+    least = workspace(LLAMA, degree, tokens=512)
+    assert (
+        ample.ranks[0].workspace == workspace(LLAMA, degree, tokens=512, most=MOST_TOKENS) > least
+    )
+    needed = taken(ample, 0) / GIB / 0.9
+    for short in (0.001, (ample.ranks[0].workspace - least) / GIB / 0.9 - 0.001):
+        scarce = plan(network(), gpus(2, needed - short), degree, **asked)
+        assert scarce.limits.most_tokens == 2048 and scarce.ranks[0].workspace == least
+        assert scarce.limits.blocks == ample.limits.blocks
+    assert plan(network(), gpus(2, needed + 0.001), degree, **asked) == ample
 
 
 @pytest.mark.parametrize("share", [0, -0.1, 1.01, float("nan"), True, "0.5"])

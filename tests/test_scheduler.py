@@ -38,6 +38,7 @@ class Traffic(RuleBasedStateMachine):
         encoder=st.booleans(),
         max_batch=st.integers(1, 5),
         max_step_tokens=st.integers(1, 12),
+        max_idle_tokens=st.integers(0, 30),
         block_size=st.integers(1, 4),
         spare=st.integers(0, 25),
         begins_ahead=st.booleans(),
@@ -47,6 +48,7 @@ class Traffic(RuleBasedStateMachine):
         encoder: bool,
         max_batch: int,
         max_step_tokens: int,
+        max_idle_tokens: int,
         block_size: int,
         spare: int,
         begins_ahead: bool,
@@ -55,7 +57,7 @@ class Traffic(RuleBasedStateMachine):
         row = -(-self.longest // block_size)
         blocks = row * (2 if encoder else 1) + spare
         self.limits = Limits(
-            *(max_batch, self.longest, max_step_tokens, blocks, block_size),
+            *(max_batch, self.longest, max_step_tokens, blocks, block_size, max_idle_tokens),
             begins_ahead=begins_ahead,
         )
         self.scheduler = Scheduler(self.limits)
@@ -84,10 +86,11 @@ class Traffic(RuleBasedStateMachine):
     @rule(data=st.data(), again=st.booleans())
     def step(self, data: st.DataObject, again: bool) -> None:
         running = [own for own in self.scheduler.running if own not in self.queue]
+        most = self.most_tokens(running)
         batch, shares = self.scheduler.plan()
         sequences = requests(shares)
         note(f"{batch}")
-        self.check_limits(batch)
+        self.check_limits(batch, most)
         self.check_rows(batch, sequences)
         self.check_admission(running, batch)
         if again:  # the executor failed: what was planned is planned once more
@@ -110,14 +113,20 @@ class Traffic(RuleBasedStateMachine):
         if own in self.queue:
             self.queue.remove(own)
 
-    def check_limits(self, batch: Batch) -> None:
+    def most_tokens(self, running: list[Any]) -> int:
+        """Only where all that run are prompts still may a step take long."""
+        if any(own.computed + 1 == len(own.tokens) for own in running):
+            return self.limits.max_step_tokens
+        return max(self.limits.max_step_tokens, self.limits.max_idle_tokens)
+
+    def check_limits(self, batch: Batch, most: int) -> None:
         assert batch.rows, "a step that does nothing would be repeated for ever"
         assert len(self.scheduler.running) <= self.limits.max_batch
         counts = [len(row.token_ids) for row in batch.rows]
         assert any(counts) and counts == sorted(counts, key=lambda n: n > 1)
         encoded = sum(len(prompt.token_ids) for prompt in batch.prompts)
-        assert sum(counts) <= self.limits.max_step_tokens
-        assert encoded <= self.limits.max_step_tokens or len(batch.prompts) == 1
+        assert sum(counts) <= most
+        assert encoded <= most or len(batch.prompts) == 1
 
     def check_rows(self, batch: Batch, sequences: list[Sequence]) -> None:
         for row, own in zip(batch.rows, sequences, strict=True):
@@ -162,8 +171,10 @@ class Traffic(RuleBasedStateMachine):
         for _ in range(self.work):
             if self.scheduler.idle:
                 break
+            running = [own for own in self.scheduler.running if own not in self.queue]
+            most = self.most_tokens(running)
             batch, shares = self.scheduler.plan()
-            self.check_limits(batch)
+            self.check_limits(batch, most)
             for row, own in zip(batch.rows, requests(shares), strict=True):
                 if row.sample is not None:
                     own.push(5)
@@ -205,6 +216,23 @@ def test_a_long_prompt_is_prefilled_beside_what_runs() -> None:
         [(False, 1), (True, 7)],
         [(False, 1), (True, 4)],
     ]
+
+
+def test_while_nothing_runs_prompts_come_in_large_steps() -> None:
+    scheduler = Scheduler(replace(LIMITS, max_idle_tokens=30))
+    own = [sequence(prompt, 3) for prompt in (12, 12, 12, 5)]
+    for one in own:
+        scheduler.add(one)
+    parts = []
+    while not all(one.generated for one in own):
+        batch, shares = scheduler.plan()
+        parts.append([len(row.token_ids) for row in batch.rows])
+        for row, one in zip(batch.rows, requests(shares), strict=True):
+            if row.sample:
+                one.push(5)
+        scheduler.commit(shares)
+    # 6 of the third prompt are left, and take turns with the rows that now run.
+    assert parts == [[12, 12, 6], [1, 1, 6], [1, 1, 1, 5]]
 
 
 def test_an_encoder_prompt_beyond_the_step_is_the_only_one_of_its_step() -> None:

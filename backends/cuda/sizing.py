@@ -8,7 +8,14 @@ from typing import get_args
 
 from lmi_multi.backends.base import Limits
 from lmi_multi.backends.limits import block_bytes, plan_limits
-from lmi_multi.backends.memory import DEFAULT_BATCH, MEMORY_SHARE, Device, Need, step_tokens
+from lmi_multi.backends.memory import (
+    DEFAULT_BATCH,
+    MEMORY_SHARE,
+    MOST_TOKENS,
+    Device,
+    Need,
+    step_tokens,
+)
 from lmi_multi.checkpoint.files import gib
 from lmi_multi.checkpoint.layout import DTYPES, DtypeName, QuantizeName
 from lmi_multi.errors import CapacityError
@@ -86,8 +93,22 @@ def _split(grid: Grid) -> dict[str, int]:
 
 
 def _plan(network: Network, gpus: Mapping[int, Device], grid: Grid, asked: _Asked) -> Sizes | str:
-    """The sizes, or why there are none."""
-    ample = _limits(network, grid, network.spec.decoder_layers, _AMPLE, asked)
+    """The sizes, or why there are none. Steps without rows that run are large where they take
+    nothing from the cache."""
+    found = _planned(network, gpus, grid, asked, MOST_TOKENS)
+    if isinstance(found, Sizes) and found.limits.blocks == _ample(network, grid, asked).blocks:
+        return found
+    return _planned(network, gpus, grid, asked, step_tokens(network.spec))
+
+
+def _planned(
+    network: Network,
+    gpus: Mapping[int, Device],
+    grid: Grid,
+    asked: _Asked,
+    most_tokens: int,
+) -> Sizes | str:
+    ample = _ample(network, grid, asked)
     needs = network.needs(
         network.dtype,
         network.quantize,
@@ -95,6 +116,7 @@ def _plan(network: Network, gpus: Mapping[int, Device], grid: Grid, asked: _Aske
         grid.pipeline,
         ample.max_batch,
         ample.max_tokens,
+        most_tokens,
     )
     ranks = {rank: needs[grid.stage_of(rank)] for rank in gpus if rank < grid.size}
     least = min(ranks, key=lambda rank: ranks[rank].room(gpus[rank].budget(asked.share)))
@@ -105,7 +127,7 @@ def _plan(network: Network, gpus: Mapping[int, Device], grid: Grid, asked: _Aske
             limits = _limits(network, grid, need.layers, left, asked)
             item_bytes = DTYPES[network.dtype].itemsize
             block = block_bytes(network.spec, item_bytes, grid.tensor, limits.block_size, layers=1)
-            return Sizes(limits, ranks, block)
+            return Sizes(replace(limits, max_idle_tokens=most_tokens), ranks, block)
         fault = f"{gib(-left)} are missing"
     except CapacityError as error:
         fault = str(error)
@@ -115,6 +137,11 @@ def _plan(network: Network, gpus: Mapping[int, Device], grid: Grid, asked: _Aske
         f"{gpu.name} has {gib(gpu.free)} of {gib(gpu.total)} free, of which "
         f"memory_share={asked.share:g} allows {gib(gpu.budget(asked.share))}: {fault}"
     )
+
+
+def _ample(network: Network, grid: Grid, asked: _Asked) -> Limits:
+    """Those that were asked for, whatever fits."""
+    return _limits(network, grid, network.spec.decoder_layers, _AMPLE, asked)
 
 
 def _limits(network: Network, grid: Grid, layers: int, memory: int, asked: _Asked) -> Limits:

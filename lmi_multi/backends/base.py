@@ -29,8 +29,9 @@ class Limits:
 
     `max_batch` rows run at once; `max_tokens` bounds prompt plus generated tokens of a sequence
     (encoder-decoders: each of prompt and generated tokens); `max_step_tokens` bounds the tokens
-    of one step, an encoder's by themselves, so that prefill never stalls running rows for long;
-    the cache holds `blocks` blocks of `block_size` tokens. Without `beams` it cannot copy blocks,
+    of one step, an encoder's by themselves, so that prefill never stalls running rows for long,
+    and `max_idle_tokens`, if that is more, those of a step that no running row waits for; the cache
+    holds `blocks` blocks of `block_size` tokens. Without `beams` it cannot copy blocks,
     which beam search needs. One that `begins_ahead` starts a step before the last one's tokens are
     read: it had better not wait for a newcomer's first token while others run.
     """
@@ -40,8 +41,14 @@ class Limits:
     max_step_tokens: int
     blocks: int
     block_size: int
+    max_idle_tokens: int = 0
     beams: bool = True
     begins_ahead: bool = False
+
+    @property
+    def most_tokens(self) -> int:
+        """Of any step."""
+        return max(self.max_step_tokens, self.max_idle_tokens)
 
 
 class Executor(Protocol):

@@ -52,22 +52,23 @@ class Scheduler:
         """The next step, and what each request has of it; shares follow each other as the rows do.
 
         Running requests come first, so that newcomers' prefill only takes what is left of
-        `max_step_tokens`; a prompt that is longer than that is prefilled in slices. Encoders have
-        as many tokens of their own, but take a prompt whole: a longer one is its step's only one.
+        `max_step_tokens`, or of `max_idle_tokens` while there is nothing but prompts; a prompt that
+        is longer than that is prefilled in slices. Encoders have as many tokens of their own, but
+        take a prompt whole: a longer one is its step's only one.
 
         What the last plan admitted goes back to the queue unless `commit` has confirmed it: that
         step has failed, or was interrupted.
         """
         self._drop_finished()
         self._requeue_newcomers()
-        budget = encoded = self.limits.max_step_tokens
+        budget = encoded = most = self._most_tokens()
         counts: list[tuple[Request, int]] = []
         budget -= self._share_alike(budget, counts)
         if not counts:
             for request in sorted(self.running, key=_pending):
                 budget -= self._share(request, budget, counts)
         room = self.limits.max_batch - self.rows if self.waiting else 0
-        while budget > 0 and (newcomer := self._admit(room, encoded)):
+        while budget > 0 and (newcomer := self._admit(room, encoded, most)):
             room -= newcomer.width
             encoded -= len(newcomer.encoder_ids or ())
             budget -= self._share(newcomer, budget, counts)
@@ -78,6 +79,11 @@ class Scheduler:
             prompts=[r.prompt() for r in self._newcomers if r.encoder_ids is not None],
         )
         return batch, shares
+
+    def _most_tokens(self) -> int:
+        """Of the next step. One whose token is awaited has one to compute, as most have."""
+        awaited = any(request.pending == 1 for request in self.running)
+        return self.limits.max_step_tokens if awaited else self.limits.most_tokens
 
     def _requeue_newcomers(self) -> None:
         while self._newcomers:
@@ -127,17 +133,18 @@ class Scheduler:
         # Of those that run, one that waits in every step would wait for the prefill all the same.
         return request.goes_ahead and all(other.goes_ahead for other, _ in counts)
 
-    def _admit(self, room: int, encoded: int) -> Request | None:
+    def _admit(self, room: int, encoded: int, most: int) -> Request | None:
         """Move the first waiting request to the running ones, if there is room for it now.
 
-        `room`: for how many rows. `encoded`: how many tokens the step's encoder may still take.
+        `room`: for how many rows. `encoded`: how many tokens the step's encoder may still take, of
+        `most`.
         """
         if not self.waiting:
             return None
         request = self.waiting[0]
         if request.width > room:
             return None
-        if len(request.encoder_ids or ()) > encoded and encoded < self.limits.max_step_tokens:
+        if len(request.encoder_ids or ()) > encoded and encoded < most:
             return None
         own, cross = request.blocks_needed(self.limits.block_size)
         shared = [] if cross else self.cache.find(request.first_tokens)
