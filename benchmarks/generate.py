@@ -11,7 +11,7 @@ ids, 128 forced new ones, greedy. In every round, in one process and by one engi
 
 `whole` is generate / (first + 127 steps). `parts` is generate / (prefill + steps), 127 of them, or
 128 of an encoder-decoder, whose first token is a step behind the encoder: all that is no step and
-no prefill, also that a batch whose prompts exceed `--step-tokens` comes in several prefills.
+no prefill, also that a batch whose prompts exceed `--idle-tokens` comes in several prefills.
 """
 
 from __future__ import annotations
@@ -30,13 +30,10 @@ import torch
 import typer
 
 from benchmarks import page
-from benchmarks.hollow import outline
 from benchmarks.options import RESULTS, Dtype, Quantize, Results, Shapes
 from benchmarks.prefill import Run, own_run
 from benchmarks.random_model import check, open_model
-from benchmarks.shapes import SHAPES
-from lmi_multi.backends.memory import MOST_TOKENS
-from lmi_multi.backends.memory import step_tokens as planned
+from lmi_multi.backends.memory import IDLE_TOKENS, STEP_TOKENS
 from lmi_multi.checkpoint.layout import DtypeName, QuantizeName
 from lmi_multi.model import Model
 from lmi_multi.timing import time_generation
@@ -52,7 +49,6 @@ class Case:
     shape: str
     dtype: str
     rows: int
-    step_tokens: int
     new_tokens: int
     steps: int
     generate: list[float]
@@ -83,8 +79,11 @@ def main(
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 128,
     new_tokens: Annotated[int, typer.Option(min=2)] = 128,
     step_tokens: Annotated[
-        int | None, typer.Option(help="of any step; else what `load` plans on a GPU", min=1)
-    ] = None,
+        int, typer.Option(help="of a step beside rows that run; what `load` plans", min=1)
+    ] = STEP_TOKENS,
+    idle_tokens: Annotated[
+        int, typer.Option(help="of a step that no row waits for; what it plans with ample memory")
+    ] = IDLE_TOKENS,
     rounds: Annotated[int, typer.Option(min=1)] = 5,
     require: Annotated[float, typer.Option(help="fail if `parts` is above this")] = 0.0,
     results: Results = RESULTS,
@@ -93,18 +92,20 @@ def main(
     form = check(device, shape, dtype, quantize, results, prompt_tokens + new_tokens)
     cases = []
     for name in shape:
-        tokens = (step_tokens or planned(outline(SHAPES[name])[0]), step_tokens or MOST_TOKENS)
         for case in measure(
-            name, *form, torch.device(device), batch, prompt_tokens, new_tokens, tokens, rounds
-        ):
+            name, *form, torch.device(device), batch, prompt_tokens, new_tokens,
+            step_tokens, idle_tokens, rounds,
+        ):  # fmt: skip
             typer.echo(_row(case))
             cases.append(case)
     command = page.command("benchmarks.generate")
     figures = {
         "prompt_tokens": prompt_tokens,
+        "step_tokens": step_tokens,
+        "idle_tokens": idle_tokens,
         "cases": [asdict(case) | {"whole": case.whole, "parts": case.parts} for case in cases],
     }
-    text = _page(command, cases, prompt_tokens)
+    text = _page(command, cases, prompt_tokens, step_tokens, idle_tokens)
     page.write(results, f"{device}-generate", command, device, figures, text)
     if require and (over := [case for case in cases if case.parts > require]):
         raise SystemExit("\n".join([f"`parts` is above {require}:", *map(_row, over)]))
@@ -112,13 +113,14 @@ def main(
 
 def measure(
     name: str, dtype: DtypeName, quantize: QuantizeName | None, device: torch.device,
-    batches: Sequence[int], prompt: int, tokens: int, step_tokens: tuple[int, int], rounds: int,
+    batches: Sequence[int], prompt: int, tokens: int, step_tokens: int, idle_tokens: int,
+    rounds: int,
 ) -> Iterator[Case]:  # fmt: skip
-    """A case for each number of rows. `step_tokens`: `max_step_tokens` and `max_idle_tokens`."""
+    """A case for each number of rows."""
     with tempfile.TemporaryDirectory() as work:
         model = open_model(
             name, dtype, quantize, device, Path(work), max(batches), prompt + tokens + 16,
-            *step_tokens,
+            step_tokens, idle_tokens,
         )  # fmt: skip
         with model:
             for rows in batches:
@@ -136,8 +138,7 @@ def _case(
     engine = model.engine
     prefill = own_run(engine.executor, model.artifact.spec, prompts)  # type: ignore[arg-type]
     encoded = model.spec.kind == "encoder-decoder"
-    most = engine.executor.limits.most_tokens
-    case = Case(name, dtype, rows, most, tokens, tokens - (not encoded), [], [], [], [])
+    case = Case(name, dtype, rows, tokens, tokens - (not encoded), [], [], [], [])
     _answer(model, prompts, tokens)  # whatever is made on first use
     for _ in range(rounds):
         case.generate.append(milliseconds(lambda: _answer(model, prompts, tokens)))
@@ -173,12 +174,14 @@ def _row(case: Case) -> str:
     figures = (median(own) for own in (case.generate, case.first, case.prefill, case.step))
     shown = " | ".join(f"{ms:.3f}" for ms in figures)
     return (
-        f"| {case.shape} | {case.dtype} | {case.rows} | {case.step_tokens} | {shown} "
-        f"| {case.whole:.3f} | {case.parts:.3f} |"
+        f"| {case.shape} | {case.dtype} | {case.rows} | {shown} | {case.whole:.3f} "
+        f"| {case.parts:.3f} |"
     )
 
 
-def _page(command: str, cases: Sequence[Case], prompt: int) -> str:
+def _page(
+    command: str, cases: Sequence[Case], prompt: int, step_tokens: int, idle_tokens: int
+) -> str:
     rounds = len(cases[0].generate)
     return f"""# A whole `generate` beside its parts
 
@@ -186,14 +189,14 @@ def _page(command: str, cases: Sequence[Case], prompt: int) -> str:
 on {{where}}.
 
 Random weights of the true shapes, prompts of {prompt} token ids, {cases[0].new_tokens} forced new
-tokens, greedy, no tokenizer; milliseconds, medians of {rounds} rounds. Prompts of more than
-`step tokens` in all come in several steps.
+tokens, greedy, at most {step_tokens} tokens a step, {idle_tokens} where no row waits for it, no
+tokenizer; milliseconds, medians of {rounds} rounds.
 `generate` is the public call. `first` is an answer of one token, `step` each token after it,
 `prefill` the executor's prefill alone, all prompts at once. `whole` = generate / (first + a step
 for each further token); `parts` = generate / (prefill + steps). Ratios are taken in each round.
 
-| shape | weights | rows | step tokens | generate | first | prefill | step | whole | parts |
-| --- | --- | --: | --: | --: | --: | --: | --: | --: | --: |
+| shape | weights | rows | generate | first | prefill | step | whole | parts |
+| --- | --- | --: | --: | --: | --: | --: | --: | --: |
 {chr(10).join(map(_row, cases))}
 """
 

@@ -234,7 +234,7 @@ def make_graphs(model: Model) -> None:
     kind = "rows" if model.spec.kind == "decoder" else "prompts"
     with torch.inference_mode():
         for tokens, keys in product(prefills.sizes, (0, MANY_KEYS)):
-            if tokens <= model.limits.max_step_tokens:
+            if tokens <= model.limits.most_tokens:
                 prefills._get(kind, [tokens], [keys])
 
 

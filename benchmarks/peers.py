@@ -24,7 +24,7 @@ Answer = Callable[[int], Sequence[Sequence[object]]]
 @dataclass(frozen=True)
 class Task:
     """Prompts of `prompt` tokens, as many as each of `batches` says, answered with `tokens`.
-    `work`: the folder for a peer's files; None is the system's for temporary ones."""
+    `work`: the folder for models' files; None is the system's for temporary ones."""
 
     shape: str
     dtype: DtypeName

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import get_args
 
 from lmi_multi.backends.limits import default_tokens
-from lmi_multi.backends.memory import DEFAULT_BATCH, Need, step_tokens, workspace_bytes
+from lmi_multi.backends.memory import DEFAULT_BATCH, STEP_TOKENS, Need, workspace_bytes
 from lmi_multi.checkpoint.artifact import Artifact, is_artifact
 from lmi_multi.checkpoint.convert import chosen_dtype
 from lmi_multi.checkpoint.formats import open_reader
@@ -103,10 +103,10 @@ class Network:
         stages: int,
         max_batch: int | None,
         max_tokens: int | None,
-        most_tokens: int | None = None,
+        step_tokens: int = STEP_TOKENS,
     ) -> list[Need]:
         """What each of a stage's `degree` ranks needs, for every one of the pipeline `stages`;
-        None as in `load`. `most_tokens`: of the largest step; None: of one beside rows that run.
+        None as in `load`. `step_tokens`: those of the largest step.
         Raises OptionError if there cannot be as many stages."""
         return [
             Need(
@@ -118,7 +118,7 @@ class Network:
                     ranks=degree,
                     max_batch=max_batch or DEFAULT_BATCH,
                     max_tokens=max_tokens or default_tokens(self.spec),
-                    most_tokens=most_tokens or step_tokens(self.spec),
+                    step_tokens=step_tokens,
                     stage=held.stage,
                 ),
                 layers=len(held.stage.decoder),

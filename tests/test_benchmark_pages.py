@@ -81,7 +81,13 @@ def test_what_cannot_be_measured_is_said(tmp_path: Path) -> None:
 
 
 def test_generate(tmp_path: Path) -> None:
-    sizes = {"prompt_tokens": 12, "new_tokens": 6, "step_tokens": 64, "rounds": 3}
+    sizes = {
+        "prompt_tokens": 12,
+        "new_tokens": 6,
+        "step_tokens": 24,
+        "idle_tokens": 64,
+        "rounds": 3,
+    }
     generate.main(shape=TINY, batch=[1, 3], results=tmp_path, **sizes)
     found = written(tmp_path, "cpu-generate", *TINY)
     cases = found["cases"]
@@ -96,7 +102,7 @@ def test_generate(tmp_path: Path) -> None:
 def test_the_ratios_of_generate() -> None:
     """Of each round, then their median."""
     case = generate.Case(
-        *("t5", "bf16", 1, 2048, 11, 11),
+        *("t5", "bf16", 1, 11, 11),
         generate=[31.0, 90.0, 33.0], first=[10.0, 30.0, 10.0], step=[2.0, 6.0, 2.0],
         prefill=[8.0, 24.0, 8.0],
     )  # fmt: skip

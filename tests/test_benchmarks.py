@@ -133,7 +133,7 @@ def test_generate_and_newcomers(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(random_model, "_executor", opened)
     for shape in ("tiny-t5", "tiny-gpt2"):
-        cases = list(generate.measure(shape, "fp32", None, CPU, [1, 3], 20, 8, (64, 64), 2))
+        cases = list(generate.measure(shape, "fp32", None, CPU, [1, 3], 20, 8, 32, 64, 2))
         assert [case.rows for case in cases] == [1, 3]
         load = newcomers.Load(rows=3, prompt=5, newcomers=2, long=70)
         case = newcomers.measure(shape, "fp32", None, CPU, load, 40, 1)

@@ -13,7 +13,7 @@ from lmi_multi.backends.cuda.sizing import Sizes, sizes_on
 
 from lmi_multi import load
 from lmi_multi.backends.limits import block_bytes
-from lmi_multi.backends.memory import MOST_TOKENS, Device, step_tokens, workspace_bytes
+from lmi_multi.backends.memory import IDLE_TOKENS, Device, workspace_bytes
 from lmi_multi.checkpoint.convert import convert
 from lmi_multi.demo import CHECKPOINT
 from lmi_multi.errors import CapacityError, OptionError
@@ -244,7 +244,7 @@ def workspace(
 ) -> int:
     return workspace_bytes(
         spec, widest=0, item_bytes=2, ranks=ranks,
-        max_batch=batch, max_tokens=tokens, most_tokens=most,
+        max_batch=batch, max_tokens=tokens, step_tokens=most,
     )  # fmt: skip
 
 
@@ -256,7 +256,9 @@ def test_the_workspace_grows_with_what_it_is_for() -> None:
     assert workspace(windowed) - plain == 2048 * 2048 * 6
     alibi = replace(LLAMA, position=Alibi())
     assert workspace(alibi) - plain == 32 * 2048 * 2048 * 6
-    assert workspace(alibi, tokens=8192) - workspace(LLAMA, tokens=8192) == 32 * 2048 * 8192 * 6
+    for step in (2048, 8192):
+        bias = workspace(alibi, tokens=8192, most=step) - workspace(LLAMA, tokens=8192, most=step)
+        assert bias == 32 * step * 8192 * 6
     t5 = replace(alibi, position=RelativeBias(buckets=32, max_distance=128), encoder_layers=1)
     assert workspace(t5, tokens=4096) - workspace(LLAMA, tokens=4096) == 32 * 4096 * 4096 * 6
     encoder = replace(LLAMA, position=Learned(), decoder_layers=0, encoder_layers=4)
@@ -266,30 +268,14 @@ def test_the_workspace_grows_with_what_it_is_for() -> None:
     assert quantized - unquantized == 2 * 4096 * 16000  # half of the head, two bytes each
 
 
-def heads(count: int) -> dict[str, int]:
-    return {"heads": count, "kv_heads": count}
-
-
-def test_steps_of_small_networks_have_more_tokens() -> None:
-    """A prompt's slice takes no longer than one of a large network; all of it is planned."""
-    found = {
-        hidden: step_tokens(network(hidden=hidden, **heads(hidden // 128), ffn=4 * hidden).spec)
-        for hidden in (512, 896, 1024, 1152, 1280, 4096)
-    }
-    assert found == {512: 8192, 896: 5120, 1024: 4096, 1152: 3072, 1280: 2048, 4096: 2048}
-    small = network(hidden=512, **heads(4), ffn=2048)
-    limits = plan(small, gpus(1, 24)).limits
-    assert limits.max_step_tokens == limits.most_tokens == 8192
-
-
 @pytest.mark.parametrize("degree", [1, 2])
 def test_steps_that_no_row_waits_for_are_large_where_the_cache_loses_nothing(degree: int) -> None:
     asked = {"max_batch": 64, "max_tokens": 512}
     ample = plan(network(), gpus(2, 80), degree, **asked)
-    assert (ample.limits.max_step_tokens, ample.limits.most_tokens) == (2048, MOST_TOKENS)
+    assert (ample.limits.max_step_tokens, ample.limits.most_tokens) == (2048, IDLE_TOKENS)
     least = workspace(LLAMA, degree, tokens=512)
     assert (
-        ample.ranks[0].workspace == workspace(LLAMA, degree, tokens=512, most=MOST_TOKENS) > least
+        ample.ranks[0].workspace == workspace(LLAMA, degree, tokens=512, most=IDLE_TOKENS) > least
     )
     needed = taken(ample, 0) / GIB / 0.9
     for short in (0.001, (ample.ranks[0].workspace - least) / GIB / 0.9 - 0.001):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from queue import Queue
 from typing import Any
@@ -19,11 +20,13 @@ from lmi_multi.engine.batch import Batch, Passage, Prompt, StepResult
 from lmi_multi.model import Model
 from lmi_multi.models.stages import Stage
 from lmi_multi.parallel.collectives import SingleRank
-from tests import tiny_models
+from tests import test_cuda_graphs, tiny_models
 from tests.cuda_stand_ins import Programs
 from tests.test_cuda_ahead import programs  # noqa: F401
-from tests.test_cuda_graphs import LIMITS, cpu_model, prompts
+from tests.test_cuda_graphs import cpu_model, prompts
 
+# Prompts that come to nobody's rows are larger steps.
+LIMITS = replace(test_cuda_graphs.LIMITS, max_idle_tokens=192)
 PATIENCE = 60  # seconds for what another stage sends
 
 
@@ -110,6 +113,10 @@ def test_answers_are_those_of_the_cpu(
             assert [c.token_ids for c in model.generate(own, chosen)] == expected
         for ours, theirs in zip(model.encode(own), cpu.encode(own), strict=True):
             torch.testing.assert_close(ours.hidden, theirs.hidden, rtol=1e-4, atol=1e-5)
+        answers = [[3, 4, 5], [6], [7, 8], [9] * 7, [10]]
+        known = (chosen.score(own, answers) for chosen in (model, cpu))
+        for ours, theirs in zip(*known, strict=True):
+            assert ours == pytest.approx(theirs, abs=2e-5)
         # Messages between stages are in no graph.
         assert all(stage._fed is None and stage._ahead is None for stage in staged.stages)
         assert all(stage._prefill_graphs is None for stage in staged.stages)

@@ -53,6 +53,8 @@ class Capturable(TorchCollectives):
 class Shelf:
     """Lives in every rank, and opens one artifact after another, each with trouble of its own."""
 
+    limits = LIMITS
+
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
         self.patch = pytest.MonkeyPatch()
@@ -71,7 +73,7 @@ class Shelf:
         tensors = artifact.load_rank(self.rank, self.size)
         scratch = Scratch(torch.device("cpu"))
         self.executor = executor.CudaExecutor(
-            artifact.spec, tensors, LIMITS, scratch, self.peers(), program_rows=8
+            artifact.spec, tensors, self.limits, scratch, self.peers(), program_rows=8
         )
 
     def peers(self) -> Capturable:

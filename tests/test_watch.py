@@ -7,9 +7,13 @@ from typing import Any
 import pytest
 
 from lmi_multi import progress
+from lmi_multi.engine.batch import Batch, Prompt, Row
 from lmi_multi.errors import OptionError
+from lmi_multi.parallel.executor import RankedExecutor
+from lmi_multi.parallel.ranks import Ranks
 from lmi_multi.parallel.watch import VARIABLE, Patience, Watch, fault
 from lmi_multi.progress import Reading
+from tests.tiny_models import LIMITS
 
 
 def _watch(silent: float, still: float, waiting: bool = False) -> Watch:
@@ -72,3 +76,18 @@ def test_waiting_in_the_midst_of_waiting() -> None:
             pass
         assert progress.read() == Reading(before + 1, True)
     assert not progress.read().waiting
+
+
+@pytest.mark.parametrize("on_gpus", [False, True])
+def test_a_gpus_steps_get_no_more_time_for_their_tokens(on_gpus: bool) -> None:
+    given: list[tuple[str, int]] = []
+
+    class Listed(Ranks):
+        def call(self, method: str, *arguments: Any, tokens: int = 0) -> Any:
+            given.append((method, tokens))
+
+    executor = RankedExecutor(Listed([], 0), LIMITS, "device", on_gpus)
+    executor.step(Batch([Row([5] * 30, 0, [0], 30)], [Prompt([6] * 12)]))
+    executor.encode([Prompt([6] * 12)])
+    executor.close()
+    assert given == [("step", 0 if on_gpus else 42), ("encode", 0 if on_gpus else 12)]

@@ -10,11 +10,11 @@ from lmi_multi.backends.base import Limits
 from lmi_multi.backends.limits import block_bytes, plan_limits
 from lmi_multi.backends.memory import (
     DEFAULT_BATCH,
+    IDLE_TOKENS,
     MEMORY_SHARE,
-    MOST_TOKENS,
+    STEP_TOKENS,
     Device,
     Need,
-    step_tokens,
 )
 from lmi_multi.checkpoint.files import gib
 from lmi_multi.checkpoint.layout import DTYPES, DtypeName, QuantizeName
@@ -93,12 +93,13 @@ def _split(grid: Grid) -> dict[str, int]:
 
 
 def _plan(network: Network, gpus: Mapping[int, Device], grid: Grid, asked: _Asked) -> Sizes | str:
-    """The sizes, or why there are none. Steps without rows that run are large where they take
-    nothing from the cache."""
-    found = _planned(network, gpus, grid, asked, MOST_TOKENS)
-    if isinstance(found, Sizes) and found.limits.blocks == _ample(network, grid, asked).blocks:
+    """The sizes, or why there are none. Steps that no row waits for are large if the cache loses
+    nothing by them."""
+    ample = _limits(network, grid, network.spec.decoder_layers, _AMPLE, asked)
+    found = _planned(network, gpus, grid, asked, ample, IDLE_TOKENS)
+    if isinstance(found, Sizes) and found.limits.blocks == ample.blocks:
         return found
-    return _planned(network, gpus, grid, asked, step_tokens(network.spec))
+    return _planned(network, gpus, grid, asked, ample, STEP_TOKENS)
 
 
 def _planned(
@@ -106,9 +107,10 @@ def _planned(
     gpus: Mapping[int, Device],
     grid: Grid,
     asked: _Asked,
-    most_tokens: int,
+    ample: Limits,
+    step_tokens: int,
 ) -> Sizes | str:
-    ample = _ample(network, grid, asked)
+    """`ample`: the limits that were asked for, whatever fits; `step_tokens`: of any step."""
     needs = network.needs(
         network.dtype,
         network.quantize,
@@ -116,7 +118,7 @@ def _planned(
         grid.pipeline,
         ample.max_batch,
         ample.max_tokens,
-        most_tokens,
+        step_tokens,
     )
     ranks = {rank: needs[grid.stage_of(rank)] for rank in gpus if rank < grid.size}
     least = min(ranks, key=lambda rank: ranks[rank].room(gpus[rank].budget(asked.share)))
@@ -127,7 +129,7 @@ def _planned(
             limits = _limits(network, grid, need.layers, left, asked)
             item_bytes = DTYPES[network.dtype].itemsize
             block = block_bytes(network.spec, item_bytes, grid.tensor, limits.block_size, layers=1)
-            return Sizes(replace(limits, max_idle_tokens=most_tokens), ranks, block)
+            return Sizes(replace(limits, max_idle_tokens=step_tokens), ranks, block)
         fault = f"{gib(-left)} are missing"
     except CapacityError as error:
         fault = str(error)
@@ -137,11 +139,6 @@ def _planned(
         f"{gpu.name} has {gib(gpu.free)} of {gib(gpu.total)} free, of which "
         f"memory_share={asked.share:g} allows {gib(gpu.budget(asked.share))}: {fault}"
     )
-
-
-def _ample(network: Network, grid: Grid, asked: _Asked) -> Limits:
-    """Those that were asked for, whatever fits."""
-    return _limits(network, grid, network.spec.decoder_layers, _AMPLE, asked)
 
 
 def _limits(network: Network, grid: Grid, layers: int, memory: int, asked: _Asked) -> Limits:
@@ -154,7 +151,7 @@ def _limits(network: Network, grid: Grid, layers: int, memory: int, asked: _Aske
         max_batch=asked.max_batch,
         max_tokens=asked.max_tokens,
         default_batch=DEFAULT_BATCH,
-        max_step_tokens=step_tokens(network.spec),
+        max_step_tokens=STEP_TOKENS,
     )
 
 

@@ -16,9 +16,8 @@ from lmi_multi.models.stages import Stage
 
 MEMORY_SHARE = 0.9
 DEFAULT_BATCH = 64
-STEP_TOKENS, MOST_TOKENS = 2048, 8192
-# Multiplications of a step with more than STEP_TOKENS: some 10 ms of an H200, 70 of an A10G.
-_STEP_WORK = 2 << 40
+# Of a step beside rows that run, and of one that no row waits for, if memory is left for it.
+STEP_TOKENS, IDLE_TOKENS = 2048, 8192
 _MIB = 2**20
 # Kernels' scratch, cuBLAS's workspaces on two streams, and what the allocator rounds up.
 _FIXED = 256 * _MIB
@@ -74,15 +73,6 @@ def check_share(share: float | None) -> None:
         )
 
 
-def step_tokens(spec: ModelSpec) -> int:
-    """The most tokens of a step on a GPU while rows run. They wait for a newcomer's prefill, so it
-    comes in slices; of a small network they can be larger, and fewer, and are as short."""
-    attention = 2 * (spec.heads + spec.kv_heads) * spec.head_dim
-    layer = spec.hidden * (attention + (2 + spec.gated) * spec.ffn)
-    fitting = _STEP_WORK // (layer * max(spec.encoder_layers, spec.decoder_layers))
-    return min(max(STEP_TOKENS, fitting // 1024 * 1024), MOST_TOKENS)
-
-
 def workspace_bytes(
     spec: ModelSpec,
     *,
@@ -91,19 +81,19 @@ def workspace_bytes(
     ranks: int,
     max_batch: int,
     max_tokens: int,
-    most_tokens: int,
+    step_tokens: int,
     stage: Stage | None = None,
 ) -> int:
     """Bytes that each of `ranks` needs beside weights and cache, at `item_bytes` an activation.
 
     `widest`: elements on a rank of the largest quantized weight, which torch widens before a
     product of many rows; 0: none is quantized. `max_tokens` are those of the longest sequence,
-    `most_tokens` those of the largest step.
+    `step_tokens` those of the largest step.
     `stage`: the part of a pipeline that `ranks` share, of which the last draws; None: the whole.
     """
     layers = spec.decoder_layers if stage is None else len(stage.decoder)
     heads, kv_heads = (Split(0, (n,)).size(ranks) for n in (spec.heads, spec.kv_heads))
-    rows = max(most_tokens, max_tokens)
+    rows = max(step_tokens, max_tokens)
     residual = 4 * spec.hidden * 4  # before and after the norm, the sum and its addend, as float32
     qkv = 2 * (heads + 2 * kv_heads) * spec.head_dim * item_bytes
     up = 2 * (2 if spec.gated else 1) * -(-spec.ffn // ranks) * item_bytes
@@ -117,7 +107,7 @@ def workspace_bytes(
     total = (
         _FIXED
         + step
-        + _bias(spec, heads, max_tokens, most_tokens, item_bytes)
+        + _bias(spec, heads, max_tokens, step_tokens, item_bytes)
         + widest * item_bytes
     )
     if spec.decoder_layers:
@@ -126,10 +116,10 @@ def workspace_bytes(
     return total + (programs if whole else 0) + (0 if whole and ranks == 1 else _RANK)
 
 
-def _bias(spec: ModelSpec, heads: int, tokens: int, most_tokens: int, item_bytes: int) -> int:
+def _bias(spec: ModelSpec, heads: int, tokens: int, step_tokens: int, item_bytes: int) -> int:
     """What torch's attention adds to a prompt's scores [heads, queries, keys]: in float32 and then
     in the activations' type; for a window alone of one head. A decoder's prompt comes in slices."""
-    queries = tokens if spec.encoder_layers else min(tokens, most_tokens)
+    queries = tokens if spec.encoder_layers else min(tokens, step_tokens)
     if isinstance(spec.position, (Learned, Rope)):
         heads = 1 if any(spec.windows) else 0
     return heads * queries * tokens * (4 + item_bytes)

@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Generator, Iterable
 from collections.abc import Sequence as Items
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar, cast
 
@@ -129,7 +130,7 @@ class Engine:
             draws = iter(self.executor.step(batch).draws)
         except torch.OutOfMemoryError as error:
             with interrupts.delayed(), self._lock:
-                self._give_up_one(shares, error)
+                self._make_room(shares, error)
             return
         with interrupts.delayed(), self._lock:
             for request, rows in shares:
@@ -144,16 +145,28 @@ class Engine:
         self._user = None
         self._changed.notify_all()
 
-    def _give_up_one(self, shares: Items[Share], error: torch.OutOfMemoryError) -> None:
-        """Fail the request that wanted most of a step which did not fit the GPU, the latest of
-        several; the others take the step again. Sizes are planned so that this does not happen:
-        another process has taken memory, or the plan is wrong."""
+    def _make_room(self, shares: Items[Share], error: torch.OutOfMemoryError) -> None:
+        """Let the next step be smaller than this one, which did not fit the GPU. Sizes are planned
+        so that this does not happen: another process has taken memory, or the plan is wrong. Ranks
+        do not come here: where one is short of memory the others are amid the step."""
+        limits, fault = self.scheduler.limits, str(error).splitlines()[0]
+        count = sum(map(tokens_of, shares))
+        if min(count, limits.most_tokens) > limits.max_step_tokens:
+            self.scheduler.limits = replace(limits, max_idle_tokens=0)
+            log.error("a step of %d tokens does not fit the GPU: %s; from now on they have %d",
+                      count, fault, limits.max_step_tokens)  # fmt: skip
+        else:
+            self._give_up_one(shares, fault)
+        self._steps += 1
+
+    def _give_up_one(self, shares: Items[Share], fault: str) -> None:
+        """Fail the request that wanted most of a step, the latest of several; the others take the
+        step again."""
         largest, _ = max(reversed(shares), key=tokens_of)
-        message = f"a step with it does not fit the GPU: {str(error).splitlines()[0]}"
+        message = f"a step with it does not fit the GPU: {fault}"
         log.error("%s; %d others go on", message, len(shares) - 1)
         largest.fail(message, "out_of_memory")
         self.scheduler.release(largest)
-        self._steps += 1
 
     def _stepped_since(self, seen: int) -> bool:
         return self._steps != seen

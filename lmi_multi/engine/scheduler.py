@@ -61,7 +61,7 @@ class Scheduler:
         """
         self._drop_finished()
         self._requeue_newcomers()
-        budget = encoded = most = self._most_tokens()
+        budget = encoded = most = self._step_tokens()
         counts: list[tuple[Request, int]] = []
         budget -= self._share_alike(budget, counts)
         if not counts:
@@ -80,10 +80,10 @@ class Scheduler:
         )
         return batch, shares
 
-    def _most_tokens(self) -> int:
-        """Of the next step. One whose token is awaited has one to compute, as most have."""
-        awaited = any(request.pending == 1 for request in self.running)
-        return self.limits.max_step_tokens if awaited else self.limits.most_tokens
+    def _step_tokens(self) -> int:
+        """How many the next step may have. A row waits for it if it has one token to compute."""
+        waits = any(request.pending == 1 for request in self.running)
+        return self.limits.max_step_tokens if waits else self.limits.most_tokens
 
     def _requeue_newcomers(self) -> None:
         while self._newcomers:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -25,8 +26,8 @@ def open_ranks(
     """An executor over the ranks of `grid`: processes of its own, or those that torchrun started.
 
     Under torchrun only rank 0's process returns; the others serve until it closes the executor,
-    then raise SystemExit. There `limits` are this process's own, of which the least blocks count,
-    and `identity` must be the same everywhere: it says what is loaded.
+    then raise SystemExit. There `limits` are this process's own, of which the least blocks and
+    idle tokens count, and `identity` must be the same everywhere: it says what is loaded.
     """
     job = torchrun.job(grid.tensor, grid.pipeline)
     if job is None:
@@ -34,7 +35,7 @@ def open_ranks(
         ranks: Ranks = LocalRanks(grid.size, of_rank, process_group, grid.answering)
     else:
         ranks, limits = torchrun.join(job, grid.answering, build, limits, process_group, identity)
-    return RankedExecutor(ranks, limits, device)
+    return RankedExecutor(ranks, limits, device, on_gpus=process_group == "nccl")
 
 
 def identity(artifact: Artifact, grid: Grid) -> str:
@@ -43,36 +44,41 @@ def identity(artifact: Artifact, grid: Grid) -> str:
 
 
 class RankedExecutor:
-    """Forwards every call to all ranks and returns the answering one's result."""
+    """Forwards every call to all ranks and returns the answering one's result. They are given time
+    for each of its tokens, but not `on_gpus`: there a layer's work never takes that long."""
 
-    def __init__(self, ranks: Ranks, limits: Limits, device: str) -> None:
-        self.limits, self.device, self._ranks = limits, device, ranks
+    def __init__(self, ranks: Ranks, limits: Limits, device: str, on_gpus: bool) -> None:
+        self.limits, self.device = limits, device
+        self._ranks, self._on_gpus = ranks, on_gpus
 
     def step(self, batch: Batch) -> StepResult:
         """See `Executor.step`."""
-        result: StepResult = self._ranks.call("step", batch, tokens=_tokens(batch))
+        result: StepResult = self._call("step", batch, _tokens(batch))
         return result
 
     def logits(self, batch: Batch) -> Tensor:
         """See `Executor.logits`."""
-        result: Tensor = self._ranks.call("logits", batch, tokens=_tokens(batch))
+        result: Tensor = self._call("logits", batch, _tokens(batch))
         return result
 
     def encode(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor | None]:
         """See `Executor.encode`."""
         tokens = sum(len(prompt.token_ids) for prompt in prompts)
-        result: tuple[Tensor, Tensor | None] = self._ranks.call("encode", prompts, tokens=tokens)
+        result: tuple[Tensor, Tensor | None] = self._call("encode", prompts, tokens)
         return result
 
     def score(self, passages: Sequence[Passage]) -> Tensor:
         """See `Executor.score`."""
         tokens = sum(len(p.token_ids) + len(p.encoder_ids or ()) for p in passages)
-        result: Tensor = self._ranks.call("score", passages, tokens=tokens)
+        result: Tensor = self._call("score", passages, tokens)
         return result
 
     def close(self) -> None:
         """End the ranks."""
         self._ranks.close()
+
+    def _call(self, method: str, argument: object, tokens: int) -> Any:
+        return self._ranks.call(method, argument, tokens=0 if self._on_gpus else tokens)
 
 
 def _tokens(batch: Batch) -> int:

@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -120,11 +120,21 @@ def join(
     if job.rank != 0:
         _serve(job, hello, own, store, answering)
     peers = _gather(job, hello, store)
-    agreed = replace(limits, blocks=min(h.limits.blocks for h in (hello, *peers.values())))
+    agreed = _agreed([hello, *peers.values()])
     ranks = [Rank(h.rank, c, where=f" to {h.host}") for c, h in peers.items()]
     for connection in peers:
         connection.send(agreed)
     return TorchrunRanks(ranks, answering, partial(own, agreed)), agreed
+
+
+def _agreed(hellos: Sequence[_Hello]) -> Limits:
+    """What all have room for."""
+    every = [hello.limits for hello in hellos]
+    return replace(
+        every[0],
+        blocks=min(own.blocks for own in every),
+        max_idle_tokens=min(own.max_idle_tokens for own in every),
+    )
 
 
 class TorchrunRanks(Ranks):
