@@ -22,9 +22,15 @@ from lmi_multi.timing import Timing
 
 
 def bench_timings(task: Task, quantize: QuantizeName | None) -> Iterator[Timing]:
-    """One for each number of rows. Raises SystemExit if the command fails."""
+    """One for each number of rows. Raises SystemExit if the command fails, or if there is no
+    room for the artifact."""
     with tempfile.TemporaryDirectory(dir=task.work) as folder:
-        _write(task, quantize, Path(folder))
+        try:
+            _write(task, quantize, Path(folder))
+        except OSError as error:
+            raise SystemExit(
+                f"{task.shape} cannot be written to {folder}: {error.strerror}"
+            ) from None
         torch.cuda.empty_cache()  # all of the GPU is the command's
         arguments = [
             *("--backend", task.device.type, "--json"),

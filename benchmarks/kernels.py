@@ -14,6 +14,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ class Case:
 
 def capture(runs: Sequence[Run]) -> torch.cuda.CUDAGraph:
     """A graph of all launches, one after the other."""
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     with torch.cuda.stream(stream):
         for run in runs[:2]:
             run()
@@ -66,7 +67,10 @@ def measure(*contenders: Sequence[Run]) -> list[float]:
     times: list[list[float]] = [[] for _ in graphs]
     for _ in range(WARM_UP + REPLAYS):
         for graph, runs, own in zip(graphs, contenders, times, strict=True):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start, end = (
+                torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+                for _ in range(2)
+            )
             start.record()
             graph.replay()
             end.record()
@@ -78,7 +82,7 @@ def measure(*contenders: Sequence[Run]) -> list[float]:
 def random(*shape: int, dtype: torch.dtype) -> Tensor:
     if dtype == torch.int8:
         return torch.randint(-128, 128, shape, device="cuda", dtype=dtype)
-    return (torch.randn(*shape, device="cuda") * shape[-1] ** -0.5).to(dtype)
+    return torch.randn(*shape, device="cuda").mul(shape[-1] ** -0.5).to(dtype)
 
 
 # Name, inputs, weight rows, and which operation it is part of.
@@ -162,7 +166,7 @@ def attentions(rows: int) -> Iterator[Case]:
         own = [range(i * blocks, (i + 1) * blocks) for i in range(rows)]
         batch = [Row([0], tokens - 1, b, tokens, cross_blocks=b, cross_length=tokens) for b in own]
         none = Linear(torch.empty(0))
-        parts = dict.fromkeys(("qkv", "out", "up", "down"), none)
+        parts: Any = dict.fromkeys(("qkv", "out", "up", "down"), none)
         norm = Norm(torch.empty(0))
         table = random(32, heads, dtype=torch.bfloat16) if relative else None
         shape = [

@@ -231,11 +231,11 @@ def make_graphs(model: Model) -> None:
     prefills: Any = getattr(model.engine.executor, "_prefill_graphs", None)
     if prefills is None:
         return
-    kind = "rows" if model.spec.kind == "decoder" else "prompts"
+    what = "rows" if model.spec.kind == "decoder" else "prompts"
     with torch.inference_mode():
         for tokens, keys in product(prefills.sizes, (0, MANY_KEYS)):
             if tokens <= model.limits.most_tokens:
-                prefills._get(kind, [tokens], [keys])
+                prefills._get(what, [tokens], [keys])
 
 
 def fill(model: Model) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 LARGEST = 1e5
 _CHANNELS = 4  # of each FFN
-_SETTINGS = {
+_SETTINGS: dict[str, Any] = {
     "vocab_size": 512,
     "d_model": 512,
     "d_kv": 64,
@@ -35,7 +35,8 @@ def save(folder: Path) -> float:
     """Write the checkpoint, in float32; returns the largest FFN activation over `prompts`."""
     config = transformers.T5Config(**_SETTINGS)
     torch.manual_seed(0)
-    model: Any = transformers.T5ForConditionalGeneration(config).eval()
+    model: Any = transformers.T5ForConditionalGeneration(config)
+    model.eval()
     # transformers ties the head whatever the config says. Scores that tell tokens apart.
     head = torch.randn(config.vocab_size, config.d_model) * 1.5 / config.d_model**0.5
     model.lm_head.weight = torch.nn.Parameter(head)

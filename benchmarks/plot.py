@@ -46,8 +46,8 @@ def main() -> None:
 def _step(entries: list[dict[str, Any]], who: str, rows: int) -> float:
     """0 where it was not measured."""
     if who == "roofline":
-        return max(e["roofline"] for e in entries if e["rows"] == rows)
-    return next((e["step"] for e in entries if (e["who"], e["rows"]) == (who, rows)), 0.0)
+        return float(max(e["roofline"] for e in entries if e["rows"] == rows))
+    return float(next((e["step"] for e in entries if (e["who"], e["rows"]) == (who, rows)), 0.0))
 
 
 if __name__ == "__main__":

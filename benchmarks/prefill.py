@@ -53,7 +53,10 @@ def time_runs(runs: Mapping[str, Run], rounds: int, launches: int = 1) -> dict[s
     for number in range(rounds + 2):
         for name, run in runs.items():
             torch.cuda.synchronize()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start, end = (
+                torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+                for _ in range(2)
+            )
             start.record()
             for _ in range(launches):
                 run()
@@ -197,7 +200,7 @@ def attentions(rounds: int) -> None:
         )
         split, none = Heads(spec, 1), Linear(torch.empty(0))
         table = torch.randn(32, heads, device=device).to(half) if relative else None
-        parts = dict.fromkeys(("qkv", "out", "up", "down"), none)
+        parts: Any = dict.fromkeys(("qkv", "out", "up", "down"), none)
         norm = Norm(torch.empty(0))
         layer = Layer(
             index=0, norm1=norm, norm2=norm, scale=dim**-0.5, position_bias=table, **parts
@@ -225,7 +228,7 @@ def attentions(rounds: int) -> None:
         if not relative:  # and no rotation, and nothing stored: torch's kernel by itself
             q, k, v = (
                 part.reshape(rows, tokens, -1, dim).transpose(1, 2)
-                for part in qkv.split([heads * dim, kv * dim, kv * dim], -1)
+                for part in torch.split(qkv, [heads * dim, kv * dim, kv * dim], -1)
             )
             runs["flash"] = partial(
                 F.scaled_dot_product_attention, q, k, v, is_causal=True, enable_gqa=heads > kv

@@ -112,7 +112,8 @@ def _executor(
     from lmi_multi.backends.cuda.ops import Scratch
 
     scratch = Scratch(device, limits.max_batch * spec.heads)
-    return CudaExecutor(spec, tensors, limits, scratch, SingleRank())
+    made: Executor = CudaExecutor(spec, tensors, limits, scratch, SingleRank())
+    return made
 
 
 def _random(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

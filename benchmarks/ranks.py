@@ -23,10 +23,10 @@ import typer
 from torch import Tensor
 
 from benchmarks.machine import machine, versions
-from benchmarks.random_model import limits_for, random_model
+from benchmarks.random_model import check, limits_for, random_model
 from benchmarks.shapes import DTYPES, SHAPES
-from lmi_multi import backends
 from lmi_multi.backends.base import Executor, Limits
+from lmi_multi.checkpoint.layout import DtypeName, QuantizeName
 from lmi_multi.engine.batch import Batch, StepResult
 from lmi_multi.engine.engine import Engine
 from lmi_multi.models.spec import ModelSpec
@@ -55,11 +55,10 @@ def main(
     results: Annotated[Path | None, typer.Option(help="folder to add a JSON file to")] = None,
 ) -> None:
     """Print a line for every size of a sum, and one for every shape and number of rows."""
-    state = backends.probe("cuda")
-    if not state.ok or state.reason != "compiled kernels":
-        raise SystemExit(f"cuda: {state.reason}")
-    if degree > len(state.devices):
-        raise SystemExit(f"cuda: {degree} GPUs wanted, {len(state.devices)} here")
+    form = check("cuda", shape, dtype, quantize, results or Path(), prompt_tokens + new_tokens)
+    count = torch.cuda.device_count()
+    if degree > count:
+        raise SystemExit(f"cuda: {degree} GPUs wanted, {count} here")
     ranks = LocalRanks(degree, Member, "nccl")
     steps: list[dict[str, Any]] = []
     try:
@@ -68,7 +67,7 @@ def main(
             own = "none" if near is None else f"{near:6.2f} us"
             typer.echo(f"{size:7} bytes  over peer memory {own}  NCCL {nccl:6.2f} us")
         for name in shape:
-            work = Work(name, dtype, quantize, max(batch), prompt_tokens, new_tokens)
+            work = Work(name, *form, max(batch), prompt_tokens, new_tokens)
             alone = work.timings(*work.open(torch.device("cuda", 0), SingleRank()), batch, rounds)
             spec, limits = ranks.call("open", work, tokens=LOADING)
             shared = work.timings(spec, Shared(ranks, limits, f"{degree} GPUs"), batch, rounds)
@@ -92,8 +91,8 @@ class Work:
     """A shape and what to time on it; `rows` at most."""
 
     shape: str
-    dtype: str
-    quantize: str
+    dtype: DtypeName
+    quantize: QuantizeName | None
     rows: int
     prompt: int
     tokens: int
@@ -103,8 +102,9 @@ class Work:
         from lmi_multi.backends.cuda.executor import CudaExecutor
         from lmi_multi.backends.cuda.ops import Scratch
 
-        kind: Any = self.dtype, self.quantize or None
-        spec, tensors = random_model(SHAPES[self.shape], *kind, device, peers.size)
+        spec, tensors = random_model(
+            SHAPES[self.shape], self.dtype, self.quantize, device, peers.size
+        )
         most = self.prompt + self.tokens + 16
         limits = limits_for(spec, self.rows, most, max(8192, self.prompt + 1))
         return spec, CudaExecutor(spec, tensors, limits, Scratch(device), peers)
@@ -169,9 +169,12 @@ class Member:
             return found
 
         graph = _captured(work)
-        times = []
+        times: list[float] = []
         for _ in range(REPLAYS):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start, end = (
+                torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+                for _ in range(2)
+            )
             start.record()
             graph.replay()
             end.record()

@@ -134,9 +134,10 @@ def measure(settings: Settings) -> Result:
     """Serve and generate in turns."""
     prompts = [spoken for spoken, _ in pairs(1, PROMPTS)]
     torch.set_num_threads(settings.threads)
-    sizes = {"max_batch": settings.max_batch, "max_tokens": MAX_TOKENS}
     with (
-        lmi_multi.load("demo", backend="cpu", **sizes) as model,
+        lmi_multi.load(
+            "demo", backend="cpu", max_batch=settings.max_batch, max_tokens=MAX_TOKENS
+        ) as model,
         served(settings) as (url, process),
     ):
         return Bench(model, url, process, prompts, settings).run()
@@ -170,9 +171,9 @@ class Bench:
         loads: list[tuple[float, float, dict[str, float]]] = []
         found: list[Answered] = []
         for _ in range(settings.rounds):
-            answered, *measured = self._load(settings.seconds / settings.rounds)
+            answered, rate, taken, spent = self._load(settings.seconds / settings.rounds)
             found += answered
-            loads.append((measured[0], measured[1], measured[2]))
+            loads.append((rate, taken, spent))
             generate.append(self._generate())
         end = self._memory()
         right = [a for a in found if not a.error]

@@ -91,7 +91,8 @@ def main(
                 task.spec, dtype, quantize, timing.rows, prompt_tokens, new_tokens, bandwidth
             )
             entry = {"shape": task.shape, "dtype": quantize or dtype, "who": who, "roofline": floor}
-            entries.append(entry | asdict(timing))
+            by = {"by": "lmi-multi bench"} if bench and who == "lmi_multi" else {}
+            entries.append(entry | by | asdict(timing))
             typer.echo(
                 f"{task.shape:14} {quantize or dtype:5} {who:22} rows {timing.rows:3}  "
                 f"step {timing.step:7.3f} ms  {floor / timing.step:4.0%} of the roofline "

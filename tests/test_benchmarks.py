@@ -69,6 +69,24 @@ def test_the_bench_command(tmp_path: Path, quantize: Any) -> None:
     assert all(0 < timing.first < timing.whole for timing in timings)
 
 
+def test_what_ends_the_bench_command(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    task = Task("tiny-gpt2", "bf16", [1], 2000, 5, 1, CPU, tmp_path)
+    with pytest.raises(SystemExit, match="`lmi-multi bench` of tiny-gpt2 ended with 2"):
+        list(bench_command.bench_timings(task, None))
+    assert "max_tokens is 2005, but the model's positions end at 1024" in capfd.readouterr().err
+    full = OSError(28, "No space left on device")
+
+    def write(*given: Any) -> None:
+        raise full
+
+    monkeypatch.setattr(bench_command, "_write", write)
+    with pytest.raises(SystemExit, match=r"tiny-gpt2 cannot be written to .*: No space left"):
+        list(bench_command.bench_timings(task, None))
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("shape", ["tiny-t5", "tiny-gpt2"])
 def test_prefill(
     monkeypatch: pytest.MonkeyPatch, shape: str, capsys: pytest.CaptureFixture[str]

@@ -47,7 +47,7 @@ class RankedExecutor:
     """Forwards every call to all ranks and returns the answering one's result. They are given time
     for each of its tokens, but not `on_gpus`: there a layer's work never takes that long."""
 
-    def __init__(self, ranks: Ranks, limits: Limits, device: str, on_gpus: bool) -> None:
+    def __init__(self, ranks: Ranks, limits: Limits, device: str, on_gpus: bool = False) -> None:
         self.limits, self.device = limits, device
         self._ranks, self._on_gpus = ranks, on_gpus
 
