@@ -82,7 +82,8 @@ def main(
         int, typer.Option(help="of a step beside rows that run; what `load` plans", min=1)
     ] = STEP_TOKENS,
     idle_tokens: Annotated[
-        int, typer.Option(help="of a step that no row waits for; what it plans with ample memory")
+        int,
+        typer.Option(help="of a step that no row waits for, if more; what it plans", min=0),
     ] = IDLE_TOKENS,
     rounds: Annotated[int, typer.Option(min=1)] = 5,
     require: Annotated[float, typer.Option(help="fail if `parts` is above this")] = 0.0,
@@ -182,15 +183,14 @@ def _row(case: Case) -> str:
 def _page(
     command: str, cases: Sequence[Case], prompt: int, step_tokens: int, idle_tokens: int
 ) -> str:
-    rounds = len(cases[0].generate)
+    rounds, most = len(cases[0].generate), max(step_tokens, idle_tokens)
     return f"""# A whole `generate` beside its parts
 
 `{command}`
 on {{where}}.
 
 Random weights of the true shapes, prompts of {prompt} token ids, {cases[0].new_tokens} forced new
-tokens, greedy, at most {step_tokens} tokens a step, {idle_tokens} where no row waits for it, no
-tokenizer; milliseconds, medians of {rounds} rounds.
+tokens, greedy, at most {step_tokens} tokens a step, {most} where no row waits for it, no tokenizer; milliseconds, medians of {rounds} rounds.
 `generate` is the public call. `first` is an answer of one token, `step` each token after it,
 `prefill` the executor's prefill alone, all prompts at once. `whole` = generate / (first + a step
 for each further token); `parts` = generate / (prefill + steps). Ratios are taken in each round.

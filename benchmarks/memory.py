@@ -234,7 +234,7 @@ def make_graphs(model: Model) -> None:
     what = "rows" if model.spec.kind == "decoder" else "prompts"
     with torch.inference_mode():
         for tokens, keys in product(prefills.sizes, (0, MANY_KEYS)):
-            if tokens <= model.limits.most_tokens:
+            if tokens <= model.limits.largest_step:
                 prefills._get(what, [tokens], [keys])
 
 

@@ -37,7 +37,7 @@ from lmi_multi.timing import Timing, time_generation
 
 SIZES = tuple(2**n for n in range(11, 19))  # bytes
 SUMS, REPLAYS = 100, 15
-LOADING = 4000  # tokens that might take as long as a model may to be made and captured
+LOADING = 200.0  # seconds that a model may take to be made and captured
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -69,7 +69,7 @@ def main(
         for name in shape:
             work = Work(name, *form, max(batch), prompt_tokens, new_tokens)
             alone = work.timings(*work.open(torch.device("cuda", 0), SingleRank()), batch, rounds)
-            spec, limits = ranks.call("open", work, tokens=LOADING)
+            spec, limits = ranks.call("open", work, work=LOADING)
             shared = work.timings(spec, Shared(ranks, limits, f"{degree} GPUs"), batch, rounds)
             for one, several in zip(alone, shared, strict=True):
                 steps.append({"shape": name, "alone": asdict(one), "shared": asdict(several)})

@@ -26,7 +26,7 @@ from lmi_multi.parallel.grid import Grid
 from lmi_multi.parallel.local import LocalRanks
 from tests.families import FAMILIES
 
-OPENING = 2000  # tokens that may take as long as a network's opening: the first one's on a GPU
+OPENING = 100.0  # seconds that a network's opening may take: the first one's on a GPU
 LIMITS = Limits(max_batch=4, max_tokens=120, max_step_tokens=64, blocks=96, block_size=8)
 
 
@@ -180,7 +180,7 @@ class SharedRanks:
     device: str = "cpu ranks"
 
     def __post_init__(self) -> None:
-        self.ranks.call("open", self.folder, tokens=OPENING)
+        self.ranks.call("open", self.folder, work=OPENING)
 
     def step(self, batch: Batch) -> StepResult:
         result: StepResult = self.ranks.call("use", "step", batch)

@@ -268,21 +268,25 @@ def test_the_workspace_grows_with_what_it_is_for() -> None:
     assert quantized - unquantized == 2 * 4096 * 16000  # half of the head, two bytes each
 
 
-@pytest.mark.parametrize("degree", [1, 2])
-def test_steps_that_no_row_waits_for_are_large_where_the_cache_loses_nothing(degree: int) -> None:
+def test_steps_that_no_row_waits_for_are_large_where_the_cache_loses_nothing() -> None:
     asked = {"max_batch": 64, "max_tokens": 512}
-    ample = plan(network(), gpus(2, 80), degree, **asked)
-    assert (ample.limits.max_step_tokens, ample.limits.most_tokens) == (2048, IDLE_TOKENS)
-    least = workspace(LLAMA, degree, tokens=512)
-    assert (
-        ample.ranks[0].workspace == workspace(LLAMA, degree, tokens=512, most=IDLE_TOKENS) > least
-    )
+    ample = plan(network(), gpus(2, 80), **asked)
+    assert (ample.limits.max_step_tokens, ample.limits.largest_step) == (2048, IDLE_TOKENS)
+    least = workspace(LLAMA, tokens=512)
+    assert ample.ranks[0].workspace == workspace(LLAMA, tokens=512, most=IDLE_TOKENS) > least
     needed = taken(ample, 0) / GIB / 0.9
     for short in (0.001, (ample.ranks[0].workspace - least) / GIB / 0.9 - 0.001):
-        scarce = plan(network(), gpus(2, needed - short), degree, **asked)
-        assert scarce.limits.most_tokens == 2048 and scarce.ranks[0].workspace == least
+        scarce = plan(network(), gpus(2, needed - short), **asked)
+        assert scarce.limits.largest_step == 2048 and scarce.ranks[0].workspace == least
         assert scarce.limits.blocks == ample.limits.blocks
-    assert plan(network(), gpus(2, needed + 0.001), degree, **asked) == ample
+    assert plan(network(), gpus(2, needed + 0.001), **asked) == ample
+
+
+@pytest.mark.parametrize(("degree", "stages"), [(2, 1), (1, 2)])
+def test_ranks_have_no_larger_steps(degree: int, stages: int) -> None:
+    """One that is short of memory for a step would end them all."""
+    sizes = plan(network(), gpus(2, 80), degree, 64, 512, stages=stages)
+    assert sizes.limits.largest_step == 2048
 
 
 @pytest.mark.parametrize("share", [0, -0.1, 1.01, float("nan"), True, "0.5"])

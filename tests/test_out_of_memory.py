@@ -60,39 +60,6 @@ def test_the_others_go_on(family: str, checkpoints: Path) -> None:
         assert is_clean(opened)
 
 
-class Short(Watched):
-    """An executor with memory for steps of `most` tokens, an encoder's by themselves."""
-
-    most = 64
-
-    def step(self, batch: Batch) -> Any:
-        for parts in (batch.rows, batch.prompts):
-            if sum(len(part.token_ids) for part in parts) > self.most:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nmore")
-        return super().step(batch)
-
-
-@pytest.mark.parametrize("family", ["gpt2", "t5"])
-def test_large_steps_end_where_they_do_not_fit(
-    family: str, checkpoints: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Nobody fails for a step that is large because no row waits for it."""
-    built = artifact(checkpoints, family)
-    limits = {"max_batch": 8, "max_step_tokens": 20, "blocks": 128}
-    short = Short(executor(built, max_idle_tokens=64, **limits))
-    with model(built, **limits) as plain, model(built, short) as opened:
-        for most in (64, 40):
-            short.most = most
-            prompts = [[most - n] * 12 for n in range(8)]  # others each time: none is cached
-            expected, found = (own.generate(prompts, max_new_tokens=4) for own in (plain, opened))
-            assert [own.token_ids for own in found] == [own.token_ids for own in expected]
-            said = [r.message for r in caplog.records if "tokens does not fit" in r.message]
-            assert len(said) == (most < 64), said
-        sizes = [sum(len(part.token_ids) for part in b.prompts or b.rows) for b in short.batches]
-        assert max(sizes) > 40
-        assert is_clean(opened)
-
-
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_with_no_memory_at_all_every_request_fails(
     options: dict[str, Any], checkpoints: Path

@@ -218,49 +218,6 @@ def test_a_long_prompt_is_prefilled_beside_what_runs() -> None:
     ]
 
 
-def test_while_nothing_runs_prompts_come_in_large_steps() -> None:
-    scheduler = Scheduler(replace(LIMITS, max_idle_tokens=30))
-    own = [sequence(prompt, 3) for prompt in (12, 12, 12, 5)]
-    for one in own:
-        scheduler.add(one)
-    parts = []
-    while not all(one.generated for one in own):
-        batch, shares = scheduler.plan()
-        parts.append([len(row.token_ids) for row in batch.rows])
-        for row, one in zip(batch.rows, requests(shares), strict=True):
-            if row.sample:
-                one.push(5)
-        scheduler.commit(shares)
-    # 6 of the third prompt are left, and take turns with the rows that now run.
-    assert parts == [[12, 12, 6], [1, 1, 6], [1, 1, 1, 5]]
-
-
-def test_a_prompt_that_is_half_done_goes_on_in_large_steps() -> None:
-    scheduler = Scheduler(replace(LIMITS, max_idle_tokens=30))
-    scheduler.add(sequence(50, 3))
-    parts = []
-    for _ in range(2):
-        batch, shares = scheduler.plan()
-        parts.append([len(row.token_ids) for row in batch.rows])
-        scheduler.commit(shares)
-        scheduler.add(sequence(9, 3))
-    assert parts == [[30], [9, 20]] or parts == [[30], [20, 9]]
-
-
-def test_while_nothing_runs_encoders_take_many_prompts() -> None:
-    scheduler = Scheduler(replace(LIMITS, max_idle_tokens=30))
-    for length in (12, 12, 6, 4):
-        scheduler.add(sequence(length, 5, encoder=True))
-    parts = []
-    for _ in range(2):
-        batch, shares = scheduler.plan()
-        parts.append([len(prompt.token_ids) for prompt in batch.prompts])
-        for own in requests(shares):
-            own.push(5)
-        scheduler.commit(shares)
-    assert parts == [[12, 12, 6], [4]]
-
-
 @pytest.mark.parametrize("idle", [0, 9])
 def test_an_encoder_prompt_beyond_the_step_is_the_only_one_of_its_step(idle: int) -> None:
     """Beside what runs, which would wait for it all the same."""

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from lmi_multi import progress
-from lmi_multi.engine.batch import Batch, Prompt, Row
+from lmi_multi.engine.batch import Batch, Passage, Prompt, Row
 from lmi_multi.errors import OptionError
-from lmi_multi.parallel.executor import RankedExecutor
+from lmi_multi.parallel import executor
+from lmi_multi.parallel.grid import Grid
 from lmi_multi.parallel.ranks import Ranks
 from lmi_multi.parallel.watch import VARIABLE, Patience, Watch, fault
 from lmi_multi.progress import Reading
@@ -57,11 +58,11 @@ def test_a_rank_that_starts() -> None:
 
 
 def test_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert Patience.of(1) == Patience.of(600) == Patience(15, 30, 15)
-    assert Patience.of(2048) == Patience(15, 0.05 * 2048, 15)
+    assert Patience.of(1) == Patience.of(30) == Patience(15, 30, 15)
+    assert Patience.of(102.4) == Patience(15, 102.4, 15)
     assert Patience.building() == Patience(60, 300, 300)
     monkeypatch.setenv(VARIABLE, "120")
-    assert Patience.of(2048) == Patience(60, 120, 60)
+    assert Patience.of(102.4) == Patience(60, 120, 60)
     for value in ("0", "-3", "soon", "1e9", "nan"):
         monkeypatch.setenv(VARIABLE, value)
         with pytest.raises(OptionError, match=rf"{VARIABLE} is '{value}'; allowed: seconds"):
@@ -78,16 +79,23 @@ def test_waiting_in_the_midst_of_waiting() -> None:
     assert not progress.read().waiting
 
 
-@pytest.mark.parametrize("on_gpus", [False, True])
-def test_a_gpus_steps_get_no_more_time_for_their_tokens(on_gpus: bool) -> None:
-    given: list[tuple[str, int]] = []
+@pytest.mark.parametrize(("group", "token"), [("gloo", 0.05), ("nccl", 0.005)])
+def test_every_call_has_time_for_its_tokens(
+    monkeypatch: pytest.MonkeyPatch, group: str, token: float
+) -> None:
+    given: list[tuple[str, float]] = []
 
     class Listed(Ranks):
-        def call(self, method: str, *arguments: Any, tokens: int = 0) -> Any:
-            given.append((method, tokens))
+        def call(self, method: str, *arguments: Any, work: float = 0.0) -> Any:
+            given.append((method, work))
 
-    executor = RankedExecutor(Listed([], 0), LIMITS, "device", on_gpus)
-    executor.step(Batch([Row([5] * 30, 0, [0], 30)], [Prompt([6] * 12)]))
-    executor.encode([Prompt([6] * 12)])
-    executor.close()
-    assert given == [("step", 0 if on_gpus else 42), ("encode", 0 if on_gpus else 12)]
+    monkeypatch.setattr(executor, "LocalRanks", lambda *_: Listed([], 0))
+    opened = executor.open_ranks(Grid(2, 1), lambda *_: None, LIMITS, "device", group, "weights")  # type: ignore[arg-type,return-value]
+    batch = Batch([Row([5] * 30, 0, [0], 30)], [Prompt([6] * 12)])
+    opened.step(batch)
+    opened.logits(batch)
+    opened.encode([Prompt([6] * 12)])
+    opened.score([Passage([5] * 30, [6] * 20)])
+    opened.close()
+    counts = [("step", 42), ("logits", 42), ("encode", 12), ("score", 50)]
+    assert given == [(method, pytest.approx(count * token)) for method, count in counts]

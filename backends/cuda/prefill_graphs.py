@@ -54,7 +54,7 @@ class PrefillGraphs:
     ) -> None:
         self._peers, self._stream = peers, stream
         # No more than a step can have, whose memory is planned.
-        most = max(limits.most_tokens, limits.max_tokens)
+        most = max(limits.largest_step, limits.max_tokens)
         every = sizes(prefill.network.spec, peers.size)
         self.sizes = tuple(size for size in every if size <= most) or every[:1]
         self._prefill, self._angles, self._device = prefill, angles, device

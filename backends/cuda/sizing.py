@@ -94,11 +94,12 @@ def _split(grid: Grid) -> dict[str, int]:
 
 def _plan(network: Network, gpus: Mapping[int, Device], grid: Grid, asked: _Asked) -> Sizes | str:
     """The sizes, or why there are none. Steps that no row waits for are large if the cache loses
-    nothing by them."""
+    nothing by them; not of ranks, which all end where one step does not fit."""
     ample = _limits(network, grid, network.spec.decoder_layers, _AMPLE, asked)
-    found = _planned(network, gpus, grid, asked, ample, IDLE_TOKENS)
-    if isinstance(found, Sizes) and found.limits.blocks == ample.blocks:
-        return found
+    if grid.size == 1:
+        found = _planned(network, gpus, grid, asked, ample, IDLE_TOKENS)
+        if isinstance(found, Sizes) and found.limits.blocks == ample.blocks:
+            return found
     return _planned(network, gpus, grid, asked, ample, STEP_TOKENS)
 
 

@@ -46,8 +46,8 @@ class Limits:
     begins_ahead: bool = False
 
     @property
-    def most_tokens(self) -> int:
-        """Of any step."""
+    def largest_step(self) -> int:
+        """Tokens of any step."""
         return max(self.max_step_tokens, self.max_idle_tokens)
 
 

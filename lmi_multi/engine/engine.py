@@ -150,11 +150,10 @@ class Engine:
         so that this does not happen: another process has taken memory, or the plan is wrong. Ranks
         do not come here: where one is short of memory the others are amid the step."""
         limits, fault = self.scheduler.limits, str(error).splitlines()[0]
-        count = sum(map(tokens_of, shares))
-        if min(count, limits.most_tokens) > limits.max_step_tokens:
+        if self.scheduler.large:
             self.scheduler.limits = replace(limits, max_idle_tokens=0)
-            log.error("a step of %d tokens does not fit the GPU: %s; from now on they have %d",
-                      count, fault, limits.max_step_tokens)  # fmt: skip
+            usual = limits.max_step_tokens
+            log.error("a large step does not fit the GPU: %s; none has over %d now", fault, usual)
         else:
             self._give_up_one(shares, fault)
         self._steps += 1

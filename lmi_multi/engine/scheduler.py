@@ -25,6 +25,7 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self._newcomers: list[Request] = []  # admitted by the last plan, not committed yet
+        self.large = False  # whether the last plan has more than `max_step_tokens`, which it may
 
     @property
     def idle(self) -> bool:
@@ -72,6 +73,8 @@ class Scheduler:
             room -= newcomer.width
             encoded -= len(newcomer.encoder_ids or ())
             budget -= self._share(newcomer, budget, counts)
+        usual = self.limits.max_step_tokens
+        self.large = most > usual < max(most - budget, most - encoded)
         counts.sort(key=lambda share: share[1] > 1)
         shares: list[Share] = [(request, request.rows(count)) for request, count in counts]
         batch = Batch(
@@ -83,7 +86,7 @@ class Scheduler:
     def _step_tokens(self) -> int:
         """How many the next step may have. A row waits for it if it has one token to compute."""
         waits = any(request.pending == 1 for request in self.running)
-        return self.limits.max_step_tokens if waits else self.limits.most_tokens
+        return self.limits.max_step_tokens if waits else self.limits.largest_step
 
     def _requeue_newcomers(self) -> None:
         while self._newcomers:

@@ -15,6 +15,7 @@ from lmi_multi.parallel import torchrun
 from lmi_multi.parallel.grid import Grid
 from lmi_multi.parallel.local import LocalRanks
 from lmi_multi.parallel.ranks import Ranks
+from lmi_multi.parallel.watch import GPU_TOKEN, TOKEN
 
 Build = Callable[[Limits, int, int], Executor]
 """What makes a rank's executor: from limits, the rank's number, and how many there are."""
@@ -35,7 +36,8 @@ def open_ranks(
         ranks: Ranks = LocalRanks(grid.size, of_rank, process_group, grid.answering)
     else:
         ranks, limits = torchrun.join(job, grid.answering, build, limits, process_group, identity)
-    return RankedExecutor(ranks, limits, device, on_gpus=process_group == "nccl")
+    token = GPU_TOKEN if process_group == "nccl" else TOKEN
+    return RankedExecutor(ranks, limits, device, token)
 
 
 def identity(artifact: Artifact, grid: Grid) -> str:
@@ -44,12 +46,14 @@ def identity(artifact: Artifact, grid: Grid) -> str:
 
 
 class RankedExecutor:
-    """Forwards every call to all ranks and returns the answering one's result. They are given time
-    for each of its tokens, but not `on_gpus`: there a layer's work never takes that long."""
+    """Forwards every call to all ranks and returns the answering one's result.
 
-    def __init__(self, ranks: Ranks, limits: Limits, device: str, on_gpus: bool = False) -> None:
+    `token`: seconds that each of a call's tokens may take before a rank counts as hung.
+    """
+
+    def __init__(self, ranks: Ranks, limits: Limits, device: str, token: float = TOKEN) -> None:
         self.limits, self.device = limits, device
-        self._ranks, self._on_gpus = ranks, on_gpus
+        self._ranks, self._token = ranks, token
 
     def step(self, batch: Batch) -> StepResult:
         """See `Executor.step`."""
@@ -78,7 +82,7 @@ class RankedExecutor:
         self._ranks.close()
 
     def _call(self, method: str, argument: object, tokens: int) -> Any:
-        return self._ranks.call(method, argument, tokens=0 if self._on_gpus else tokens)
+        return self._ranks.call(method, argument, work=tokens * self._token)
 
 
 def _tokens(batch: Batch) -> int:

@@ -19,7 +19,9 @@ VARIABLE = "LMI_MULTI_RANK_TIMEOUT"
 DEFAULT = 30.0  # seconds
 BUILD = 300.0  # seconds for what building has no count for: imports, devices, joining the others
 STARTING = 60.0  # seconds that libraries may keep everything else in a process from running
-TOKEN = 0.05  # seconds that one token may take in one layer: 7B parameters' at 9 GFLOP/s
+# Seconds that one token may take between two counts: in one layer of 7B parameters at 9 GFLOP/s; on
+# a GPU, whose host is done with all layers before it is, in all of them.
+TOKEN, GPU_TOKEN = 0.05, 0.005
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,11 @@ class Patience:
     first: float
 
     @classmethod
-    def of(cls, tokens: int) -> Patience:
-        """For a call that computes `tokens` tokens. Raises OptionError for an invalid variable."""
+    def of(cls, work: float) -> Patience:
+        """For a call that may take `work` seconds between two counts, if that is longer than calls
+        may anyhow. Raises OptionError for an invalid variable."""
         seconds = configured()
-        return cls(seconds / 2, max(seconds, tokens * TOKEN), seconds / 2)
+        return cls(seconds / 2, max(seconds, work), seconds / 2)
 
     @classmethod
     def building(cls) -> Patience:
