@@ -190,7 +190,8 @@ def _page(
 on {{where}}.
 
 Random weights of the true shapes, prompts of {prompt} token ids, {cases[0].new_tokens} forced new
-tokens, greedy, at most {step_tokens} tokens a step, {most} where no row waits for it, no tokenizer; milliseconds, medians of {rounds} rounds.
+tokens, greedy, at most {step_tokens} tokens a step, {most} where no row waits for it, no tokenizer;
+milliseconds, medians of {rounds} rounds.
 `generate` is the public call. `first` is an answer of one token, `step` each token after it,
 `prefill` the executor's prefill alone, all prompts at once. `whole` = generate / (first + a step
 for each further token); `parts` = generate / (prefill + steps). Ratios are taken in each round.
