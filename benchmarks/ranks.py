@@ -69,7 +69,7 @@ def main(
         for name in shape:
             work = Work(name, *form, max(batch), prompt_tokens, new_tokens)
             alone = work.timings(*work.open(torch.device("cuda", 0), SingleRank()), batch, rounds)
-            spec, limits = ranks.call("open", work, work=LOADING)
+            spec, limits = ranks.call("open", work, still=LOADING)
             shared = work.timings(spec, Shared(ranks, limits, f"{degree} GPUs"), batch, rounds)
             for one, several in zip(alone, shared, strict=True):
                 steps.append({"shape": name, "alone": asdict(one), "shared": asdict(several)})

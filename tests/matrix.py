@@ -180,7 +180,7 @@ class SharedRanks:
     device: str = "cpu ranks"
 
     def __post_init__(self) -> None:
-        self.ranks.call("open", self.folder, work=OPENING)
+        self.ranks.call("open", self.folder, still=OPENING)
 
     def step(self, batch: Batch) -> StepResult:
         result: StepResult = self.ranks.call("use", "step", batch)

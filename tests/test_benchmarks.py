@@ -60,10 +60,9 @@ def test_steps(monkeypatch: pytest.MonkeyPatch, shape: str, beams: int) -> None:
 @pytest.mark.parametrize("quantize", [None, "fp8"])
 def test_the_bench_command(tmp_path: Path, quantize: Any) -> None:
     """It loads an artifact whose weights are numbers, no longer a hole, and times all rows."""
-    path = bench_command._write(Task("tiny-t5", "bf16", [2, 4], 9, 5, 1, CPU), quantize, tmp_path)
-    for name, tensor in load_file(path).items():
-        assert tensor.float().abs().max() > 0, name
     task = Task("tiny-t5", "bf16", [2, 4], 9, 5, 1, CPU, tmp_path)
+    for name, tensor in load_file(bench_command._write(task, quantize, tmp_path)).items():
+        assert tensor.float().abs().max() > 0, name
     timings = list(bench_command.bench_timings(task, quantize))
     assert [timing.rows for timing in timings] == [2, 4]
     assert all(0 < timing.first < timing.whole for timing in timings)

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from lmi_multi.backends.cuda import near
 from torch import Tensor
 
@@ -38,9 +37,7 @@ class NearShelf(Shelf):
             {size: program is not None for size, program in graphs._programs.items()}
             for graphs in (opened._fed, opened._ahead._graphs)
         ]
-        every: list[Any] = [None] * self.size
-        dist.all_gather_object(every, (own, self.programs.runs > 0))
-        return every
+        return self.gathered((own, self.programs.runs > 0))
 
 
 @pytest.fixture(scope="module")

@@ -112,9 +112,7 @@ class Shelf:
         assert self.executor is not None
         graphs = self.executor._prefill_graphs
         assert graphs is not None
-        every: list[Any] = [None] * self.size
-        dist.all_gather_object(every, (graphs._long, sorted(graphs._captured)))
-        return every
+        return self.gathered((graphs._long, sorted(graphs._captured)))
 
     def facts(self) -> list[Any]:
         """Of every rank: its replays, whether it has graphs of prefills, and of which steps it has
@@ -123,7 +121,10 @@ class Shelf:
         assert opened is not None
         captured = opened._fed._captured if opened._fed else {}
         steps = {size: found is not None for (size, kind), found in captured.items() if not kind}
-        own = (self.replays, opened._prefill_graphs is not None, steps)
+        return self.gathered((self.replays, opened._prefill_graphs is not None, steps))
+
+    def gathered(self, own: Any) -> list[Any]:
+        """What every rank has for its `own`."""
         every: list[Any] = [None] * self.size
         dist.all_gather_object(every, own)
         return every

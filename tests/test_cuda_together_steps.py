@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.distributed as dist
 from lmi_multi.backends.cuda.ahead import Flight
 
 from lmi_multi.engine.batch import Row
@@ -43,18 +42,13 @@ class Shelf(test_cuda_together.Shelf):
 
     def known(self) -> list[int]:
         """Of every rank: how many steps were known at a glance."""
-        every: list[Any] = [None] * self.size
-        dist.all_gather_object(every, self.glances)
-        return every
+        return self.gathered(self.glances)
 
     def graphs(self) -> list[Any]:
         """Of every rank: whether it has the graphs of prefills that were wanted, by their sizes."""
         assert self.executor is not None and self.executor._prefill_graphs is not None
         captured = self.executor._prefill_graphs._captured
-        own = {size: found is not None for (_, size, _), found in captured.items()}
-        every: list[Any] = [None] * self.size
-        dist.all_gather_object(every, own)
-        return every
+        return self.gathered({size: made is not None for (_, size, _), made in captured.items()})
 
 
 @pytest.fixture(scope="module")
@@ -64,22 +58,17 @@ def two() -> Iterator[LocalRanks]:
     opened.close()
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("models")
-
-
-def open_model(ranks: LocalRanks, folder: Path, family: str) -> Model:
-    artifact = tiny_models.artifact(folder, family)
+def open_model(ranks: LocalRanks, checkpoints: Path, family: str) -> Model:
+    artifact = tiny_models.artifact(checkpoints, family)
     return Model(artifact, "cuda", SharedRanks(ranks, artifact.folder, IDLE))
 
 
 @pytest.mark.parametrize("sampled", [{}, {"do_sample": True, "seed": 3}], ids=["greedy", "sampled"])
 def test_steps_are_known_at_a_glance(
-    two: LocalRanks, folder: Path, sampled: dict[str, Any]
+    two: LocalRanks, checkpoints: Path, sampled: dict[str, Any]
 ) -> None:
     """Though rows that have come through a pipe are none of the objects that they were."""
-    with open_model(two, folder, "gpt2") as model:
+    with open_model(two, checkpoints, "gpt2") as model:
         model.generate(prompts(5, 2), max_new_tokens=12, ignore_eos=True, **sampled)
         assert two.call("known") == [11, 11]
 
@@ -87,24 +76,24 @@ def test_steps_are_known_at_a_glance(
 @pytest.mark.parametrize("numbers", [None, (5,), (6,)])
 @pytest.mark.parametrize("family", ["t5", "gpt2"])
 def test_large_steps_of_prompts(
-    two: LocalRanks, folder: Path, family: str, numbers: tuple[int, ...] | None
+    two: LocalRanks, checkpoints: Path, family: str, numbers: tuple[int, ...] | None
 ) -> None:
     """More tokens than a step beside rows that run has: captured on both, or, where one has no room
     for that size, on neither. The first four captures are of steps that are tried at once."""
     own = [(tokens * 20)[:20] for tokens in prompts(9, 4)]
-    with cpu_model(folder, family) as cpu:
+    with cpu_model(checkpoints, family) as cpu:
         expected = [c.token_ids for c in cpu.generate(own, max_new_tokens=4)]
-    with open_model(two, folder, family) as model:
+    with open_model(two, checkpoints, family) as model:
         if numbers is not None:
-            two.call("open", tiny_models.artifact(folder, family).folder, no_memory(*numbers))
+            two.call("open", tiny_models.artifact(checkpoints, family).folder, no_memory(*numbers))
         assert [c.token_ids for c in model.generate(own, max_new_tokens=4)] == expected
         assert two.call("graphs") == [{192: numbers is None}] * 2
 
 
 @pytest.mark.parametrize("family", ["t5", "gpt2"])
-def test_known_tokens(two: LocalRanks, folder: Path, family: str) -> None:
+def test_known_tokens(two: LocalRanks, checkpoints: Path, family: str) -> None:
     texts, answers = prompts(5, 9), [[3, 4, 5], [6], [7, 8], [9] * 7, [10]]
-    with cpu_model(folder, family) as cpu, open_model(two, folder, family) as model:
+    with cpu_model(checkpoints, family) as cpu, open_model(two, checkpoints, family) as model:
         expected = cpu.score(texts, answers)
         for own, other in zip(model.score(texts, answers), expected, strict=True):
             assert own == pytest.approx(other, abs=2e-5)

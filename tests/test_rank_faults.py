@@ -178,14 +178,14 @@ def test_a_slow_call_that_gets_on(short: None, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_long_call_may_be_still_for_longer(short: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    for work in (7.0, 0.05):
+    for still in (7.0, 0.05):
         ranks, ends = _ranks()
         now = _say(monkeypatch, ends, [*[[Reading(1, False)]] * 7, ["done"]])
-        if work > 1:
-            assert ranks.call("anything", work=work) == "done"
+        if still > 1:
+            assert ranks.call("anything", still=still) == "done"
         else:
             with pytest.raises(RankError, match=f"rank 0 hangs: no progress for {SHORT} s"):
-                ranks.call("anything", work=work)
+                ranks.call("anything", still=still)
             assert SHORT <= now[0] <= SHORT + 2
 
 

@@ -86,8 +86,8 @@ def test_every_call_has_time_for_its_tokens(
     given: list[tuple[str, float]] = []
 
     class Listed(Ranks):
-        def call(self, method: str, *arguments: Any, work: float = 0.0) -> Any:
-            given.append((method, work))
+        def call(self, method: str, *arguments: Any, still: float = 0.0) -> Any:
+            given.append((method, still))
 
     monkeypatch.setattr(executor, "LocalRanks", lambda *_: Listed([], 0))
     opened = executor.open_ranks(Grid(2, 1), lambda *_: None, LIMITS, "device", group, "weights")  # type: ignore[arg-type,return-value]

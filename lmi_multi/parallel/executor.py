@@ -36,8 +36,8 @@ def open_ranks(
         ranks: Ranks = LocalRanks(grid.size, of_rank, process_group, grid.answering)
     else:
         ranks, limits = torchrun.join(job, grid.answering, build, limits, process_group, identity)
-    token = GPU_TOKEN if process_group == "nccl" else TOKEN
-    return RankedExecutor(ranks, limits, device, token)
+    token_seconds = GPU_TOKEN if process_group == "nccl" else TOKEN
+    return RankedExecutor(ranks, limits, device, token_seconds)
 
 
 def identity(artifact: Artifact, grid: Grid) -> str:
@@ -48,12 +48,14 @@ def identity(artifact: Artifact, grid: Grid) -> str:
 class RankedExecutor:
     """Forwards every call to all ranks and returns the answering one's result.
 
-    `token`: seconds that each of a call's tokens may take before a rank counts as hung.
+    `token_seconds`: what each of a call's tokens may take before a rank counts as hung.
     """
 
-    def __init__(self, ranks: Ranks, limits: Limits, device: str, token: float = TOKEN) -> None:
+    def __init__(
+        self, ranks: Ranks, limits: Limits, device: str, token_seconds: float = TOKEN
+    ) -> None:
         self.limits, self.device = limits, device
-        self._ranks, self._token = ranks, token
+        self._ranks, self._token_seconds = ranks, token_seconds
 
     def step(self, batch: Batch) -> StepResult:
         """See `Executor.step`."""
@@ -82,7 +84,7 @@ class RankedExecutor:
         self._ranks.close()
 
     def _call(self, method: str, argument: object, tokens: int) -> Any:
-        return self._ranks.call(method, argument, work=tokens * self._token)
+        return self._ranks.call(method, argument, still=tokens * self._token_seconds)
 
 
 def _tokens(batch: Batch) -> int:

@@ -95,16 +95,16 @@ class Ranks:
         # For whoever drops it, or ends, without closing it.
         self._finalizer = weakref.finalize(self, _end, self.ranks, True)
 
-    def call(self, method: str, *arguments: Any, work: float = 0.0) -> Any:
+    def call(self, method: str, *arguments: Any, still: float = 0.0) -> Any:
         """Call `method` on every rank's object; the answering rank's result.
 
-        `work`: seconds that it may stand still, if more than `watch.configured`. Raises what the
+        `still`: seconds that it may stand still, if more than `watch.configured`. Raises what the
         ranks raised if it is an LmiError, otherwise RankError with the failing rank's traceback, or
         with the rank that died or hangs; after that all ranks have ended.
         """
         if self._failure is not None:
             raise self._failure.with_traceback(None)
-        patience = Patience.of(work)
+        patience = Patience.of(still)
         self._number += 1
         try:
             self._send((self._number, method, arguments))

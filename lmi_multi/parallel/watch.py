@@ -34,11 +34,11 @@ class Patience:
     first: float
 
     @classmethod
-    def of(cls, work: float) -> Patience:
-        """For a call that may take `work` seconds between two counts, if that is longer than calls
+    def of(cls, still: float) -> Patience:
+        """For a call that may take `still` seconds between two counts, if that is longer than calls
         may anyhow. Raises OptionError for an invalid variable."""
         seconds = configured()
-        return cls(seconds / 2, max(seconds, work), seconds / 2)
+        return cls(seconds / 2, max(seconds, still), seconds / 2)
 
     @classmethod
     def building(cls) -> Patience:
