@@ -42,6 +42,7 @@ pytestmark = pytest.mark.cuda
 TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3.2e-2}
 DTYPES = list(TOLERANCE)
 DIMS = (8, 32, 40, 64, 80, 96, 128, 136, 256)
+OTHER_DIMS = [dim for dim in range(16, 256, 8) if dim not in DIMS]
 HEADS = ((3, 3), (4, 2), (16, 2))
 # Each row's new tokens, and those that the cache has of it.
 CASES: tuple[tuple[tuple[int, int], ...], ...] = (
@@ -93,6 +94,11 @@ def make_table(position: str, heads: int, dtype: torch.dtype) -> Tensor | None:
     return randn(32, heads, dtype=dtype) if position == "relative" else None
 
 
+def some_dims(chance: random.Random) -> list[int]:
+    """Those at which the kernels change, and a few others: over all tests, every one there is."""
+    return [*DIMS, *chance.sample(OTHER_DIMS, 4)]
+
+
 def tilings(many: bool, dim: int) -> tuple[Tiling, ...]:
     """Those that a kernel has for heads of `dim`: the one for many keys, or the other."""
     if many:
@@ -134,7 +140,7 @@ def test_rows_over_the_cache(position: str, dtype: torch.dtype, case: int, many:
     torch.manual_seed(case)
     chance = random.Random(f"{position} {dtype} {case}")
     device = torch.device("cuda")
-    for dim in DIMS:
+    for dim in some_dims(chance):
         heads, kv = chance.choice(HEADS)
         spec = make_spec(POSITIONS[position], heads, kv, dim)
         split, table = Heads(spec, 1), make_table(position, heads, dtype)
@@ -180,7 +186,7 @@ def test_packed_rows(position: str, dtype: torch.dtype, causal: bool, many: bool
     torch.manual_seed(causal)
     chance = random.Random(f"{position} {dtype} {causal}")
     device = torch.device("cuda")
-    for dim in DIMS:
+    for dim in some_dims(chance):
         heads, kv = chance.choice(HEADS)
         counts = chance.choice(([1, 64, 65, 3, 300], [700], [2, 128, 128], [7] * 50))
         spec = make_spec(POSITIONS[position], heads, kv, dim)

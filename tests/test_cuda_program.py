@@ -97,16 +97,18 @@ SHAPES = {
         {"hidden_size": 1024, "num_hidden_layers": 3, "num_attention_heads": 8}
         | {"num_key_value_heads": 2, "intermediate_size": 2752, "vocab_size": 999},
     ),
-    # Few heads, and so wide that all of a block's warps share each of them.
+    # Few heads, and so wide that all of a block's warps share each of them; products of which
+    # blocks have several tiles, and one whose features are shared where registers hold x.
     "wide-gptj": Shape(
         "GPTJForCausalLM",
         "GPTJConfig",
-        {"n_embd": 512, "n_layer": 1, "n_head": 2, "rotary_dim": 64, "vocab_size": 999},
+        {"n_embd": 512, "n_layer": 1, "n_head": 2, "rotary_dim": 64, "n_inner": 4352}
+        | {"vocab_size": 999},
     ),
     "wide-flan": Shape(
         "T5ForConditionalGeneration",
         "T5Config",
-        {"d_model": 512, "d_ff": 1024, "num_layers": 1, "num_heads": 2, "d_kv": 256}
+        {"d_model": 512, "d_ff": 2304, "num_layers": 1, "num_heads": 2, "d_kv": 256}
         | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "vocab_size": 999},
     ),
 }

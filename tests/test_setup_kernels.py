@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +13,7 @@ import pytest
 
 from benchmarks import registers
 from benchmarks.registers import Compiled
+from lmi_multi.backends.cuda.kernels import LIBRARY
 
 ROOT = Path(__file__).parent.parent
 
@@ -48,6 +51,18 @@ def test_links_with_torch_and_not_with_python(setup: ModuleType) -> None:
     command = setup.link_command(Path("nvcc"), [Path("a.o")], Path("stubs"), Path("b.so"))
     assert {"-shared", "-ltorch_cpu", "-ltorch_cuda", "a.o"} <= set(command)
     assert not [option for option in command if "python" in option]
+
+
+def test_what_is_built_wants_the_stable_abi_of_torch_alone() -> None:
+    """Names are those of torch 2.10's; of Python's, and of torch's C++ classes, there are none."""
+    if not LIBRARY.exists() or not shutil.which("nm"):
+        pytest.skip("no library has been built, or there is no nm")
+    listed = subprocess.check_output(["nm", "-D", "--undefined-only", LIBRARY], text=True)
+    names = [line.split()[-1] for line in listed.splitlines()]
+    ours = [name for name in names if "torch" in name or "c10" in name]
+    assert ours
+    assert not [name for name in ours if not name.startswith(("aoti_torch_", "torch_library_"))]
+    assert not [name for name in names if name.startswith(("Py", "_Py"))]
 
 
 @pytest.mark.parametrize("archs", [["75"], ["sm_90"], [""], []])
