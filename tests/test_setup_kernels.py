@@ -10,10 +10,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from lmi_multi.backends.cuda.kernels import LIBRARY
 
 from benchmarks import registers
 from benchmarks.registers import Compiled
-from lmi_multi.backends.cuda.kernels import LIBRARY
 
 ROOT = Path(__file__).parent.parent
 
