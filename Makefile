@@ -59,7 +59,7 @@ clean: ## Remove .venv and everything that was built
 # Plain python3 if it is one that is tested (3.10 to 3.13), else the newest of those.
 $(STAMP): pyproject.toml constraints.txt
 	@set -euo pipefail; \
-	if ! $(BIN)/python -c '' 2>/dev/null; then \
+	if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
 		for python in $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.10); do \
 			if $$python -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' \
 				2>/dev/null; then found=$$python; break; fi; \
@@ -81,7 +81,8 @@ $(STAMP): pyproject.toml constraints.txt
 # Its torch is another one than .venv's: the one that torch-xla was built for.
 $(NEURON)/.installed: pyproject.toml constraints.txt constraints-neuron.txt
 	@set -euo pipefail; \
-	$(NEURON)/bin/python -c '' 2>/dev/null || $(or $(PYTHON),python3) -m venv --clear $(NEURON); \
+	$(NEURON)/bin/python -m pip --version >/dev/null 2>&1 \
+		|| $(or $(PYTHON),python3) -m venv --clear $(NEURON); \
 	grep -v '^torch==' constraints.txt > $(NEURON)/constraints.txt; \
 	$(NEURON)/bin/python -m pip install --quiet --disable-pip-version-check \
 		-c $(NEURON)/constraints.txt -c constraints-neuron.txt -e '.[dev]' torch-xla jax jaxlib; \

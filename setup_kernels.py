@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -36,10 +38,13 @@ class BuildError(Exception):
 
 
 def find_nvcc() -> Path:
-    """nvcc of CUDA_HOME, of the path, or of the usual place. Raises BuildError without one."""
-    home = os.environ.get("CUDA_HOME")
-    found = shutil.which(Path(home, "bin", "nvcc")) if home else shutil.which("nvcc")
-    found = found or shutil.which("/usr/local/cuda/bin/nvcc")
+    """nvcc of CUDA_HOME if that is set, else of the path or the usual place. Raises BuildError."""
+    if home := os.environ.get("CUDA_HOME"):
+        found = shutil.which(Path(home, "bin", "nvcc"))
+        if found is None:
+            raise BuildError(f"nvcc was not found in CUDA_HOME, {home!r}: must be a CUDA toolkit")
+        return Path(found)
+    found = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
     if found is None:
         raise BuildError("nvcc was not found: install the CUDA toolkit (12.8 or later)")
     return Path(found)
@@ -50,7 +55,12 @@ def torch_headers() -> Path:
     spec = find_spec("torch")
     if spec is None or spec.origin is None:
         raise BuildError("torch was not found: its headers are needed")
-    return Path(spec.origin).parent / "include"
+    headers = Path(spec.origin).parent / "include"
+    if not (headers / "torch" / "csrc" / "stable").is_dir():
+        raise BuildError(
+            f"{headers} has no headers of torch's stable ABI: torch must be 2.10 or later"
+        )
+    return headers
 
 
 def archs_of(source: Path, archs: Sequence[str]) -> Sequence[str]:
@@ -63,10 +73,14 @@ def targets(archs: Sequence[str]) -> list[str]:
     """nvcc's options for machine code of every architecture, and the last one's PTX for later
     ones. Raises BuildError on a name that is none."""
     for arch in archs:
-        if not arch.rstrip("a").isdigit() or int(arch.rstrip("a")) < 80:
-            raise BuildError(f"architecture is {arch!r}, must be 80 or above, such as 90")
+        known = re.fullmatch("([0-9]{2,3})[af]?", arch)
+        if known is None or int(known[1]) < 80:
+            raise BuildError(
+                f"an architecture (--arch, LMI_MULTI_CUDA_ARCHS) is {arch!r}, must be 80 or above, "
+                "such as 90"
+            )
     if not archs:
-        raise BuildError("no architecture was named")
+        raise BuildError("no architecture was named (--arch, LMI_MULTI_CUDA_ARCHS)")
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     if not archs[-1].endswith("a"):  # PTX of such is for no other GPU
         codes[-1] = f"-gencode=arch=compute_{archs[-1]},code=[sm_{archs[-1]},compute_{archs[-1]}]"
@@ -108,7 +122,7 @@ def build(target: Path, archs: Sequence[str], jobs: int, say: Callable[[str], No
     targets(archs)  # a wrong name is said before anything is compiled
     nvcc, headers = find_nvcc(), torch_headers()
     sources = sorted(SOURCES.glob("*.cu"))
-    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(jobs) as pool:
+    with tempfile.TemporaryDirectory() as name, _threads(jobs) as pool:
         folder = Path(name)
         objects = [folder / f"{source.stem}.o" for source in sources]
 
@@ -126,9 +140,28 @@ def build(target: Path, archs: Sequence[str], jobs: int, say: Callable[[str], No
         _run(link_command(nvcc, objects, folder, linked))
         # A library that is in use must not change under its user: replace it whole.
         beside = target.with_name(f".{target.name}.{os.getpid()}")
-        shutil.copyfile(linked, beside)
-        beside.replace(target)
+        try:
+            shutil.copyfile(linked, beside)
+            beside.replace(target)
+        finally:
+            beside.unlink(missing_ok=True)
     return "".join(reports)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[ThreadPoolExecutor]:
+    """What has not begun when there is an error, or Ctrl-C, is left."""
+    with ThreadPoolExecutor(count) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _check_file(option: str, path: Path) -> None:
+    if path.is_dir() or not path.parent.is_dir():
+        raise BuildError(f"{option} is {str(path)!r}, must be a file in a folder that exists")
 
 
 def _positive(text: str) -> int:
@@ -138,7 +171,10 @@ def _positive(text: str) -> int:
 
 
 def _run(command: Sequence[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        raise BuildError(f"{command[0]} cannot be run: {error.strerror}") from None
     if done.returncode:
         raise BuildError(f"{' '.join(command)}\n{done.stdout}{done.stderr}".rstrip())
     return done.stderr
@@ -154,11 +190,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--report", type=Path, metavar="FILE", help="write ptxas' report here")
     options = parser.parse_args(arguments)
     try:
+        _check_file("--output", options.output)
+        if options.report:
+            _check_file("--report", options.report)
         archs = options.arch or default.replace(",", " ").split()
         report = build(options.output, archs, options.jobs, print)
     except BuildError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     if options.report:
         options.report.write_text(report)
     print(f"made {options.output}")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lmi_multi import backends, chat, embedding, streaming
 from lmi_multi.backends.base import Executor
+from lmi_multi.backends.limits import check_sizes
 from lmi_multi.backends.memory import check_share
 from lmi_multi.checkpoint.artifact import Artifact
 from lmi_multi.checkpoint.cache import open_or_convert
@@ -126,7 +127,8 @@ def load(
         if not foreign.is_declared(found.folder):
             return _load_foreign(found.folder, backend, dtype, max_tokens)
     chosen = backends.select(backend)
-    check_options(dtype, quantize, tensor_parallel)
+    check_options(dtype, quantize, tensor_parallel, pipeline_parallel)
+    check_sizes(max_batch, max_tokens)
     job = torchrun.job(tensor_parallel, pipeline_parallel)
     chosen.check_load(
         tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel, quantize=quantize
@@ -162,7 +164,18 @@ def load(
         max_tokens=max_tokens,
         memory_share=memory_share,
     )
-    return Model(artifact, chosen.name, executor, prefix_caching)
+    return _opened(artifact, chosen.name, executor, prefix_caching)
+
+
+def _opened(
+    artifact: Artifact | Foreign, backend: str, executor: Executor, prefix_caching: bool
+) -> Model:
+    """The model, or else nothing that is left of its executor."""
+    try:
+        return Model(artifact, backend, executor, prefix_caching)
+    except BaseException:
+        executor.close()
+        raise
 
 
 def _load_foreign(folder: Path, backend: str, dtype: str, max_tokens: int | None) -> Model:
@@ -171,7 +184,7 @@ def _load_foreign(folder: Path, backend: str, dtype: str, max_tokens: int | None
     check_options(dtype, None, 1)
     found = Foreign.read(folder)
     executor = loading.load(found, backend=backend, dtype=dtype, max_tokens=max_tokens)
-    return Model(found, foreign.NAME, executor, prefix_caching=False)
+    return _opened(found, foreign.NAME, executor, prefix_caching=False)
 
 
 class Model:

@@ -301,7 +301,9 @@ def test_without_memory_for_graphs_it_runs_uncaptured(
         assert [c.token_ids for c in model.generate(own, max_new_tokens=9)] == expected
 
 
-def test_kinds_of_draw_are_bounded(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+def test_kinds_of_draw_are_bounded(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(graphs, "MOST_CHOSEN", 2)
     own = prompts(3, 8)
     with cpu_model(folder, "gpt2") as cpu, open_model(folder, "gpt2") as model:
@@ -311,6 +313,7 @@ def test_kinds_of_draw_are_bounded(monkeypatch: pytest.MonkeyPatch, folder: Path
             assert [c.token_ids for c in model.generate(own, chosen)] == expected
         captured = model.engine.executor._ahead._graphs._captured  # type: ignore[attr-defined]
         assert len([kind for _, kind in captured if kind != draws.GREEDY]) == 2
+    assert caplog.text.count("there are 2 kinds of sampled steps: others run uncaptured") == 1
 
 
 def test_a_gpu_that_refuses_the_step_kernel_runs_others(

@@ -65,7 +65,7 @@ def test_what_is_built_wants_the_stable_abi_of_torch_alone() -> None:
     assert not [name for name in names if name.startswith(("Py", "_Py"))]
 
 
-@pytest.mark.parametrize("archs", [["75"], ["sm_90"], [""], []])
+@pytest.mark.parametrize("archs", [["75"], ["sm_90"], ["90aa"], ["²90"], [""], []])
 def test_refuses_unknown_architectures(setup: ModuleType, archs: list[str]) -> None:
     with pytest.raises(setup.BuildError, match="architecture"):
         setup.targets(archs)
@@ -77,13 +77,17 @@ def test_one_line_without_nvcc(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     monkeypatch.setattr(setup.shutil, "which", lambda name: None)
     target = tmp_path / "_kernels.so"
-    assert setup.main(["--output", str(target)]) == 1
-    shown = capsys.readouterr()
-    assert shown.err.startswith("error: nvcc was not found")
-    assert shown.err.count("\n") == 1
+    for home, said in (
+        ("", "nvcc was not found: install"),
+        (str(tmp_path), "nvcc was not found in"),
+    ):
+        monkeypatch.setenv("CUDA_HOME", home)
+        assert setup.main(["--output", str(target)]) == 1
+        shown = capsys.readouterr()
+        assert shown.err.startswith(f"error: {said}")
+        assert shown.err.count("\n") == 1
     assert not target.exists()
 
 
@@ -120,11 +124,57 @@ def test_what_is_asked_for_is_checked_before_anything_is_compiled(
     nvcc("exit 0")
     assert setup.main(["--arch", "90", "--arch", "70"]) == 1
     shown = capsys.readouterr()
-    assert shown.err == "error: architecture is '70', must be 80 or above, such as 90\n"
+    assert shown.err.startswith("error: an architecture (--arch, LMI_MULTI_CUDA_ARCHS) is '70', ")
+    assert shown.err.endswith("must be 80 or above, such as 90\n") and shown.err.count("\n") == 1
     assert not shown.out
     with pytest.raises(SystemExit):
         setup.main(["--jobs", "0"])
     assert "argument --jobs: '0' is no number above 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--output", "--report"])
+def test_where_nothing_can_be_written_nothing_is_compiled(
+    setup: ModuleType,
+    nvcc: Callable[[str], None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    option: str,
+) -> None:
+    nvcc(f"touch {tmp_path}/compiled")
+    for path in (tmp_path, tmp_path / "none" / "file"):
+        assert setup.main([option, str(path)]) == 1
+        shown = capsys.readouterr().err
+        assert shown == f"error: {option} is '{path}', must be a file in a folder that exists\n"
+    assert not (tmp_path / "compiled").exists()
+
+
+def test_a_compiler_that_cannot_be_run(
+    setup: ModuleType,
+    nvcc: Callable[[str], None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    nvcc("exit 0")
+    (tmp_path / "bin" / "nvcc").write_text("no script")
+    assert setup.main(["--output", str(tmp_path / "_kernels.so")]) == 1
+    assert "nvcc cannot be run: Exec format error\n" in capsys.readouterr().err
+
+
+def test_an_interruption_leaves_what_has_not_begun(
+    setup: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupt(command: object) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(setup, "_run", interrupt)
+    monkeypatch.setattr(setup, "find_nvcc", lambda: Path("nvcc"))
+    assert setup.main(["--output", str(tmp_path / "a.so"), "--jobs", "1"]) == 130
+    shown = capsys.readouterr()
+    assert shown.err == "interrupted\n"
+    assert shown.out.count("compiling") < len([*setup.SOURCES.glob("*.cu")])
 
 
 REPORT = """\

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from lmi_multi.backends.memory import Device
 from lmi_multi.backends.torch_executor import TorchExecutor
 from lmi_multi.checkpoint.artifact import Artifact
 from lmi_multi.checkpoint.share import Share
-from lmi_multi.errors import CapacityError
+from lmi_multi.errors import BackendError, CapacityError
 from lmi_multi.models.schema import check_degree
 from lmi_multi.network import Network
 from lmi_multi.ops.reference import Reference
@@ -75,8 +77,10 @@ class CudaBackend:
         check_degree(artifact.spec, grid.tensor)
         network = Network.of(artifact, str(artifact.folder))
         devices = _devices(grid)
-        gpus = {rank: _device(index) for rank, index in devices.items()}
-        sizes = sizes_on(network, gpus, grid, max_batch, max_tokens, memory_share)
+        ranks = [rank for rank in devices if rank < grid.size]
+        gpus = {rank: _device(devices[rank]) for rank in ranks}
+        spare = partial(_answering, {r: i for r, i in devices.items() if r not in gpus})
+        sizes = sizes_on(network, gpus, grid, max_batch, max_tokens, memory_share, spare)
         if grid.size == 1:
             with torch.cuda.device(devices[0]):  # the caller's current GPU stays what it is
                 return _build(artifact, grid, devices, sizes, sizes.limits, 0)
@@ -108,8 +112,25 @@ def _describe(index: int) -> str:
 
 
 def _device(index: int) -> Device:
-    free, total = torch.cuda.mem_get_info(index)
+    """What is free of a GPU, which this opens. Raises BackendError if it cannot be told."""
+    try:
+        free, total = torch.cuda.mem_get_info(index)
+    except RuntimeError as error:
+        raise BackendError(f"cuda:{index} cannot be used: {_line(error)}") from None
     return Device(f"cuda:{index}", total, free)
+
+
+def _answering(devices: Mapping[int, int]) -> dict[int, Device]:
+    """Those of the GPUs that can tell: others may be full, or somebody else's alone."""
+    found = {}
+    for rank, index in devices.items():
+        with suppress(BackendError):
+            found[rank] = _device(index)
+    return found
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _build_rank(
@@ -134,12 +155,25 @@ def _build(
     limits: Limits,
     rank: int,
 ) -> Executor:
-    """The executor of a rank; what of the GPU it takes is logged beside what was planned."""
+    """The executor of a rank; what of the GPU it takes is logged beside what was planned.
+
+    Of one that cannot be made nothing is left. Raises CapacityError if the GPU has no room after
+    all."""
     index = devices[rank]
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     free = _device(index).free
-    executor = _open(artifact, grid, limits, rank, device)
+    try:
+        executor = _open(artifact, grid, limits, rank, device)
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)  # tensors are theirs
+        with suppress(RuntimeError):  # a GPU that has failed gives nothing back
+            torch.cuda.empty_cache()
+        if isinstance(error, torch.OutOfMemoryError):
+            raise CapacityError(
+                f"cuda:{index} has no room for the model after all: {_line(error)}"
+            ) from None
+        raise
     taken = free - _device(index).free
     log.info("rank %d on cuda:%d: %s", rank, index, sizes.compared(rank, limits, taken))
     return executor

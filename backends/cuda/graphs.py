@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from bisect import bisect_left
 from collections.abc import Callable
 
@@ -14,6 +13,7 @@ from lmi_multi.models.transformer import Transformer
 from lmi_multi.models.weights import Layer, Linear, Norm
 from lmi_multi.ops import Attention, Ops
 from lmi_multi.parallel.collectives import Peers
+from lmi_multi.switches import is_off
 
 from . import capturing
 from .attention import DecodeAttention, Projection, splits
@@ -117,9 +117,10 @@ class StepGraphs:
         self._sizes = sizes(inputs.most)
         self._pool = torch.cuda.graph_pool_handle()
         self._captured: dict[tuple[int, Kind], Captured | None] = {}
+        self._full = False
         self._programs: dict[int, StepProgram | None] = {}
         self._entry, self._most_program_rows = Entry(network, inputs, angles), most_program_rows
-        self._in_one = os.environ.get(HEADS) != "0"
+        self._in_one = not is_off(HEADS)
 
     def check(self, rows: int) -> None:
         """Raise NotCoveredError, on all ranks, if the kernels do not cover a step of so many
@@ -272,11 +273,19 @@ class StepGraphs:
         """What a step that draws changes for the next one, and by how much the lengths grow."""
         return self.inputs.ids[:size], self.inputs.lengths[:size], self.inputs.live[:size]
 
+    def _has_most(self) -> bool:
+        """Whether there are as many graphs of chosen kinds as there may be; says so once."""
+        made = [kind for (_, kind), graph in self._captured.items() if graph is not None]
+        full = len([kind for kind in made if kind not in ALWAYS]) >= MOST_CHOSEN
+        if full and not self._full:
+            log.warning("there are %d kinds of sampled steps: others run uncaptured", MOST_CHOSEN)
+            self._full = True
+        return full
+
     def _get(self, size: int, kind: Kind, body: Callable[[], Tensor]) -> Captured | None:
         key = (size, kind)
         if key not in self._captured:
-            chosen = [known for _, known in self._captured if known not in ALWAYS]
-            if kind not in ALWAYS and len(chosen) >= MOST_CHOSEN:
+            if kind not in ALWAYS and self._has_most():
                 return None
             kept = self.inputs.ids.clone()  # a step may be under way, and the next need its tokens
             self.inputs.clear()

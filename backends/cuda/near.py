@@ -9,7 +9,6 @@ memory, and sums of every kind have come out as NCCL's have. Else they stay with
 from __future__ import annotations
 
 import logging
-import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor
 from lmi_multi.errors import RankError
 from lmi_multi.parallel.collectives import TorchCollectives
 from lmi_multi.parallel.watch import configured
+from lmi_multi.switches import is_off
 
 SWITCH = "LMI_MULTI_CUDA_PEER_MEMORY"
 MOST_RANKS, MOST_CHOSEN_ROWS = 8, 2048  # as in csrc/inbox.h
@@ -147,7 +147,7 @@ def _opened(peers: TorchCollectives, device: torch.device) -> tuple[PeerMemory |
 
 
 def _unwanted(ranks: int) -> str:
-    if os.environ.get(SWITCH) == "0":
+    if is_off(SWITCH):
         return f"switched off ({SWITCH}=0)"
     return f"{ranks} ranks are more than {MOST_RANKS}" if ranks > MOST_RANKS else ""
 

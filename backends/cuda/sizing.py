@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import get_args
 
@@ -60,11 +60,13 @@ def sizes_on(
     max_batch: int | None,
     max_tokens: int | None,
     memory_share: float | None,
+    spare: Callable[[], Mapping[int, Device]] = dict,
 ) -> Sizes:
     """The sizes of `network` over the ranks of `grid`; None as in `Backend.load`.
 
-    `gpus` by the ranks that they are for: those of this machine, of which the first `grid.size` are
-    taken, or, where other processes have the other ranks, this one's. The fullest decides.
+    `gpus` by the ranks that they are for: the first `grid.size` are taken, or, where other
+    processes have the other ranks, this one's. The fullest decides. `spare` finds this machine's
+    others, by the ranks that they could be for; it is asked where the model does not fit.
 
     Raises CapacityError that says how many GiB are missing and what would fit, OptionError for
     `max_batch`, `max_tokens` or stages that cannot be.
@@ -74,9 +76,8 @@ def sizes_on(
     if isinstance(found, Sizes):
         return found
     split = ", ".join(f"{name}={value}" for name, value in _split(grid).items())
-    raise CapacityError(
-        f"{network.source} does not fit at {split}: {found}; {_advice(network, gpus, grid, asked)}"
-    )
+    advice = _advice(network, {**gpus, **spare()}, grid, asked)
+    raise CapacityError(f"{network.source} does not fit at {split}: {found}; {advice}")
 
 
 @dataclass(frozen=True)

@@ -95,16 +95,21 @@ def convert(
     return Artifact.open(target)
 
 
-def check_options(dtype: str, quantize: str | None, tensor_parallel: int) -> None:
-    """Raise OptionError, which names what is allowed, for an invalid conversion option."""
+def check_options(
+    dtype: str, quantize: str | None, tensor_parallel: int, pipeline_parallel: int = 1
+) -> None:
+    """Raise OptionError, which names what is allowed, for an invalid option of a conversion, or of
+    a load that begins with one."""
     dtypes = ("auto", *get_args(DtypeName))
     if dtype not in dtypes:
         raise OptionError(f"dtype is {dtype!r}, must be one of {', '.join(dtypes)}")
     kinds = get_args(QuantizeName)
     if quantize is not None and quantize not in kinds:
         raise OptionError(f"quantize is {quantize!r}, must be one of None, {', '.join(kinds)}")
-    if type(tensor_parallel) is not int or tensor_parallel < 1:
-        raise OptionError(f"tensor_parallel is {tensor_parallel!r}, must be an integer above 0")
+    degrees = {"tensor_parallel": tensor_parallel, "pipeline_parallel": pipeline_parallel}
+    for name, degree in degrees.items():
+        if type(degree) is not int or degree < 1:
+            raise OptionError(f"{name} is {degree!r:.80}, must be an integer above 0")
 
 
 def chosen_dtype(plan: Plan, dtype: str) -> DtypeName:

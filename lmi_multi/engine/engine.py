@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from collections.abc import Sequence as Items
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import TypeVar, cast
@@ -18,7 +19,7 @@ from lmi_multi.backends.base import Executor
 from lmi_multi.engine.batch import Passage, Prompt
 from lmi_multi.engine.request import Request, Share, tokens_of
 from lmi_multi.engine.scheduler import Scheduler
-from lmi_multi.errors import OptionError
+from lmi_multi.errors import CapacityError, OptionError
 
 _T = TypeVar("_T")
 
@@ -84,14 +85,16 @@ class Engine:
                 self.scheduler.release(request)
 
     def encode(self, prompts: Items[Prompt]) -> tuple[Tensor, Tensor | None]:
-        """`Executor.encode`, between two steps."""
-        return cast(
-            "tuple[Tensor, Tensor | None]", self._use(lambda: self.executor.encode(prompts))
-        )
+        """`Executor.encode`, between two steps. Raises CapacityError where memory is short."""
+        with _room("encode", prompts):
+            return cast(
+                "tuple[Tensor, Tensor | None]", self._use(lambda: self.executor.encode(prompts))
+            )
 
     def score(self, passages: Items[Passage]) -> Tensor:
-        """`Executor.score`, between two steps."""
-        return cast(Tensor, self._use(lambda: self.executor.score(passages)))
+        """`Executor.score`, between two steps. Raises CapacityError where memory is short."""
+        with _room("score", passages):
+            return cast(Tensor, self._use(lambda: self.executor.score(passages)))
 
     def close(self) -> None:
         """Close the executor once the step that runs has ended; who still waits gets an error."""
@@ -169,3 +172,15 @@ class Engine:
 
     def _stepped_since(self, seen: int) -> bool:
         return self._steps != seen
+
+
+@contextmanager
+def _room(what: str, items: Items[object]) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        said = (str(error).splitlines() or [""])[0]
+        raise CapacityError(
+            f"there is no memory to {what} {len(items)} at once, fewer or shorter ones need less: "
+            f"{said}"
+        ) from None

@@ -245,7 +245,7 @@ def _rebuild(rank: int, kind: str, at: float, text: str) -> Failure:
     known = getattr(errors, kind, None)
     if isinstance(known, type) and issubclass(known, LmiError):
         return Failure(known(text), at)
-    return Failure(RankError(f"rank {rank} failed:\n{text}"), at)
+    return Failure(RankError(f"rank {rank} failed: {text}"), at)
 
 
 def _reason(code: int | None) -> str:

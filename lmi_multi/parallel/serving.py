@@ -59,12 +59,18 @@ def serve(
     except BaseException as error:
         at = time.time()  # what others raise because this rank ends comes later
         known = isinstance(error, LmiError)
-        text = str(error) if known else traceback.format_exc()
+        text = str(error) if known else f"{_line(error)}\n{traceback.format_exc()}"
         with suppress(CallerGoneError):
             pulse.send(number, type(error).__name__ if known else "traceback", (at, text))
         return error
     finally:
         pulse.end()
+
+
+def _line(error: BaseException) -> str:
+    """What an error says, in a line."""
+    said = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {said[0]}" if said else type(error).__name__
 
 
 def _receive(pipe: Connection) -> tuple[int, str, tuple[Any, ...]]:
