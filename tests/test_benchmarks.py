@@ -87,9 +87,7 @@ def test_what_ends_the_bench_command(
 
 
 @pytest.mark.parametrize("shape", ["tiny-t5", "tiny-gpt2"])
-def test_prefill(
-    monkeypatch: pytest.MonkeyPatch, shape: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_prefill(monkeypatch: pytest.MonkeyPatch, shape: str) -> None:
     """All contenders compute the same, the one in plain torch without our kernels."""
     calls: list[str] = []
 
@@ -100,17 +98,18 @@ def test_prefill(
     monkeypatch.setattr(torch.ops.lmi_multi, "prefill", kernel)
     found: dict[str, Any] = {}
 
-    def once(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    def once(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
         for name, run in runs.items():
             calls.clear()
             found[name] = run()
             assert ("kernel" in calls) == (name != "torch")
-        return dict.fromkeys(runs, 1.0)
+        return {name: [4.0, 1.0, 2.0 + ("torch" in name)] for name in runs}
 
     monkeypatch.setattr(prefill, "time_runs", once)
     with torch.inference_mode():
-        prefill.models(shape, "fp32", [1, 3], 20, 1, CPU)
-    assert capsys.readouterr().out.count(shape) == 2
+        cases = [*prefill.models(shape, "fp32", [1, 3], 20, 1, CPU)]
+    assert [(case.rows, case.beside) for case in cases] == [(1, 1.5), (3, 1.5)]
+    assert f"| {shape} | fp32 | 3 x 20 | 2.000 | 2.000 | 3.000 |" in prefill._page("", cases, 3)
     if shape == "tiny-gpt2":
         for name in ("captured", "kernels"):
             torch.testing.assert_close(found[name], found["torch"])
