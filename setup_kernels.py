@@ -94,6 +94,7 @@ def compile_command(
     return [
         *(str(nvcc), "-c", str(source), "-o", str(target), "-std=c++20", "-O3", *targets(archs)),
         *("-isystem", str(headers), "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"),
+        f'-DLMI_ARCHS="{" ".join(archs)}"',
         *("-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra"),
         *("-Xptxas", "-v,-warn-spills", "-Werror", "all-warnings"),
     ]

@@ -10,7 +10,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from lmi_multi.backends.cuda.kernels import LIBRARY
+import torch
+from lmi_multi.backends.cuda import kernels
 
 from benchmarks import registers
 from benchmarks.registers import Compiled
@@ -55,9 +56,9 @@ def test_links_with_torch_and_not_with_python(setup: ModuleType) -> None:
 
 def test_what_is_built_wants_the_stable_abi_of_torch_alone() -> None:
     """Names are those of torch 2.10's; of Python's, and of torch's C++ classes, there are none."""
-    if not LIBRARY.exists() or not shutil.which("nm"):
+    if not kernels.LIBRARY.exists() or not shutil.which("nm"):
         pytest.skip("no library has been built, or there is no nm")
-    listed = subprocess.check_output(["nm", "-D", "--undefined-only", LIBRARY], text=True)
+    listed = subprocess.check_output(["nm", "-D", "--undefined-only", kernels.LIBRARY], text=True)
     names = [line.split()[-1] for line in listed.splitlines()]
     ours = [name for name in names if "torch" in name or "c10" in name]
     assert ours
@@ -227,9 +228,50 @@ def test_says_what_ptxas_made_slow(
     ]
 
 
-def test_missing_kernels_have_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from lmi_multi.backends.cuda import kernels
+@pytest.mark.parametrize(
+    ("archs", "capability", "runs"),
+    [
+        ("80 86 89 90", (8, 0), True),
+        ("80 86 89 90", (8, 6), True),
+        ("80 86 89 90", (12, 0), True),  # PTX
+        ("80", (8, 9), True),
+        ("90", (8, 6), False),
+        ("86 90", (8, 0), False),
+        ("90a", (9, 0), True),
+        ("90a", (10, 0), False),
+        ("80 90a", (10, 0), False),
+        ("100", (9, 0), False),
+    ],
+)
+def test_a_library_has_code_for_some_gpus(
+    archs: str, capability: tuple[int, int], runs: bool
+) -> None:
+    assert kernels.has_code(archs.split(), capability) == runs
 
+
+def test_a_library_of_other_gpus_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    library = tmp_path / "_kernels.so"
+    library.write_bytes(b"before\0lmi_multi is compiled for 89 90a\0behind")
+    monkeypatch.setattr(kernels, "LIBRARY", library)
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    found = []
+    for capability in ((7, 5), (8, 6), (8, 9), (9, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda own=capability: own)
+        found.append(kernels.missing.__wrapped__())
+    other = "built for sm_89, 90a, not for this GPU's sm_86 (make kernels)"
+    assert found == ["for compute capability 8.0 and later", other, "", ""]
+
+
+def test_what_is_built_says_for_what(setup: ModuleType) -> None:
+    if not kernels.LIBRARY.exists():
+        pytest.skip("no library has been built")
+    assert set(kernels.built_for()) & set(setup.ARCHS)
+
+
+def test_missing_kernels_have_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     missing = kernels.missing.__wrapped__
     monkeypatch.setattr(kernels, "LIBRARY", tmp_path / "_kernels.so")
     assert missing() == "not built (make kernels)"

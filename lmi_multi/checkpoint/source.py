@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 
 from lmi_multi.checkpoint import fastertransformer, hub
@@ -45,8 +46,9 @@ def resolve(
     has none.
     """
     text = str(source)
-    if not text.strip():
-        raise OptionError("source is empty, must be a folder, s3://BUCKET/PREFIX or a Hub id")
+    if not isinstance(source, str | PathLike) or not text.strip():
+        what = "empty" if isinstance(source, str) else f"{source!r:.80}"
+        raise OptionError(f"source is {what}, must be a folder, s3://BUCKET/PREFIX or a Hub id")
     if is_address(source):
         return _s3(text, revision, progress, share)
     try:

@@ -83,6 +83,12 @@ def test_no_such_source(text: str | Path, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("source", [None, 3, b"gpt2"])
+def test_a_source_is_text_or_a_path(source: Any) -> None:
+    with pytest.raises(OptionError, match=rf"source is {source!r}, must be a folder"):
+        resolve(source)
+
+
 def test_empty_source_and_local_revision(checkpoint: Path) -> None:
     with pytest.raises(OptionError, match="source is empty"):
         resolve("  ")
