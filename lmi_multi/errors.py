@@ -38,3 +38,9 @@ class RankError(LmiError):
 
 class AwsError(LmiError):
     """AWS refuses a request, cannot be reached, or an endpoint fails."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; its class where it has none."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

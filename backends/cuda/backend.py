@@ -16,7 +16,7 @@ from lmi_multi.backends.memory import Device
 from lmi_multi.backends.torch_executor import TorchExecutor
 from lmi_multi.checkpoint.artifact import Artifact
 from lmi_multi.checkpoint.share import Share
-from lmi_multi.errors import BackendError, CapacityError
+from lmi_multi.errors import BackendError, CapacityError, first_line
 from lmi_multi.models.schema import check_degree
 from lmi_multi.network import Network
 from lmi_multi.ops.reference import Reference
@@ -116,7 +116,7 @@ def _device(index: int) -> Device:
     try:
         free, total = torch.cuda.mem_get_info(index)
     except RuntimeError as error:
-        raise BackendError(f"cuda:{index} cannot be used: {_line(error)}") from None
+        raise BackendError(f"cuda:{index} cannot be used: {first_line(error)}") from None
     return Device(f"cuda:{index}", total, free)
 
 
@@ -127,10 +127,6 @@ def _answering(devices: Mapping[int, int]) -> dict[int, Device]:
         with suppress(BackendError):
             found[rank] = _device(index)
     return found
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _build_rank(
@@ -171,7 +167,7 @@ def _build(
             torch.cuda.empty_cache()
         if isinstance(error, torch.OutOfMemoryError):
             raise CapacityError(
-                f"cuda:{index} has no room for the model after all: {_line(error)}"
+                f"cuda:{index} has no room for the model after all: {first_line(error)}"
             ) from None
         raise
     taken = free - _device(index).free

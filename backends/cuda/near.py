@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lmi_multi.errors import RankError
+from lmi_multi.errors import RankError, first_line
 from lmi_multi.parallel.collectives import TorchCollectives
 from lmi_multi.parallel.watch import configured
 from lmi_multi.switches import is_off
@@ -129,7 +129,7 @@ def _opened(peers: TorchCollectives, device: torch.device) -> tuple[PeerMemory |
         try:
             own = torch.ops.lmi_multi.make_inbox(handle, device.index)
         except RuntimeError as error:
-            problem = _line(error)
+            problem = first_line(error)
     place = Place(_host(), device.index, handle.numpy().tobytes(), problem)
     every = peers.exchange(place)
     problem = _apart(every, place)
@@ -143,7 +143,7 @@ def _opened(peers: TorchCollectives, device: torch.device) -> tuple[PeerMemory |
                 addresses[rank] = torch.ops.lmi_multi.open_inbox(given, device.index)
         return PeerMemory(torch.tensor(addresses), peers.rank, CHECK_SECONDS), ""
     except RuntimeError as error:
-        return None, _line(error)
+        return None, first_line(error)
 
 
 def _unwanted(ranks: int) -> str:
@@ -185,7 +185,7 @@ def _checked(memory: PeerMemory, peers: TorchCollectives, device: torch.device) 
         try:
             return memory.sum(x, residual, bias)
         except RuntimeError as error:
-            refused = _line(error)
+            refused = first_line(error)
             return False
 
     for elements in CHECKED:
@@ -214,7 +214,3 @@ def _host() -> str:
     """What tells this host, as it runs now, from others."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return boot.read_text().strip() if boot.exists() else socket.gethostname()
-
-
-def _line(error: RuntimeError) -> str:
-    return str(error).splitlines()[0]

@@ -59,7 +59,7 @@ def take_debug(argv: Sequence[str]) -> tuple[list[str], bool]:
 
 def report(error: Exception, *, debug: bool) -> int:
     """Print `error` as one line, after its traceback with `debug`; returns the exit code."""
-    from lmi_multi.errors import LmiError, OptionError
+    from lmi_multi.errors import LmiError, OptionError, first_line
 
     if debug:
         traceback.print_exception(error)
@@ -72,12 +72,6 @@ def report(error: Exception, *, debug: bool) -> int:
         message = f"{type(error).__name__}: {message} (--debug shows where)"
     print(f"error: {message}", file=sys.stderr)
     return code
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message; its class where it has none."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 def _is_usage_error(error: Exception) -> bool:

@@ -19,7 +19,7 @@ from lmi_multi.backends.base import Executor
 from lmi_multi.engine.batch import Passage, Prompt
 from lmi_multi.engine.request import Request, Share, tokens_of
 from lmi_multi.engine.scheduler import Scheduler
-from lmi_multi.errors import CapacityError, OptionError
+from lmi_multi.errors import CapacityError, OptionError, first_line
 
 _T = TypeVar("_T")
 
@@ -179,8 +179,7 @@ def _room(what: str, items: Items[object]) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        said = (str(error).splitlines() or [""])[0]
         raise CapacityError(
             f"there is no memory to {what} {len(items)} at once, fewer or shorter ones need less: "
-            f"{said}"
+            f"{first_line(error)}"
         ) from None
