@@ -48,7 +48,7 @@ ATTENTIONS: tuple[tuple[str, int, int, int, Position, int, int], ...] = (
 def attentions(rounds: int) -> None:
     """Rotation, cache and attention of one layer, and the rate of its two products."""
     from lmi_multi.backends.cuda.prefill import PrefillKernel
-    from lmi_multi.backends.cuda.prefill_inputs import LARGE, LONG, SMALL, PrefillInputs
+    from lmi_multi.backends.cuda.prefill_inputs import LONG, SHORT, PrefillInputs
 
     device, half = torch.device("cuda", 0), torch.bfloat16
     for name, heads, kv, dim, position, rows, tokens in ATTENTIONS:
@@ -78,10 +78,7 @@ def attentions(rounds: int) -> None:
         prompts = [Prompt([0] * tokens) for _ in range(rows)]
         own = [Row([0] * tokens, 0, blocks_of(i, tokens), tokens) for i in range(rows)]
         runs: dict[str, Run] = {}
-        tilings = {"small": SMALL, "large": LARGE, "long": LONG}
-        for which, tiling in tilings.items():
-            if tiling == LARGE and dim > 128:
-                continue
+        for which, tiling in {"short": SHORT, "long": LONG}.items():
             if relative:
                 inputs = PrefillInputs.of_prompts(prompts, BLOCK, device, tiling)
                 packed = PackedAttention(split, [tokens] * rows, inputs.positions)
@@ -103,7 +100,7 @@ def attentions(rounds: int) -> None:
         times = _medians(runs, rounds)
         flops = 4 * rows * tokens * tokens * heads * dim / (1 if relative else 2)
         shown = "  ".join(f"{who} {1000 * ms:9.1f}" for who, ms in times.items())
-        best = min(times[who] for who in tilings if who in times)
+        best = min(times[who] for who in ("short", "long") if who in times)
         what = f"{name} {heads}/{kv}x{dim}, {rows} x {tokens} tokens"
         rate = f"{times['torch'] / best:5.2f}x  {flops / best / 1e9:5.0f} TFLOP/s"
         print(f"{what:40} us: {shown}  {rate}", flush=True)

@@ -19,7 +19,6 @@ from lmi_multi.backends.cuda import (
     executor,
     graphs,
     inputs,
-    prefill,
     prefill_inputs,
     searches,
 )
@@ -258,7 +257,6 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Programs:
         monkeypatch.setattr(module, "splits", lambda *_: 1)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(torch.cuda, "Stream", lambda *_: None)
-    monkeypatch.setattr(prefill, "processors", lambda device: 1)
     monkeypatch.setattr(capturing, "capture", lambda body, *_: Replayed(body))
     monkeypatch.setattr(capturing, "run", lambda body, stream: body())
     return made

@@ -15,7 +15,7 @@ import pytest
 import torch
 from lmi_multi.backends.cuda import prefill_inputs
 from lmi_multi.backends.cuda.prefill_graphs import size_of
-from lmi_multi.backends.cuda.prefill_inputs import LARGE, LONG, SMALL, PrefillInputs, Tiling
+from lmi_multi.backends.cuda.prefill_inputs import LONG, SHORT, PrefillInputs, Tiling
 from torch import Tensor
 
 from lmi_multi.backends.base import Limits
@@ -99,13 +99,13 @@ def some_dims(chance: random.Random) -> list[int]:
     return [*DIMS, *chance.sample(OTHER_DIMS, 4)]
 
 
-def tilings(many: bool, dim: int) -> tuple[Tiling, ...]:
-    """Those that a kernel has for heads of `dim`: the one for many keys, or the other."""
+def tiling(many: bool) -> Tiling:
+    """Of the kernel for many keys, or of the other."""
     if many:
         if torch.cuda.get_device_capability() != (9, 0):
             pytest.skip("cuda: the kernel for many keys is for Hopper alone")
-        return (LONG,)
-    return (SMALL, LARGE) if dim <= 128 else (SMALL,)
+        return LONG
+    return SHORT
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -148,10 +148,10 @@ def test_rows_over_the_cache(position: str, dtype: torch.dtype, case: int, many:
         layer = make_layer(table, window, chance.random() < 0.3, dim)
         rows, blocks = make_rows(CASES[case], block := chance.choice((8, 16, 32, 128)), chance)
         cache, exact = make_caches(rows, blocks, block, split, dtype)
-        kernel, tiling = PrefillKernel(split, cache), chance.choice(tilings(many, dim))
-        inputs = PrefillInputs.of_rows(rows, block, device, tiling)
+        kernel, tile = PrefillKernel(split, cache), tiling(many)
+        inputs = PrefillInputs.of_rows(rows, block, device, tile)
         norms = layer.q_norm is not None
-        what = f"{heads}/{kv} heads of {dim}, {tiling}, window {window}, norms {norms}"
+        what = f"{heads}/{kv} heads of {dim}, {tile}, window {window}, norms {norms}"
 
         theirs = PagedAttention(exact, rows, device)
         qkv = randn(len(inputs.ids), (heads + 2 * kv) * dim, dtype=dtype)
@@ -193,8 +193,8 @@ def test_packed_rows(position: str, dtype: torch.dtype, causal: bool, many: bool
         split, table = Heads(spec, 1), make_table(position, heads, dtype)
         layer = make_layer(table, chance.choice((0, 20)) if causal else 0, False, dim)
         prompts = [Prompt([0] * n) for n in counts]
-        tiling = chance.choice(tilings(many, dim))
-        inputs = PrefillInputs.of_prompts(prompts, 8, device, tiling)
+        tile = tiling(many)
+        inputs = PrefillInputs.of_prompts(prompts, 8, device, tile)
         positions = inputs.positions.long()
         qkv = randn(sum(counts), (heads + 2 * kv) * dim, dtype=dtype)
         expected = PackedAttention(split, counts, positions, causal).attend(layer, qkv.double())
@@ -232,17 +232,17 @@ def test_what_is_not_covered_is_left_alone() -> None:
     from lmi_multi.backends.cuda.prefill_inputs import PrefillInputs
 
     device = torch.device("cuda")
-    for dim, block, dtype, tiling in (
-        (64, 8, torch.float32, SMALL),
-        (12, 8, torch.bfloat16, SMALL),
-        (264, 8, torch.bfloat16, SMALL),
-        (64, 12, torch.bfloat16, SMALL),
+    for dim, block, dtype, tile in (
+        (64, 8, torch.float32, SHORT),
+        (12, 8, torch.bfloat16, SHORT),
+        (264, 8, torch.bfloat16, SHORT),
+        (64, 12, torch.bfloat16, SHORT),
         (64, 4, torch.bfloat16, LONG),
     ):
         split = Heads(make_spec(POSITIONS["rope"], 2, 2, dim), 1)
         cache = PagedCache(split, 2, block, dtype, device)
         cache.whole.zero_()
-        inputs = PrefillInputs.of_rows([Row([0] * 3, 0, [1], 3)], block, device, tiling)
+        inputs = PrefillInputs.of_rows([Row([0] * 3, 0, [1], 3)], block, device, tile)
         qkv = randn(3, 6 * dim, dtype=dtype)
         before = qkv.clone()
         angles = split.angles(inputs.positions, inputs.reach)
@@ -351,7 +351,7 @@ def test_graphs_of_many_tokens(
 ) -> None:
     """Beyond what large networks have graphs for; with `many`, by the kernel for many keys."""
     if many:
-        tilings(many, 8)
+        tiling(many)
         monkeypatch.setattr(prefill_inputs, "MANY_KEYS", 1)
     models, chance = Models(tmp_path, family, "bf16"), random.Random(family)
     graphs = models.ours._prefill_graphs
@@ -368,7 +368,7 @@ def test_graphs_of_many_tokens(
                 executor._prepare(batch)
                 found.append(executor._next_logits(batch.rows))
         models.check(*found)  # type: ignore[arg-type]
-    kind, wanted = "prompts" if prompts else "rows", LONG if many else SMALL
+    kind, wanted = "prompts" if prompts else "rows", LONG if many else SHORT
     assert max(sizes) > 512
     assert {(kind, size, wanted) for size in sizes} <= set(graphs._captured)
 

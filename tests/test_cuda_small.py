@@ -42,7 +42,7 @@ from tests.test_cuda_kernels import (
     wide,
 )
 from tests.test_cuda_prefill import TOLERANCE as OF_PREFILL
-from tests.test_cuda_prefill import make_caches, make_rows, make_table, tilings
+from tests.test_cuda_prefill import make_caches, make_rows, make_table, tiling
 from tests.test_cuda_program import TOLERANCE as OF_STEPS
 from tests.test_cuda_program import logits, need_programs, opened
 
@@ -153,12 +153,12 @@ def test_steps(shape: str, rows: int, most: int) -> None:
 def test_many_keys(dim: int, position: str) -> None:
     """Of whole tiles, which the copy engine fetches, and of a last one that is none."""
     torch.manual_seed(0)
-    [tiling], device = tilings(True, dim), torch.device("cuda")
+    tile, device = tiling(True), torch.device("cuda")
     split = Heads(make_spec(POSITIONS[position], 2, 1, dim), 1)
     rows, blocks = make_rows(((140, 150), (70, 0)), 16, random.Random(0))
     cache, exact = make_caches(rows, blocks, 16, split, HALF)
     layer = make_layer(make_table(position, 2, HALF), 0, False, dim)
-    inputs = PrefillInputs.of_rows(rows, 16, device, tiling)
+    inputs = PrefillInputs.of_rows(rows, 16, device, tile)
     qkv = randn(210, 4 * dim, dtype=HALF)
     expected = PagedAttention(exact, rows, device).attend(widened(layer), qkv.double())
     angles = split.angles(inputs.positions, inputs.reach)

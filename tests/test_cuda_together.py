@@ -18,7 +18,7 @@ from lmi_multi.backends.cuda import capturing, draws, executor, prefill_graphs, 
 from lmi_multi.backends.cuda.ahead import Flight
 from lmi_multi.backends.cuda.draws import GREEDY
 from lmi_multi.backends.cuda.ops import Scratch
-from lmi_multi.backends.cuda.prefill_inputs import LONG, SMALL, Tiling
+from lmi_multi.backends.cuda.prefill_inputs import LONG, SHORT, Tiling
 from lmi_multi.backends.cuda.program import NotCoveredError
 from torch import Tensor
 
@@ -256,7 +256,7 @@ def test_kernels_do_not_cover_one(
 def no_many_keys(shelf: Shelf) -> None:
     covers = executor.Prefill.covers
 
-    def refused(self: executor.Prefill, tiling: Tiling = SMALL) -> bool:
+    def refused(self: executor.Prefill, tiling: Tiling = SHORT) -> bool:
         return tiling != LONG and covers(self, tiling)
 
     shelf.patch.setattr(executor.Prefill, "covers", refused)
@@ -272,7 +272,7 @@ def test_all_have_the_kernel_for_many_keys_or_none(
     (long, captured), other = two.call("prefills")
     assert other == (long, captured)
     assert long == (trouble is None)
-    assert {tiling for *_, tiling in captured} == ({SMALL, LONG} if long else {SMALL})
+    assert {tiling for *_, tiling in captured} == ({SHORT, LONG} if long else {SHORT})
 
 
 def other_draws(shelf: Shelf) -> None:

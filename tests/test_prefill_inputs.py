@@ -11,10 +11,9 @@ from lmi_multi.backends.cuda import prefill_inputs
 from lmi_multi.backends.cuda.prefill import DistanceBiases
 from lmi_multi.backends.cuda.prefill_graphs import SIZES, size_of
 from lmi_multi.backends.cuda.prefill_inputs import (
-    LARGE,
     LONG,
     MANY_KEYS,
-    SMALL,
+    SHORT,
     PrefillInputs,
     tiles,
     tiling_of,
@@ -149,21 +148,15 @@ def test_bias_by_distance_is_that_of_the_buckets(causal: bool) -> None:
         assert torch.equal(found[:, at], table[bucket[0]])
 
 
-def test_tiles_are_large_where_there_are_enough() -> None:
-    assert tiling_of([128] * 64, [128] * 64, 64, 64, 132, False) == LARGE
-    assert tiling_of([128], [128], 64, 64, 132, False) == SMALL
-    assert tiling_of([4096], [4096], 32, 128, 132, False) == LARGE
-    assert tiling_of([4096], [4096], 32, 256, 132, False) == SMALL
-
-
 def test_many_keys_are_for_a_kernel_of_their_own() -> None:
     """Of most tokens: a long row that one token is new of leaves the others theirs."""
     few = MANY_KEYS - 1
-    assert tiling_of([MANY_KEYS], [MANY_KEYS], 32, 256, 132, True) == LONG
-    assert tiling_of([few], [few], 32, 128, 132, True) == SMALL
-    assert tiling_of([few], [few], 32, 256, 132, True) == LONG
-    assert tiling_of([few, 5], [few, 2 * MANY_KEYS], 32, 64, 132, True) == LONG
-    assert tiling_of([128] * 64 + [1], [128] * 64 + [4096], 32, 64, 132, True) == LARGE
+    assert tiling_of([MANY_KEYS], [MANY_KEYS], 256, True) == LONG
+    assert tiling_of([MANY_KEYS], [MANY_KEYS], 256, False) == SHORT
+    assert tiling_of([few], [few], 128, True) == SHORT
+    assert tiling_of([few], [few], 256, True) == LONG
+    assert tiling_of([few, 5], [few, 2 * MANY_KEYS], 64, True) == LONG
+    assert tiling_of([128] * 64 + [1], [128] * 64 + [4096], 64, True) == SHORT
 
 
 def test_sizes_of_graphs() -> None:

@@ -18,8 +18,7 @@ from lmi_multi.ops.heads import Heads
 from lmi_multi.ops.packed import PackedAttention
 from lmi_multi.ops.paged import PagedAttention, PagedCache
 
-from .ops import processors
-from .prefill_inputs import LONG, SMALL, PrefillInputs, Tiling, tiling_of
+from .prefill_inputs import LONG, SHORT, PrefillInputs, Tiling, tiling_of
 
 Angles = tuple[Tensor, Tensor] | None
 
@@ -161,9 +160,8 @@ class Prefill:
         self.network, self.kernel = network, PrefillKernel(heads, cache)
         self._heads, self._cache = heads, cache
         self._device = network.weights.device
-        self._processors = processors(self._device)
 
-    def covers(self, tiling: Tiling = SMALL) -> bool:
+    def covers(self, tiling: Tiling = SHORT) -> bool:
         """Whether the kernel does the attention of every layer, by asking it to do nothing."""
         weights, heads = self.network.weights, self._heads
         inputs = PrefillInputs(1, 1, 1, 1, self._cache.block_size, self._device, tiling)
@@ -225,7 +223,7 @@ class Prefill:
 
     def _tiling(self, counts: Sequence[int], lengths: Sequence[int]) -> Tiling:
         heads = self._heads
-        return tiling_of(counts, lengths, heads.q, heads.dim, self._processors, self._long)
+        return tiling_of(counts, lengths, heads.dim, self._long)
 
     @cached_property
     def _long(self) -> bool:

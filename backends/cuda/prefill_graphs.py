@@ -19,7 +19,7 @@ from lmi_multi.parallel.collectives import Peers
 from .capturing import Captured, capture_together, on_all
 from .entry import Angles
 from .prefill import Prefill, PrefillAttention
-from .prefill_inputs import LONG, SMALL, PrefillInputs, Tiling, have_many_keys
+from .prefill_inputs import LONG, SHORT, PrefillInputs, Tiling, have_many_keys
 from .program import NotCoveredError
 
 # Tokens of all rows together. Above, the GPU is busy for longer than the launches take; with small
@@ -101,7 +101,7 @@ class PrefillGraphs:
             return None
         dim = self._prefill.network.spec.head_dim
         many = self._long and have_many_keys(counts, lengths, dim)
-        key = kind, size, LONG if many else SMALL
+        key = kind, size, LONG if many else SHORT
         if key not in self._captured:
             self._captured[key] = self._capture(*key)
         return self._captured[key]

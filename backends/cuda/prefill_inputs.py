@@ -30,7 +30,7 @@ class Tiling(NamedTuple):
     many: bool = False
 
 
-SMALL, LARGE, LONG = Tiling(64), Tiling(128), Tiling(128, many=True)
+SHORT, LONG = Tiling(64), Tiling(128, many=True)
 
 
 class PrefillInputs:
@@ -56,7 +56,7 @@ class PrefillInputs:
         cross_width: int,
         block_size: int,
         device: torch.device,
-        tiling: Tiling = SMALL,
+        tiling: Tiling = SHORT,
     ) -> None:
         self.tiling, self.block_size = tiling, block_size
         shapes = {
@@ -88,7 +88,7 @@ class PrefillInputs:
 
     @classmethod
     def of_rows(
-        cls, rows: Sequence[Row], block_size: int, device: torch.device, tiling: Tiling = SMALL
+        cls, rows: Sequence[Row], block_size: int, device: torch.device, tiling: Tiling = SHORT
     ) -> PrefillInputs:
         """Of a decoder's rows, and no larger; laid out."""
         width = max(-(-row.length // block_size) for row in rows)
@@ -105,7 +105,7 @@ class PrefillInputs:
         prompts: Sequence[Prompt],
         block_size: int,
         device: torch.device,
-        tiling: Tiling = SMALL,
+        tiling: Tiling = SHORT,
     ) -> PrefillInputs:
         """Of prompts that attend to themselves, and no larger; laid out."""
         tokens = sum(len(prompt.token_ids) for prompt in prompts)
@@ -186,18 +186,11 @@ def tiles(counts: Sequence[int], lengths: Sequence[int], queries: int) -> list[t
 def tiling_of(
     counts: Sequence[int],
     lengths: Sequence[int],
-    heads: int,
     dim: int,
-    processors: int,
     long: bool,
 ) -> Tiling:
-    """For rows of so many new tokens and keys. Large tiles, with which keys are read half as often,
-    where that leaves each of the GPU's processors some blocks, and heads are narrow enough.
-    `long`: whether there is a kernel for many keys."""
-    if long and have_many_keys(counts, lengths, dim):
-        return LONG
-    blocks = heads * sum(-(-n // LARGE.queries) for n in counts)
-    return LARGE if dim <= WIDE and blocks >= 4 * processors else SMALL
+    """For rows of so many new tokens and keys. `long`: whether there is a kernel for many keys."""
+    return LONG if long and have_many_keys(counts, lengths, dim) else SHORT
 
 
 def have_many_keys(counts: Sequence[int], lengths: Sequence[int], dim: int) -> bool:

@@ -1,10 +1,8 @@
 // Attention of many queries a row, on tensor cores: a row's keys in the paged cache, or packed.
 //
-// A block does 64 or 128 queries of one row and head, M times sixteen a warp, and goes through the
-// keys in tiles, of which the next is copied while one is computed. With M = 2 what a warp reads of
-// them serves twice as many queries, with M = 1 there are more blocks. Scores never leave
-// registers: they become weights by a running softmax (Dao et al., 2022), and these the next
-// product's operands.
+// A block does 64 queries of one row and head, sixteen a warp, and goes through the keys in tiles, of
+// which the next is copied while one is computed. Scores never leave registers: they become weights by
+// a running softmax (Dao et al., 2022), and these the next product's operands.
 //
 // Lane (g, t) = (lane / 4, lane % 4) holds what mma.m16n8k16 gives it of a product C: [0] and [1]
 // are row g, columns 2t and 2t + 1; [2] and [3] row g + 8.
@@ -20,15 +18,15 @@ namespace lmi {
 constexpr int PREFILL_THREADS = 128;
 
 // What a kernel is made for. D_: the head's features, filled up with zeros.
-template <int D_, int M_>
+template <int D_>
 struct Shape {
-  static constexpr int D = D_, M = M_;
-  static constexpr int QUERIES = M * 16 * PREFILL_THREADS / 32;
+  static constexpr int D = D_;
+  static constexpr int QUERIES = 16 * PREFILL_THREADS / 32;
   static constexpr int KEYS = D > 64 ? 32 : 64;             // of a tile
   static constexpr int STAGE = 2 * KEYS * D;                // its keys and values, in elements
   static constexpr int ELEMENTS = QUERIES * D + 2 * STAGE;  // of shared memory
-  static constexpr bool HELD = M == 1 && D <= 128;          // queries stay in registers
-  static constexpr int AT_ONCE = HELD ? 3 : 2;  // blocks on a processor that registers must allow
+  static constexpr bool HELD = D == 128;                    // queries stay in registers
+  static constexpr int AT_ONCE = D > 128 ? 2 : D > 64 ? 3 : 4;  // blocks on a processor that registers must allow
 };
 
 // Where eight features lie in a tile. A row's chunks are permuted such that eight rows' chunks of
@@ -61,7 +59,7 @@ __device__ void copy_keys(const PrefillParams& p, const Tile& tile, int first, T
   const int chunk = threadIdx.x % CHUNKS;
   const int64_t feature = static_cast<int64_t>(tile.kv) * p.dim + chunk * 8;
   const int* table = p.table ? p.table + static_cast<int64_t>(tile.row) * p.table_width : nullptr;
-  constexpr int UNROLLED = S::D == 64 && S::M == 1 ? 4 : 2;
+  constexpr int UNROLLED = S::D == 64 ? 4 : 2;
 #pragma unroll UNROLLED
   for (int r = threadIdx.x / CHUNKS; r < S::KEYS; r += PREFILL_THREADS / CHUNKS) {
     const int key = first + r;
@@ -94,23 +92,19 @@ using Scores = float[S::KEYS / 8][4];
 
 // Scores of the warp's queries and the tile's keys, unscaled.
 template <typename T, typename S, typename Queries>
-__device__ void multiply(Scores<S> (&scores)[S::M], const Queries& queries, const T* keys) {
+__device__ void multiply(Scores<S>& scores, const Queries& queries, const T* keys) {
   const int lane = threadIdx.x % 32, row = lane % 8 + lane / 16 * 8, side = lane / 8 % 2;
   constexpr int UNROLLED = S::HELD ? S::D / 16 : 2;  // more would hold more addresses
 #pragma unroll UNROLLED
   for (int step = 0; step < S::D / 16; ++step) {
-    uint32_t a[S::M][4];
-#pragma unroll
-    for (int m = 0; m < S::M; ++m) queries(m, step, a[m]);
+    uint32_t a[4];
+    queries(step, a);
 #pragma unroll
     for (int n = 0; n < S::KEYS / 16; ++n) {
       uint32_t b[4];
       load_matrices(b, keys + chunk_at<S::D>(n * 16 + row, step * 2 + side));
-#pragma unroll
-      for (int m = 0; m < S::M; ++m) {
-        mma<T>(scores[m][2 * n], a[m][0], a[m][1], a[m][2], a[m][3], b[0], b[1]);
-        mma<T>(scores[m][2 * n + 1], a[m][0], a[m][1], a[m][2], a[m][3], b[2], b[3]);
-      }
+      mma<T>(scores[2 * n], a[0], a[1], a[2], a[3], b[0], b[1]);
+      mma<T>(scores[2 * n + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
     }
   }
 }
@@ -176,30 +170,22 @@ __device__ void weigh(Scores<S>& scores, Found<S>& found) {
 
 // Add the tile's values by their weights. A product's C has the layout of the next one's A.
 template <typename T, typename S>
-__device__ void add_values(const Scores<S> (&weights)[S::M], const T* values,
-                           Found<S> (&found)[S::M]) {
+__device__ void add_values(const Scores<S>& weights, const T* values, Found<S>& found) {
   const int lane = threadIdx.x % 32, row = lane % 16, side = lane / 16;
 #pragma unroll
   for (int step = 0; step < S::KEYS / 16; ++step) {
-    uint32_t a[S::M][4];
+    uint32_t a[4];
 #pragma unroll
-    for (int m = 0; m < S::M; ++m) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float(&pair)[4] = weights[m][2 * step + i / 2];
-        a[m][i] = pack<T>(pair[i % 2 * 2], pair[i % 2 * 2 + 1]);
-      }
+    for (int i = 0; i < 4; ++i) {
+      const float(&pair)[4] = weights[2 * step + i / 2];
+      a[i] = pack<T>(pair[i % 2 * 2], pair[i % 2 * 2 + 1]);
     }
 #pragma unroll
     for (int n = 0; n < S::D / 16; ++n) {
       uint32_t b[4];
       load_transposed(b, values + chunk_at<S::D>(step * 16 + row, n * 2 + side));
-#pragma unroll
-      for (int m = 0; m < S::M; ++m) {
-        float(&low)[4] = found[m].values[2 * n], (&high)[4] = found[m].values[2 * n + 1];
-        mma<T>(low, a[m][0], a[m][1], a[m][2], a[m][3], b[0], b[1]);
-        mma<T>(high, a[m][0], a[m][1], a[m][2], a[m][3], b[2], b[3]);
-      }
+      mma<T>(found.values[2 * n], a[0], a[1], a[2], a[3], b[0], b[1]);
+      mma<T>(found.values[2 * n + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
     }
   }
 }
@@ -254,23 +240,23 @@ __global__ void __launch_bounds__(PREFILL_THREADS, S::AT_ONCE)
   const float slope = p.slopes ? p.slopes[tile.head] * LOG2E : 0;
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int first = tile.first + warp * 16 * S::M;  // the warp's first query
-  const int nearest = tile.past + first;            // and its position
-  const int farthest = nearest + 16 * S::M - 1;
-  T* const own = queries + warp * 16 * S::M * S::D;
-  uint32_t held[S::M][S::HELD ? S::D / 16 : 1][4];
-  const auto read_queries = [&](int m, int step, uint32_t(&to)[4]) {
-    load_matrices(to, own + chunk_at<S::D>(m * 16 + lane % 16, step * 2 + lane / 16));
+  const int first = tile.first + warp * 16;  // the warp's first query
+  const int nearest = tile.past + first;     // and its position
+  const int farthest = nearest + 15;
+  T* const own = queries + warp * 16 * S::D;
+  uint32_t held[S::HELD ? S::D / 16 : 1][4];
+  const auto read_queries = [&](int step, uint32_t(&to)[4]) {
+    load_matrices(to, own + chunk_at<S::D>(lane % 16, step * 2 + lane / 16));
   };
-  const auto operands = [&](int m, int step, uint32_t(&to)[4]) {
+  const auto operands = [&](int step, uint32_t(&to)[4]) {
     if constexpr (S::HELD) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) to[i] = held[m][step][i];
+      for (int i = 0; i < 4; ++i) to[i] = held[step][i];
     } else {
-      read_queries(m, step, to);
+      read_queries(step, to);
     }
   };
-  Found<S> found[S::M];
+  Found<S> found;
   const int tiles = max((tile.end - tile.from + S::KEYS - 1) / S::KEYS, 1);
   for (int n = 0; n < tiles; ++n) {
     const int key = tile.from + n * S::KEYS;
@@ -283,41 +269,30 @@ __global__ void __launch_bounds__(PREFILL_THREADS, S::AT_ONCE)
     if constexpr (S::HELD) {
       if (n == 0) {
 #pragma unroll
-        for (int m = 0; m < S::M; ++m) {
-#pragma unroll
-          for (int step = 0; step < S::D / 16; ++step) read_queries(m, step, held[m][step]);
-        }
+        for (int step = 0; step < S::D / 16; ++step) read_queries(step, held[step]);
       }
     }
     if (first >= tile.count || (p.causal && key > farthest)) continue;
     const T* keys = stages + n % 2 * S::STAGE;
-    Scores<S> scores[S::M] = {};
+    Scores<S> scores = {};
     multiply<T, S>(scores, operands, keys);
     const int last = key + S::KEYS - 1;
     const bool edge = last >= tile.length || (p.causal && last > nearest) ||
                       (p.window && farthest - key >= p.window);
-#pragma unroll
-    for (int m = 0; m < S::M; ++m) {
-      place_scores<S>(p, tile, scores[m], bias, slope, nearest + m * 16 + lane / 4, key, edge);
-      weigh<S>(scores[m], found[m]);
-    }
+    place_scores<S>(p, tile, scores, bias, slope, nearest + lane / 4, key, edge);
+    weigh<S>(scores, found);
     add_values<T, S>(scores, keys + S::KEYS * S::D, found);
   }
-#pragma unroll
-  for (int m = 0; m < S::M; ++m) {
-    if (first + m * 16 >= tile.count) break;
-    write_found<T, S>(p, tile, found[m], own + m * 16 * S::D, first + m * 16);
-  }
+  if (first < tile.count) write_found<T, S>(p, tile, found, own, first);
 }
 
-// Call `run` with the shape for these heads and as many queries; not at all if there is none.
+// Call `run` with the shape for these heads; not at all if there is none for so many queries.
 template <typename Run>
 void with_shape(const PrefillParams& p, const Run& run) {
-  const bool wide = p.queries == Shape<64, 2>::QUERIES;
-  if (!wide && p.queries != Shape<64, 1>::QUERIES) return;
-  if (p.dim <= 64) return wide ? run(Shape<64, 2>()) : run(Shape<64, 1>());
-  if (p.dim <= 128) return wide ? run(Shape<128, 2>()) : run(Shape<128, 1>());
-  if (!wide) run(Shape<256, 1>());
+  if (p.queries != Shape<64>::QUERIES) return;
+  if (p.dim <= 64) return run(Shape<64>());
+  if (p.dim <= 128) return run(Shape<128>());
+  run(Shape<256>());
 }
 
 template <typename T, typename S>
