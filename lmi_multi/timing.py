@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
+from types import MappingProxyType
+from typing import Any
 
 from lmi_multi.defaults import GenerationDefaults
 from lmi_multi.engine.beams import BeamSearch
 from lmi_multi.engine.engine import Engine
 from lmi_multi.engine.request import Request
 from lmi_multi.engine.sequence import Sequence
+from lmi_multi.errors import OptionError
 from lmi_multi.models.spec import ModelSpec
 from lmi_multi.models.traits import Traits
 from lmi_multi.options import GenerateOptions
 from lmi_multi.resolved import Resolved
+
+# Options that this has to say itself: what is answered, and how long it is.
+OF_LENGTHS = frozenset(
+    {"max_new_tokens", "max_length", "num_beams", "num_return_sequences", "stop", "stop_token_ids"}
+)
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,13 @@ class Timing:
         return self.rows / self.step * 1000
 
 
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raise OptionError for those that are none, and for those that say how much is answered."""
+    GenerateOptions(**options)
+    if wrong := OF_LENGTHS & options.keys():
+        raise OptionError(f"{min(wrong)} is given; allowed: options that choose among tokens")
+
+
 def time_generation(
     engine: Engine,
     spec: ModelSpec | Traits,
@@ -42,27 +58,38 @@ def time_generation(
     tokens: int,
     rounds: int,
     beams: int = 1,
+    options: Mapping[str, Any] = MappingProxyType({}),
 ) -> Timing:
     """Answer random prompts of `prompt` tokens with exactly `tokens` > 1 tokens, in steps of `rows`
-    rows: of a prompt each, greedily, or of `beams` beams of a prompt."""
+    rows: of a prompt each, or of `beams` beams of a prompt; by `options`, else greedily.
+
+    Raises OptionError as `check_options`.
+    """
+    check_options(options)
     chance = random.Random(rows)
     prompts = [
         [chance.randrange(2, spec.vocab) for _ in range(prompt)] for _ in range(rows // beams)
     ]
-    _run(engine, spec, prompts, tokens, beams)  # whatever is made on first use
-    first = median(_run(engine, spec, prompts, 1, beams) for _ in range(rounds))
-    whole = median(_run(engine, spec, prompts, tokens, beams) for _ in range(rounds))
+
+    def answer(count: int) -> float:
+        chosen = GenerateOptions(**options, max_new_tokens=count, num_beams=beams)
+        return _run(engine, spec, prompts, chosen)
+
+    for count in (1, tokens):
+        answer(count)  # whatever is made on first use
+    first = median(answer(1) for _ in range(rounds))
+    whole = median(answer(tokens) for _ in range(rounds))
     return Timing(rows, first, whole, (whole - first) / (tokens - 1))
 
 
 def _run(
-    engine: Engine, spec: ModelSpec | Traits, prompts: list[list[int]], tokens: int, beams: int
+    engine: Engine, spec: ModelSpec | Traits, prompts: list[list[int]], chosen: GenerateOptions
 ) -> float:
     decoder_only = spec.kind == "decoder"
     limits = engine.executor.limits
     defaults = GenerationDefaults(decoder_start_token_id=0)
     options = defaults.resolve(
-        GenerateOptions(max_new_tokens=tokens, num_beams=beams),
+        chosen,
         prompt_tokens=len(prompts[0]),
         decoder_only=decoder_only,
         limit=limits.max_tokens,

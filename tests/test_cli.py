@@ -195,6 +195,20 @@ def test_bench(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["bench", "demo", "--batch", "0"]) == 2
 
 
+def test_bench_with_options(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--batch", "2", "--prompt-tokens", "9", "--new-tokens", "4", "--rounds", "1"]
+    sampled = ["-o", "do_sample=true", "-o", "top_p=0.9", "-o", "repetition_penalty=1.2"]
+    assert run(["bench", "demo", *sizes, *sampled]) == 0
+    assert "2 rows" in capsys.readouterr().out
+    for option, said in (
+        ("max_new_tokens=3", "max_new_tokens is given"),
+        ("top_p=2", "top_p is 2"),
+    ):
+        assert run(["bench", "demo", *sizes, "-o", option]) == 2
+        shown = capsys.readouterr()
+        assert shown.err.startswith(f"error: {said}") and not shown.out  # nothing was loaded
+
+
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 def test_generate_quantized(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["generate", "demo", PROMPT, "--quantize", kind]) == 0

@@ -9,6 +9,7 @@ import typer
 
 from lmi_multi.cli import options
 from lmi_multi.cli.console import byte_progress, json_line, line
+from lmi_multi.cli.generate import parse_options
 
 if TYPE_CHECKING:
     from lmi_multi.timing import Timing
@@ -22,8 +23,17 @@ def bench(
         list[int], typer.Option(help="Rows at once; may be repeated.", min=1)
     ] = DEFAULT_BATCHES,
     prompt_tokens: Annotated[int, typer.Option(help="Of each random prompt.", min=1)] = 128,
-    new_tokens: Annotated[int, typer.Option(help="Generated for each, greedily.", min=2)] = 128,
+    new_tokens: Annotated[int, typer.Option(help="Generated for each.", min=2)] = 128,
     rounds: Annotated[int, typer.Option(help="The median of so many.", min=1)] = 5,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--option",
+            "-o",
+            metavar="NAME=VALUE",
+            help="An option of GenerateOptions, such as do_sample=true; may be repeated.",
+        ),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print lines of JSON.")] = False,
     backend: options.Backend = "auto",
     dtype: options.Dtype = "auto",
@@ -41,8 +51,10 @@ def bench(
     """
     import lmi_multi
     from lmi_multi.errors import OptionError
-    from lmi_multi.timing import time_generation
+    from lmi_multi.timing import check_options, time_generation
 
+    chosen = parse_options(option or [])
+    check_options(chosen)
     with byte_progress(f"loading {model}") as progress:
         loaded = lmi_multi.load(
             model,
@@ -65,7 +77,13 @@ def bench(
             line(f"{loaded.backend} on {loaded.device}, {prompt_tokens} + {new_tokens} tokens")
         for rows in batch:
             timing = time_generation(
-                loaded.engine, loaded.spec, rows, prompt_tokens, new_tokens, rounds
+                loaded.engine,
+                loaded.spec,
+                rows,
+                prompt_tokens,
+                new_tokens,
+                rounds,
+                options=chosen,
             )
             _show(timing, json)
 
