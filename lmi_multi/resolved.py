@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Literal
 
 from lmi_multi.errors import OptionError
-from lmi_multi.ops.bans import ngram_bans, word_bans
-from lmi_multi.ops.processors import Edit
+from lmi_multi.ops.rules import History, Rules
 from lmi_multi.ops.sampling import SampleRow
 
 
@@ -79,51 +76,47 @@ class Resolved:
             or self.forced_eos_token_ids
         )
 
-    def row(
-        self,
-        step: int,
-        tokens: Sequence[int] = (),
-        encoder_ids: Sequence[int] = (),
-        stream: int = 0,
-    ) -> SampleRow:
+    def row(self, step: int, history: History | None = None, stream: int = 0) -> SampleRow:
         """How to draw token number `step`, counted from 0 over the generated tokens.
 
-        `tokens` are the decoder's so far, `step` generated ones at their end; `encoder_ids` the
-        prompt of an encoder-decoder. Answers to one prompt differ in `stream`.
+        `history` may be left out unless the draw `reads_tokens`. Answers to one prompt differ in
+        `stream`.
         """
         if self._is_plain:
             return _likeliest(step, stream)
         if self._is_simple and step >= self.min_new_tokens:
             return self._simple.at(step, stream)
-        forced = self._forced(step, tokens)
-        return self._simple._replace(
-            step=step,
-            banned=self._banned(step, tokens, bool(forced)),
-            edit=Edit(forced=forced) if forced else self._edit(step, tokens, encoder_ids),
-            stream=stream,
-        )
+        read = history if self.rules is not None and self.rules.reads_tokens else None
+        row = self._simple.at(step, stream, read)
+        if forced := self._forced(step, history):  # only suppressed tokens are stronger
+            return row._replace(forced=forced)
+        return row._replace(banned=self._banned_early) if step < self.min_new_tokens else row
 
-    def ahead(self, step: int, stream: int = 0) -> SampleRow | None:
-        """`row` for a step whose tokens are not known yet; None if it depends on them, or if the
-        answer does not get that far."""
-        if step >= self.max_new_tokens:
-            return None
-        if self._is_plain:
-            return _likeliest(step, stream)
-        return None if self._reads_tokens else self.row(step, stream=stream)
+    def ahead(self, step: int, history: History | None = None, stream: int = 0) -> SampleRow | None:
+        """`row` for a step whose tokens may not be known yet; None if the answer does not get that
+        far."""
+        return self.row(step, history, stream) if step < self.max_new_tokens else None
 
     @cached_property
-    def _reads_tokens(self) -> bool:
-        """Whether a step's draw depends on the tokens before it."""
-        return bool(
-            self.repetition_penalty != 1
-            or self.encoder_repetition_penalty != 1
-            or self.presence_penalty
-            or self.frequency_penalty
-            or self.no_repeat_ngram_size
-            or self.bad_words
-            or self.forced_bos_token_id is not None
+    def rules(self) -> Rules | None:
+        """What bias and earlier tokens do in every step; None for nothing."""
+        rules = Rules(
+            bias=self.logit_bias,
+            encoder_repetition_penalty=self.encoder_repetition_penalty,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            no_repeat_ngram_size=self.no_repeat_ngram_size,
+            bad_words=self.bad_words,
         )
+        return None if rules == Rules() else rules
+
+    @cached_property
+    def reads_tokens(self) -> bool:
+        """Whether there are steps whose draw depends on the tokens before it, or on how many were
+        given."""
+        rules = self.rules
+        return self.forced_bos_token_id is not None or (rules is not None and rules.reads_tokens)
 
     @cached_property
     def goes_ahead(self) -> bool:
@@ -134,7 +127,7 @@ class Resolved:
     @cached_property
     def _is_simple(self) -> bool:
         """Whether all steps draw alike, but for the end tokens that come too early."""
-        return not (self._reads_tokens or self.forced_eos_token_ids or self.logit_bias)
+        return not (self.reads_tokens or self.forced_eos_token_ids or self.logit_bias)
 
     @cached_property
     def _is_plain(self) -> bool:
@@ -144,7 +137,8 @@ class Resolved:
     @cached_property
     def _simple(self) -> SampleRow:
         """What is the same in all steps."""
-        row = SampleRow(banned=tuple(dict.fromkeys(self.suppress_tokens)), logprobs=self.logprobs)
+        banned = tuple(dict.fromkeys(self.suppress_tokens))
+        row = SampleRow(banned=banned, rules=self.rules, logprobs=self.logprobs)
         if not self.do_sample:
             return row
         return row._replace(
@@ -155,6 +149,11 @@ class Resolved:
             typical_p=self.typical_p,
             seed=self.seed,
         )
+
+    @cached_property
+    def _banned_early(self) -> tuple[int, ...]:
+        """What must not come while the answer is too short to end, whatever came before."""
+        return tuple(dict.fromkeys((*self.suppress_tokens, *self.end_token_ids)))
 
     def check_ids(self, vocab: int | None = None) -> None:
         """Raise OptionError for ids that the model does not have, and for forced ones that are
@@ -185,62 +184,18 @@ class Resolved:
                     name,
                 )
 
-    def _forced(self, step: int, tokens: Sequence[int]) -> tuple[int, ...]:
+    def _forced(self, step: int, history: History | None) -> tuple[int, ...]:
         """The ids of which one must come, if any. As with Hugging Face the end has the last word,
         and a beginning is where the decoder has one token."""
         if self.forced_eos_token_ids and step == self.max_new_tokens - 1:
             return self.forced_eos_token_ids
-        if self.forced_bos_token_id is not None and len(tokens) == 1:
-            return (self.forced_bos_token_id,)
+        bos = self.forced_bos_token_id
+        if bos is not None and step == 0 and history is not None and history.given == 1:
+            return (bos,)
         return ()
-
-    def _banned(self, step: int, tokens: Sequence[int], forced: bool) -> tuple[int, ...]:
-        """The ids that must not come. Only suppressed tokens are stronger than a forced one."""
-        if forced:
-            return self.suppress_tokens
-        banned = [*self.suppress_tokens]
-        if self.no_repeat_ngram_size:
-            banned += ngram_bans(tokens, self.no_repeat_ngram_size)
-        if self.bad_words:
-            banned += word_bans(tokens, self.bad_words)
-        if step < self.min_new_tokens:
-            banned += self.end_token_ids
-        return tuple(dict.fromkeys(banned))
-
-    def _edit(self, step: int, tokens: Sequence[int], encoder_ids: Sequence[int]) -> Edit | None:
-        """Bias and penalties; None where there are none.
-
-        Nothing here looks for padding: a sequence has none, and a token that was read or drawn
-        counts whatever its id.
-        """
-        given = len(tokens) - step
-        repeats, prompt = self.repetition_penalty != 1, self.encoder_repetition_penalty != 1
-        edit = Edit(
-            bias=self.logit_bias,
-            prompt=_distinct(encoder_ids or tokens[:given]) if prompt else (),
-            encoder_repetition_penalty=self.encoder_repetition_penalty,
-            seen=_distinct(tokens) if repeats else (),
-            repetition_penalty=self.repetition_penalty,
-            counted=self._counted(tokens[given:]),
-        )
-        return edit if edit.bias or edit.prompt or edit.seen or edit.counted else None
-
-    def _counted(self, generated: Sequence[int]) -> tuple[tuple[int, float], ...]:
-        """What presence and frequency add to the logit of each generated token: mostly less."""
-        if not self.presence_penalty and not self.frequency_penalty:
-            return ()
-        counts = Counter(generated).items()
-        return tuple(
-            (token, -self.presence_penalty - self.frequency_penalty * count)
-            for token, count in counts
-        )
 
 
 @lru_cache(maxsize=4096)
 def _likeliest(step: int, stream: int) -> SampleRow:
     """One for all rows that draw so: nothing to make, and equal at a glance."""
     return SampleRow(step=step, stream=stream)
-
-
-def _distinct(tokens: Sequence[int]) -> tuple[int, ...]:
-    return tuple(dict.fromkeys(tokens))

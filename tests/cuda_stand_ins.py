@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,6 +20,7 @@ from lmi_multi.backends.cuda import (
     capturing,
     draws,
     executor,
+    fused_draws,
     graphs,
     inputs,
     prefill_inputs,
@@ -27,6 +31,8 @@ from torch import Tensor
 
 from lmi_multi.models.weights import Linear, Norm
 from lmi_multi.ops.reference import Reference
+from lmi_multi.ops.rules import History, Rules
+from lmi_multi.ops.sampling import SampleRow, Sampling, sample
 from tests import beams_kernel, prefill_kernel
 
 
@@ -83,6 +89,81 @@ def greedy(
     lengths.add_(live)
     turns.add_(live).remainder_(2)
     return True
+
+
+def draw(
+    logits: Tensor, options: Tensor, uniform: Tensor, lists: Tensor, history: Tensor,
+    table: Tensor, cross_table: Tensor, cross_lengths: Tensor, drawn: Tensor, logprobs: Tensor,
+    ids: Tensor, lengths: Tensor, live: Tensor, turns: Tensor, teams: Tensor,
+) -> bool:  # fmt: skip
+    """The kernel's, by what it is compared with, from what it is given on the device."""
+    assert teams.numel() == fused_draws.TEAMS * fused_draws.TEAM_BYTES
+    size, count = history.shape[1], len(logits)
+    places = (lengths - 1).long()
+    blocks = table.gather(1, (places // size)[:, None].to(torch.int64))[:, 0].long()
+    history[blocks, places % size] = ids.int()
+    rows = []
+    for row, record in enumerate(options.numpy().view(fused_draws.OPTIONS)[:, 0]):
+        tokens = history[table[row].long()].flatten()[: int(lengths[row])].tolist()
+        encoded = history[cross_table[row].long()].flatten()[: int(cross_lengths[row])].tolist()
+        rows.append(_row_of(record, lists.tolist(), tokens, encoded))
+    sampling = replace(Sampling.of(rows), uniform=uniform)
+    if not sampling.any_sampled:
+        sampling = Sampling.of(rows)
+    found = sample(logits.float(), sampling)
+    drawn[turns.long(), torch.arange(count)] = torch.where(found.finite, found.tokens, -1)
+    if found.logprobs is not None:
+        told = [row for row in range(count) if rows[row].logprobs is not None]
+        for row, chosen, own, top in zip(told, *found.logprobs, strict=True):
+            record, width = logprobs[turns[row], row], len(own)
+            record[0] = chosen.view(torch.int32)
+            record[1 : 1 + fused_draws.MOST_LOGPROBS] = -1
+            record[1 : 1 + width] = own
+            first = 1 + fused_draws.MOST_LOGPROBS
+            record[first : first + width] = top.view(torch.int32)
+    ids.copy_(found.tokens)
+    lengths.add_(live)
+    turns.add_(live).remainder_(2)
+    return True
+
+
+def _row_of(record: Any, lists: list[int], tokens: list[int], encoded: list[int]) -> SampleRow:
+    """A record of the kernel's options, read back."""
+
+    def listed(name: str, count: str, each: int = 1) -> list[int]:
+        first = int(record[name])
+        return lists[first : first + int(record[count]) * each]
+
+    pairs = np.array(listed("bias", "biases", 2), dtype=np.int32).reshape(-1, 2)
+    bias = zip(pairs[:, 0].tolist(), pairs[:, 1].copy().view(np.float32).tolist(), strict=True)
+    begin, count = int(record["words"]), int(record["word_count"])
+    ends = lists[begin : begin + count + 1]
+    words = lists[begin + count + 1 :]
+    rules = Rules(
+        bias=tuple(bias),
+        encoder_repetition_penalty=1 / float(record["prompt"]),
+        repetition_penalty=float(record["repetition"]),
+        presence_penalty=float(record["presence"]),
+        frequency_penalty=float(record["frequency"]),
+        no_repeat_ngram_size=int(record["ngram"]),
+        bad_words=tuple(tuple(words[a:b]) for a, b in pairwise(ends)) if count else (),
+    )
+    # Places that no row has keep options of those that had them.
+    given = min(int(record["given"]), len(tokens))
+    forced = tuple(listed("forced", "forces"))
+    return SampleRow(
+        temperature=float(record["temperature"]),
+        top_k=int(record["top_k"]),
+        top_p=float(record["top_p"]),
+        min_p=float(record["min_p"]),
+        typical_p=float(record["typical_p"]),
+        step=len(tokens) - given,
+        banned=tuple(listed("banned", "bans")),
+        rules=None if rules == Rules() or forced else rules,
+        forced=forced,
+        logprobs=None if record["logprobs"] < 0 else int(record["logprobs"]),
+        history=History(tokens, given, encoded),
+    )
 
 
 def greedy_of_ranks(
@@ -230,7 +311,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Programs:
     """Put them in place of all that needs a GPU; those of programs are returned."""
     made = Programs()
     kernels = SimpleNamespace(
-        attention=attend, heads=heads, embed=embed, greedy=greedy,
+        attention=attend, heads=heads, embed=embed, greedy=greedy, draw=draw,
         greedy_of_ranks=greedy_of_ranks,
         linear=lambda *_: False, norm=lambda *_: False,
         activate=lambda *_: False, widen=lambda *_: False, gemm=lambda *_: False,
@@ -246,12 +327,12 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Programs:
     )  # fmt: skip
     event = SimpleNamespace(synchronize=lambda: None, wait=lambda: None)
     monkeypatch.setattr(torch.ops, "lmi_multi", kernels, raising=False)
-    for module in (ahead, beams, draws, executor, inputs, prefill_inputs):
+    for module in (ahead, beams, draws, executor, fused_draws, inputs, prefill_inputs):
         monkeypatch.setattr(module, "upload", lambda values, to: to.copy_(torch.tensor(values)))
     for module in (ahead, searches):
         monkeypatch.setattr(module, "download", lambda values: (values.clone(), event))
         monkeypatch.setattr(module, "recorded", lambda: event)
-    for module in (beams, inputs):
+    for module in (beams, fused_draws, inputs):
         monkeypatch.setattr(module, "pinned", lambda shape, dtype: torch.zeros(shape, dtype=dtype))
     for module in (attention, graphs):
         monkeypatch.setattr(module, "splits", lambda *_: 1)

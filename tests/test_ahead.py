@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from lmi_multi.defaults import GenerationDefaults
 from lmi_multi.errors import OptionError
+from lmi_multi.ops.rules import History
 from lmi_multi.options import GenerateOptions
 from lmi_multi.resolved import Resolved
 
@@ -56,11 +57,14 @@ def test_a_hint_is_what_comes(chosen: dict[str, Any], tokens: list[int], stream:
         options = resolved(chosen)
     except OptionError:  # options that contradict each other
         assume(False)
+    sofar = [0]
     for step in range(1, 8):
-        hint = options.ahead(step, stream)
-        if hint is not None:
-            assert hint == options.row(step, [0, *tokens[:step]], [7, 8, 9], stream)
-    assert options.ahead(8, stream) is None
+        hint = options.ahead(step, History(sofar, 1, [7, 8, 9]), stream)
+        sofar.append(tokens[step - 1])  # only now
+        row = options.row(step, History([0, *tokens[:step]], 1, [7, 8, 9]), stream)
+        assert hint is not None and hint == row
+        assert (hint.edit, hint.bans) == (row.edit, row.bans)
+    assert options.ahead(8, History(sofar, 1, [7, 8, 9]), stream) is None
 
 
 @pytest.mark.parametrize("chosen", [{}, {"min_new_tokens": 5}, {"do_sample": True, "top_k": 3}])

@@ -31,6 +31,7 @@ from lmi_multi.backends.drawing import draw
 from lmi_multi.engine.batch import Row
 from lmi_multi.model import Model
 from lmi_multi.ops.beams import Beams
+from lmi_multi.ops.rules import Rules
 from lmi_multi.ops.sampling import SampleRow
 from lmi_multi.parallel.collectives import SingleRank
 from tests import tiny_models
@@ -101,9 +102,16 @@ def test_every_step_but_the_first_is_begun_ahead(folder: Path, found: list[int |
     with open_model(folder, "gpt2") as model:
         model.generate(prompts(5, 2), max_new_tokens=12, ignore_eos=True)
         assert len(found) - found.count(None) == 5 * 11
-        found.clear()
-        model.generate(prompts(5, 2), max_new_tokens=12, ignore_eos=True, repetition_penalty=1.5)
-        assert found == []
+        every: list[dict[str, Any]] = [
+            {"repetition_penalty": 1.5},
+            {"frequency_penalty": 0.5, "logit_bias": {5: 1.0}},
+            {"no_repeat_ngram_size": 2, "logprobs": 3},
+            {"bad_words": [[3, 4]], "forced_eos_token_id": 9},
+        ]
+        for own in every:
+            found.clear()
+            model.generate(prompts(5, 2), own, max_new_tokens=12, ignore_eos=True)
+            assert len(found) - found.count(None) == 5 * 11, own
 
 
 @pytest.mark.parametrize("family", ["t5", "gpt2"])
@@ -238,7 +246,13 @@ def test_what_a_graph_finds_for_searches_is_what_the_reference_finds() -> None:
     assert beams.BeamKind.of(rows[1:]) is None
     assert beams.BeamKind.of(rows[:5]) is None
     assert beams.BeamKind.of([*rows, rows[0]._replace(beams=None)]) is None
-    for other in (SampleRow(banned=(3,)), SampleRow(logprobs=1)):
+    changed: list[dict[str, Any]] = [
+        {"banned": (3,)},
+        {"logprobs": 1},
+        {"rules": Rules(bad_words=((3,),))},
+        {"forced": (3,)},
+    ]
+    for other in (SampleRow(**change) for change in changed):
         assert beams.BeamKind.of([*rows[:5], rows[5]._replace(sample=other)]) is None
 
 
@@ -304,16 +318,39 @@ def test_without_memory_for_graphs_it_runs_uncaptured(
 def test_kinds_of_draw_are_bounded(
     monkeypatch: pytest.MonkeyPatch, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Where not all are one kernel's."""
+    monkeypatch.setattr(graphs, "MOST_VOCAB", 0)
     monkeypatch.setattr(graphs, "MOST_CHOSEN", 2)
     own = prompts(3, 8)
     with cpu_model(folder, "gpt2") as cpu, open_model(folder, "gpt2") as model:
-        for more in ({}, {"top_k": 5}, {"top_p": 0.5}, {"min_p": 0.1}, {"typical_p": 0.5}):
+        for bans in (0, 1, 5, 9, 17):  # as many as no other, rounded up to powers of two
+            chosen: dict[str, Any] = {"max_new_tokens": 6, "do_sample": True, "seed": 1}
+            chosen["suppress_tokens"] = list(range(20, 20 + bans))
+            expected = [c.token_ids for c in cpu.generate(own, chosen)]
+            assert [c.token_ids for c in model.generate(own, chosen)] == expected
+        captured = model.engine.executor._ahead._graphs._captured  # type: ignore[attr-defined]
+        assert len([kind for _, kind in captured if kind not in graphs.ALWAYS]) == 2
+    assert caplog.text.count("there are 2 kinds of sampled steps: others run uncaptured") == 1
+
+
+def test_one_graph_draws_by_all_options(folder: Path) -> None:
+    own = prompts(3, 8)
+    with cpu_model(folder, "gpt2") as cpu, open_model(folder, "gpt2") as model:
+        every: list[dict[str, Any]] = [
+            {"top_k": 5},
+            {"top_p": 0.5},
+            {"min_p": 0.1},
+            {"typical_p": 0.5},
+            {"suppress_tokens": list(range(9, 60))},
+            {"repetition_penalty": 1.4},
+            {"bad_words": [[5, 6], [7]]},
+        ]
+        for more in ({}, *every):
             chosen: dict[str, Any] = {"max_new_tokens": 6, "do_sample": True, "seed": 1, **more}
             expected = [c.token_ids for c in cpu.generate(own, chosen)]
             assert [c.token_ids for c in model.generate(own, chosen)] == expected
         captured = model.engine.executor._ahead._graphs._captured  # type: ignore[attr-defined]
-        assert len([kind for _, kind in captured if kind != draws.GREEDY]) == 2
-    assert caplog.text.count("there are 2 kinds of sampled steps: others run uncaptured") == 1
+        assert {kind for _, kind in captured if kind != draws.GREEDY} == {draws.FUSED}
 
 
 def test_a_gpu_that_refuses_the_step_kernel_runs_others(

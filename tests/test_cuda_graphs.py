@@ -16,6 +16,7 @@ from lmi_multi import backends
 from lmi_multi.backends.base import Limits
 from lmi_multi.backends.drawing import draw
 from lmi_multi.checkpoint.layout import DtypeName
+from lmi_multi.completion import Completion
 from lmi_multi.engine.batch import Batch, Row
 from lmi_multi.model import Model
 from lmi_multi.ops.beams import Beams
@@ -42,6 +43,18 @@ OPTIONS: list[dict[str, Any]] = [
     {"logprobs": 2},
     {"num_beams": 3, "num_return_sequences": 2},
     {"logit_bias": {9: 2.0}},
+    {"encoder_repetition_penalty": 1.4, "presence_penalty": 0.7, "frequency_penalty": -0.3},
+    {"bad_words": [[9], [5, 6], [30, 31, 32]], "forced_eos_token_id": 7, "logprobs": 0},
+    {"forced_bos_token_id": 11, "repetition_penalty": 0.7, "min_new_tokens": 3},
+    {
+        "do_sample": True,
+        "seed": 9,
+        "top_k": 30,
+        "top_p": 0.8,
+        "repetition_penalty": 1.2,
+        "no_repeat_ngram_size": 3,
+        "logprobs": 3,
+    },
 ]
 
 SEARCHES: list[dict[str, Any]] = [
@@ -103,18 +116,20 @@ def assert_same_as_cpu(folder: Path, family: str, model: Model) -> None:
     own = prompts(2 * len(OPTIONS), 1)
     options = [{"max_new_tokens": 8 + i % 9, **o} for i, o in enumerate(OPTIONS * 2)]
     with cpu_model(folder, family) as cpu:
-        expected = [
-            [c.token_ids for c in cpu.generate([p], o)] for p, o in zip(own, options, strict=True)
-        ]
+        expected = [c for p, o in zip(own, options, strict=True) for c in cpu.generate([p], o)]
     with model:
-        found = iter(model.generate(own, options))
-        together = [[next(found).token_ids for _ in answers] for answers in expected]
-        alone = [
-            [c.token_ids for c in model.generate([p], o)] for p, o in zip(own, options, strict=True)
-        ]
+        together = model.generate(own, options)
+        alone = [c for p, o in zip(own, options, strict=True) for c in model.generate([p], o)]
         assert tiny_models.is_clean(model)
-    assert alone == expected
-    assert together == expected
+    for found in (alone, together):
+        assert [c.token_ids for c in found] == [c.token_ids for c in expected]
+        assert logprobs(found) == pytest.approx(logprobs(expected), abs=1e-3)
+
+
+def logprobs(answers: Sequence[Completion]) -> list[float]:
+    """All log-probabilities of those that have any: of each token, and of the likeliest."""
+    told = [own for answer in answers for own in answer.logprobs or ()]
+    return [value for own in told for value in (own.logprob, *own.top.values())]
 
 
 @pytest.mark.parametrize("program_rows", [8, 0])
@@ -125,7 +140,7 @@ def test_tokens_are_those_of_the_cpu(folder: Path, family: str, program_rows: in
 
 @pytest.mark.parametrize("family", ["t5", "bloom", "llama"])
 def test_steps_are_begun_ahead(monkeypatch: pytest.MonkeyPatch, folder: Path, family: str) -> None:
-    """All but the first of a plain answer's; none of one whose options read its tokens."""
+    """All but the first of an answer's, whatever its options are."""
     from lmi_multi.backends.cuda.ahead import Flight
 
     is_of, found = Flight.is_of, []
@@ -136,12 +151,17 @@ def test_steps_are_begun_ahead(monkeypatch: pytest.MonkeyPatch, folder: Path, fa
         return same
 
     monkeypatch.setattr(Flight, "is_of", noted)
+    every: list[dict[str, Any]] = [
+        {},
+        {"do_sample": True, "seed": 1, "top_p": 0.8},
+        {"repetition_penalty": 1.5, "logprobs": 2},
+        {"no_repeat_ngram_size": 2, "bad_words": [[3, 4]], "logit_bias": {5: 1.0}},
+    ]
     with cuda_model(folder, family) as model:
-        model.generate(prompts(5, 2), max_new_tokens=12, ignore_eos=True)
-        assert sum(found) == 5 * 11
-        found.clear()
-        model.generate(prompts(5, 2), max_new_tokens=12, ignore_eos=True, repetition_penalty=1.5)
-        assert not any(found)
+        for own in every:
+            found.clear()
+            model.generate(prompts(5, 2), own, max_new_tokens=12, ignore_eos=True)
+            assert sum(found) == 5 * 11, own
 
 
 def test_graphs_are_captured_while_tokens_are_unread(folder: Path) -> None:

@@ -326,7 +326,7 @@ def test_rows_carry_what_was_asked() -> None:
     got = resolve(
         having(), do_sample=True, seed=1, min_p=0.2, typical_p=0.5, logprobs=3, stop_token_ids=[7]
     )
-    row = got.row(1, [5, 5, 6], stream=4)
+    row = got.row(1, stream=4)
     assert (row.min_p, row.typical_p, row.logprobs, row.stream) == (0.2, 0.5, 3, 4)
     assert resolve(having(), min_new_tokens=1, stop_token_ids=[7]).row(0).banned == (1, 2, 7)
 

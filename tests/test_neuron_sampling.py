@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from lmi_multi.backends.neuron import sampling
 from torch import Tensor
 
-from lmi_multi.ops.processors import Edit
+from lmi_multi.ops.rules import Rules
 from lmi_multi.ops.sampling import SampleRow, Sampling, sample
 
 
@@ -72,12 +72,12 @@ def test_what_graphs_leave_to_the_host() -> None:
     plain = SampleRow(temperature=0.5, top_k=3, top_p=0.5)
     assert sampling.can_draw(plain)
     assert sampling.can_draw(SampleRow(min_p=0.5))
-    edit = Edit.__new__(Edit)
     for more in (
         {"banned": (3,)},
         {"min_p": 0.1},
         {"typical_p": 0.9},
         {"logprobs": 0},
-        {"edit": edit},
+        {"rules": Rules(repetition_penalty=1.5)},
+        {"forced": (3,)},
     ):
         assert not sampling.can_draw(plain._replace(**more))

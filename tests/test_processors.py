@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import random
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -32,6 +33,7 @@ from lmi_multi.ops import sampling
 from lmi_multi.ops.bans import ngram_bans, word_bans
 from lmi_multi.ops.logprobs import Wanted
 from lmi_multi.ops.processors import Edit, Edits
+from lmi_multi.ops.rules import History
 from lmi_multi.ops.sampling import SampleRow, Sampling, sample
 from lmi_multi.options import GenerateOptions
 from lmi_multi.resolved import Resolved
@@ -51,6 +53,13 @@ def resolved(decoder_only: bool = True, prompt: int = 3, **options: Any) -> Reso
         limit=0,
         vocab=VOCAB,
     )
+
+
+def row_of(
+    own: Resolved, step: int, tokens: Sequence[int], encoded: Sequence[int] = ()
+) -> SampleRow:
+    """The row whose `tokens` are all that it has, `step` generated ones at their end."""
+    return own.row(step, History(tokens, len(tokens) - step, encoded))
 
 
 def processed(logits: Tensor, *rows: SampleRow) -> Tensor:
@@ -107,7 +116,7 @@ def test_each_equals_hugging_face(
     own = resolved(prompt=prompt, **options)
     pasts = histories(prompt, prompt)
     logits = random_logits(len(pasts), 1)
-    ours = processed(logits, *[own.row(len(past) - prompt, past) for past in pasts])
+    ours = processed(logits, *[row_of(own, len(past) - prompt, past) for past in pasts])
     for row, past in enumerate(pasts):
         assert torch.equal(ours[row], theirs(logits[row], past, processor))
 
@@ -118,15 +127,16 @@ def test_forced_end_equals_hugging_face(ids: int | list[int]) -> None:
     processor = ForcedEOSTokenLogitsProcessor(len(prompt) + NEW, ids)
     for step in range(NEW):
         past, logits = [*prompt, *[1] * step], random_logits(1, step)
-        ours = processed(logits, own.row(step, past))
+        row = row_of(own, step, past)
+        ours = processed(logits, row)
         assert torch.equal(ours[0], theirs(logits[0], past, processor))
-        assert (sample(logits, Sampling.of([own.row(step, past)])).tokens == 5) == (step == NEW - 1)
+        assert (sample(logits, Sampling.of([row])).tokens == 5) == (step == NEW - 1)
 
 
 def test_suppressed_tokens_are_stronger_than_forced_ones() -> None:
     options = {"forced_eos_token_id": [5, 6], "suppress_tokens": [10, 5]}
     past, logits = [3, 4, 1, 1, 1, 1, 1, 1], random_logits(1, 0)
-    ours = processed(logits, resolved(**options).row(NEW - 1, past))[0]
+    ours = processed(logits, row_of(resolved(**options), NEW - 1, past))[0]
     forced = ForcedEOSTokenLogitsProcessor(len(past) + 1, [5, 6])
     expected = theirs(logits[0], past, forced, SuppressTokensLogitsProcessor([10, 5]))
     assert torch.equal(ours, expected) and expected.isfinite().nonzero().tolist() == [[6]]
@@ -137,7 +147,7 @@ def test_minimum_equals_hugging_face() -> None:
     processor = MinNewTokensLengthLogitsProcessor(3, 3, EOS)
     for past in histories(5, 3):
         logits = random_logits(1, len(past))
-        ours = processed(logits, own.row(len(past) - 3, past))
+        ours = processed(logits, row_of(own, len(past) - 3, past))
         assert torch.equal(ours[0], theirs(logits[0], past, processor))
 
 
@@ -151,14 +161,14 @@ def test_encoder_penalty_equals_hugging_face(penalty: float, decoder_only: bool)
     for step in range(4):
         past = [*(prompt if decoder_only else [0]), *[7, 8, 9, 1][:step]]
         logits = random_logits(1, step)
-        row = own.row(step, past, () if decoder_only else prompt)
+        row = row_of(own, step, past, () if decoder_only else prompt)
         assert torch.equal(processed(logits, row)[0], theirs(logits[0], past, processor))
 
 
 def test_the_start_token_counts_though_it_is_the_pad_token_too() -> None:
     """No position is padding: a T5 decoder's 0 is a token that was read, as in Hugging Face."""
     own = resolved(decoder_only=False, repetition_penalty=2.0)
-    row = own.row(1, [0, 5], [9, 9, 1])
+    row = row_of(own, 1, [0, 5], [9, 9, 1])
     assert row.edit is not None and row.edit.seen == (0, 5)
     logits = torch.full((1, VOCAB), 4.0)
     expected = theirs(logits[0], [0, 5], RepetitionPenaltyLogitsProcessor(2.0))
@@ -170,13 +180,13 @@ def test_presence_and_frequency_are_openais() -> None:
     own = resolved(presence_penalty=0.5, frequency_penalty=-0.25, repetition_penalty=2.0)
     prompt, generated = [7, 7, 8], [3, 4, 3, 3]
     logits = random_logits(1, 3)
-    ours = processed(logits, own.row(4, prompt + generated))[0]
+    ours = processed(logits, row_of(own, 4, prompt + generated))[0]
     penalised = RepetitionPenaltyLogitsProcessor(2.0)
     expected = theirs(logits[0], prompt + generated, penalised)
     expected[3] -= 0.5 - 0.25 * 3
     expected[4] -= 0.5 - 0.25
     assert torch.allclose(ours, expected, atol=1e-6)
-    assert resolved(presence_penalty=1.0).row(0, [1, 2, 3]).edit is None
+    assert row_of(resolved(presence_penalty=1.0), 0, [1, 2, 3]).edit is None
 
 
 # --- together, in Hugging Face's order
@@ -232,7 +242,7 @@ def test_all_together_equal_hugging_face(
         torch.tensor([tokens]), logits.clone()
     )
     own = resolved(decoder_only, len(prompt), **options)
-    row = own.row(step, tokens, () if decoder_only else prompt)
+    row = row_of(own, step, tokens, () if decoder_only else prompt)
     assert torch.equal(processed(logits, row), expected)
     drawn = sample(logits, Sampling.of([row]))
     assert drawn.finite.item() == bool(expected.isfinite().any())
@@ -255,8 +265,9 @@ def mixed_rows() -> list[SampleRow]:
         {"do_sample": True, "seed": 4, "typical_p": 0.5, "logprobs": 2},
         {"logprobs": 0, "bad_words": [[3, 1]]},
     ]
-    rows = [resolved(**own).row(2, past) for own in options]
-    return [*rows, resolved(forced_eos_token_id=[8, 4], logprobs=4).row(NEW - 1, [*past, 1, 1, 1])]
+    rows = [row_of(resolved(**own), 2, past) for own in options]
+    ends = resolved(forced_eos_token_id=[8, 4], logprobs=4)
+    return [*rows, row_of(ends, NEW - 1, [*past, 1, 1, 1])]
 
 
 def test_a_row_alone_equals_the_row_among_others() -> None:
@@ -283,12 +294,13 @@ def test_a_row_alone_equals_the_row_among_others() -> None:
 
 def test_rows_cross_to_other_processes() -> None:
     for row in mixed_rows():
-        assert pickle.loads(pickle.dumps(row)) == row and hash(row) == hash(row)
+        other = pickle.loads(pickle.dumps(row))
+        assert other == row and hash(other[:-1]) == hash(row[:-1])
 
 
 def test_rows_that_ask_for_nothing_carry_nothing() -> None:
-    row = resolved().row(2, [1, 2, 3, 4, 5])
-    assert row == SampleRow(step=2) and row.edit is None
+    row = row_of(resolved(), 2, [1, 2, 3, 4, 5])
+    assert row == SampleRow(step=2) and row.edit is None and row.history is None
     found = Sampling.of([row, row])
     assert found.edits is None and found.wanted is None and not found.any_banned
 
@@ -330,7 +342,7 @@ def test_ids_outside_the_vocabulary_are_skipped() -> None:
 
 def test_a_row_with_everything_excluded_is_not_finite() -> None:
     own = resolved(suppress_tokens=list(range(VOCAB)))
-    assert not sample(random_logits(1, 0), Sampling.of([own.row(0, [1])])).finite.item()
+    assert not sample(random_logits(1, 0), Sampling.of([row_of(own, 0, [1])])).finite.item()
 
 
 def test_the_graph_is_static() -> None:
@@ -367,7 +379,7 @@ def test_word_bans() -> None:
 
 def test_logprobs_are_the_models_own() -> None:
     own = resolved(logprobs=3, repetition_penalty=5.0, suppress_tokens=[4], do_sample=True, seed=1)
-    rows = [own.row(1, [3, 3, 3, 5]), resolved().row(0, [1]), resolved(logprobs=0).row(0, [1])]
+    rows = [row_of(own, 1, [3, 3, 3, 5]), resolved().row(0), resolved(logprobs=0).row(0)]
     logits = random_logits(3, 4)
     drawn = sample(logits, Sampling.of(rows))
     assert drawn.logprobs is not None

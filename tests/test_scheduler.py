@@ -300,6 +300,22 @@ def test_tokens_are_left_where_it_spares_a_wait(
     assert [len(row.token_ids) for row in batch.rows] == [1, int(bool(runs or comes))]
 
 
+def test_who_follows_lets_no_options_wait() -> None:
+    """An executor that knows the tokens that it has drawn begins all rows' steps ahead."""
+    scheduler = Scheduler(replace(LIMITS, begins_ahead=True, follows=True))
+    for options in ({"logprobs": 1}, {"repetition_penalty": 1.5}):
+        scheduler.add(sequence(3, 9, **options))
+        batch, shares = scheduler.plan()
+        for row, own in zip(batch.rows, requests(shares), strict=True):
+            if row.sample is not None:
+                own.push(5)
+        scheduler.commit(shares)
+    assert [(len(row.token_ids), row.sample is not None) for row in batch.rows] == [
+        (1, True),
+        (2, False),
+    ]
+
+
 def test_the_token_that_is_left_of_a_prompt_is_nobody_elses() -> None:
     """A prompt that fills the step beside what runs: no slice of one token for the one behind."""
     scheduler = Scheduler(replace(LIMITS, begins_ahead=True))

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -22,7 +23,8 @@ from lmi_multi.engine.batch import Draw, Row
 from lmi_multi.ops.sampling import SampleRow, uniforms
 
 from .capturing import Captured
-from .draws import GREEDY, Chances, DrawKind, can_capture, capturable, is_greedy
+from .draws import GREEDY, Chances, DrawKind, is_greedy
+from .fused_draws import logprob
 from .graphs import StepGraphs
 from .inputs import download, recorded, upload
 
@@ -49,6 +51,7 @@ class Flight:
     numbers: Sequence[int] = ()
     chances: Sequence[Chances] = ()
     fed: Sequence[int] = ()
+    records: Tensor | None = None  # of log-probabilities, as `drawn`: where rows want any
 
     def is_of(self, rows: Sequence[Row]) -> bool:
         """Whether `rows` are what has been computed, in this order."""
@@ -74,6 +77,8 @@ class Flight:
         with progress.waiting():
             self.done.synchronize()
         tokens = self.drawn.tolist()
+        if self.records is not None:
+            return list(map(_with_logprob, tokens, self.draws, self.records.numpy()))
         if min(tokens) >= 0:  # most often
             return list(map(Draw, tokens))
         return [Draw(max(token, 0), token >= 0) for token in tokens]
@@ -86,21 +91,32 @@ class Ahead:
         self._graphs = graphs
         self._begun: torch.cuda.Event | None = None  # the last step, when it is done
 
+    @property
+    def follows(self) -> bool:
+        """See `Limits.follows`."""
+        return self._graphs.draws.follows
+
+    def takes(self, row: SampleRow | None) -> bool:
+        """Whether a step may be begun for a row that draws so."""
+        return row is not None and self._graphs.draws.takes(row)
+
     def start(self, rows: Sequence[Row]) -> Flight | None:
         """Start the step that `rows` are of, none of which was begun before. None if not all of
         them are rows of one token for which a graph draws, or none of them goes on ahead."""
-        draws = [row.sample for row in rows if row.sample and can_capture(row.sample)]
+        own = self._graphs.draws
+        draws = [row.sample for row in rows if row.sample and own.takes(row.sample)]
         single = all(len(row.token_ids) == 1 and row.beams is None for row in rows)
-        if not single or len(draws) < len(rows):
+        if not single or len(draws) < len(rows) or not own.covers(draws):
             return None
-        kind = self._graphs.draws.kind(draws)
-        if kind != GREEDY and not any(row.ahead for row in rows):
+        kind = own.kind(draws)
+        if kind != GREEDY and not any(self.takes(row.ahead) for row in rows):
             return None  # nothing is begun behind it: not worth one of few graphs
         graph = self._graph(len(rows), kind)
         if graph is None:
             return None
         self._graphs.inputs.fill(rows)
-        self._graphs.draws.fill(draws)
+        own.fill(draws)
+        own.remember(rows, draws)
         self._graphs.inputs.feed(rows)
         return self._replay(graph, rows, draws, kind)
 
@@ -113,7 +129,8 @@ class Ahead:
         Each row is fed its one of `tokens`, or, where that is None, what `last` has drawn or is
         about to draw at its one of `places`. None if no row is sure enough of what it wants.
         """
-        going = capturable([row.ahead for row in rows])
+        own = self._graphs.draws
+        going = [i for i, row in enumerate(rows) if self.takes(row.ahead)]
         if not going:
             return None
         if len(going) < len(rows):
@@ -121,18 +138,22 @@ class Ahead:
             tokens, places = [tokens[i] for i in going], [places[i] for i in going]
         draws = [row.ahead for row in rows if row.ahead]
         same = last if last and _continues(last, places, draws) else None  # and so the same kind
-        kind = same.kind if same else self._graphs.draws.kind(draws)
+        if same is None and not own.covers(draws):
+            return None
+        kind = same.kind if same else own.kind(draws)
         graph = self._graph(len(rows), kind)
         if graph is None:
             return None
         chances: Sequence[Chances] = ()
         if same is None:
             self._graphs.inputs.fill(rows, ahead=1)
-            self._graphs.draws.fill(draws)
+            own.fill(draws)
+            new = [i for i, place in enumerate(places) if place is None]
+            own.remember([rows[i] for i in new], [draws[i] for i in new], ahead=1)
             self._feed(tokens, places)
         elif kind.any_sampled:
             now, *chances = same.chances or uniforms(draws, DRAWN_AT_ONCE)
-            self._graphs.draws.advance(now)
+            own.advance(now)
         begun = self._replay(graph, rows, draws, kind)
         begun.numbers, begun.chances = going, chances
         return begun
@@ -149,12 +170,13 @@ class Ahead:
     ) -> Flight:
         """Start the step with the inputs as they are."""
         found = graph.replay()
-        if kind == GREEDY:
+        if found is self._graphs.inputs.tokens:
             drawn, done = found[self._graphs.inputs.turn, : len(rows)], recorded()
         else:
             drawn, done = download(found[: len(rows)])
         self._begun = done
-        return Flight(rows, draws, kind, drawn, done)
+        records = self._graphs.draws.records(draws, self._graphs.inputs.turn)
+        return Flight(rows, draws, kind, drawn, done, records=records)
 
     def wait(self) -> None:
         """Wait until no step is under way."""
@@ -173,11 +195,18 @@ class Ahead:
         ids[: len(tokens)] = torch.where(given < 0, ids[from_places], given)
 
 
+def _with_logprob(token: int, row: SampleRow, record: npt.NDArray[np.int32]) -> Draw:
+    if token < 0 or row.logprobs is None:
+        return Draw(max(token, 0), token >= 0)
+    return Draw(token, True, logprob(token, row.logprobs, record))
+
+
 def _follows(row: Row, before: Row, draw: SampleRow, token: int) -> bool:
     """Whether `row` is the one behind `before`: fed `token`, and drawing by `draw`."""
     return (
         row.start == before.start + len(before.token_ids)
-        and row.sample == draw
+        and row.sample is not None
+        and row.sample.same(draw)
         and [*row.token_ids] == [token]
         and row.blocks == before.blocks
         and not (row.fresh or row.copies or row.beams)

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from lmi_multi.engine.batch import Row
 from lmi_multi.ops.sampling import Sampled, SampleRow, Sampling, sample
 
 from .inputs import upload
@@ -20,7 +21,8 @@ FLAGS = ("any_sampled", "any_top_p", "any_min_p", "any_typical", "window")
 
 
 class DrawKind(NamedTuple):
-    """What a captured step must be able to do; see `Sampling`. `banned`: ids a row, at most."""
+    """What a captured step must be able to do; see `Sampling`. `banned`: ids a row, at most.
+    `fused`: by the kernel that has all options, so that other flags say nothing."""
 
     any_sampled: bool
     any_top_p: bool
@@ -28,16 +30,21 @@ class DrawKind(NamedTuple):
     any_typical: bool
     window: int
     banned: int
+    fused: bool = False
 
 
 GREEDY = DrawKind(False, False, False, False, window=0, banned=0)  # the likeliest token alone
-
+# All options, by the kernel: see fused_draws.py.
+FUSED = DrawKind(True, True, True, True, window=-1, banned=0, fused=True)
 
 Chances = npt.NDArray[np.float32]  # a random number for each row
 
 
 class DrawInputs:
-    """The options of up to `most` rows on the device."""
+    """The options of up to `most` rows on the device, for torch's operations: all that do not look
+    at earlier tokens, nor report log-probabilities."""
+
+    follows = False
 
     def __init__(self, most: int, device: torch.device) -> None:
         self.most, self._device = most, device
@@ -46,6 +53,14 @@ class DrawInputs:
             for name, column in _columns(_sampling([SampleRow(temperature=1.0)], most)).items()
         }
         self._banned: dict[int, Tensor] = {}
+
+    def takes(self, row: SampleRow) -> bool:
+        """Whether a captured step can draw for such a row."""
+        return can_capture(row)
+
+    def covers(self, rows: Sequence[SampleRow]) -> bool:
+        """Whether there is room for what such rows have together: always."""
+        return True
 
     def kind(self, rows: Sequence[SampleRow]) -> DrawKind:
         """What these rows need."""
@@ -59,15 +74,24 @@ class DrawInputs:
         if host.any_sampled:
             for name, column in _columns(host).items():
                 upload(column.numpy(), self._columns[name])
+        else:
+            self._columns["greedy"].fill_(True)
         if host.any_banned:
             banned = self._banned_of(_width(host))
             padding = (0, banned.shape[1] - host.banned.shape[1])
             padded = torch.nn.functional.pad(host.banned, padding, value=-1)
             upload(padded.numpy(), banned)
 
+    def remember(self, rows: Sequence[Row], draws: Sequence[SampleRow], ahead: int = 0) -> None:
+        """Earlier tokens, at which no row looks here."""
+
     def advance(self, chances: Chances) -> None:
         """Put the rows' next random numbers in the first places; their options have not changed."""
         upload(chances, self._columns["uniform"][: len(chances)])
+
+    def records(self, rows: Sequence[SampleRow], turn: int) -> Tensor | None:
+        """Log-probabilities, of which no row here wants any."""
+        return None
 
     def sample(self, logits: Tensor, kind: DrawKind) -> Sampled:
         """Draw for `logits` float32 [rows, vocab], rows in the first places, as `kind` says."""
@@ -85,18 +109,13 @@ class DrawInputs:
 
 
 def can_capture(row: SampleRow) -> bool:
-    """Whether a captured step can draw for such a row."""
-    return row.edit is None and row.logprobs is None
-
-
-def capturable(rows: Sequence[SampleRow | None]) -> list[int]:
-    """The numbers of those that a captured step can draw for."""
-    return [i for i, row in enumerate(rows) if row and can_capture(row)]
+    """Whether it takes nothing but a row's logits and its options to draw for it."""
+    return row.rules is None and not row.forced and row.logprobs is None
 
 
 def is_greedy(rows: Sequence[SampleRow]) -> bool:
     """Whether the likeliest tokens alone are wanted."""
-    return not any(row.temperature or row.banned for row in rows)
+    return not any(row.temperature or row.banned or not can_capture(row) for row in rows)
 
 
 def _sampling(rows: Sequence[SampleRow], count: int) -> Sampling:

@@ -117,7 +117,7 @@ class CudaExecutor(TorchExecutor):
             self._ahead = Ahead(ahead)
             self._try_captured(angles, stream)
         if self._ahead is not None:
-            self.limits = replace(limits, begins_ahead=True)
+            self.limits = replace(limits, begins_ahead=True, follows=self._ahead.follows)
         if self._fed is not None:
             # Ranks that are not of one kind might find others best. No step may leave out what ran
             # in the last one; and a block is not cleared before it is another's.
@@ -198,8 +198,9 @@ class CudaExecutor(TorchExecutor):
     ) -> list[int | None]:
         """The tokens that rank 0 has drawn for the rows `rest`, if any may go on with them at once:
         ranks that went on with different ones would part."""
-        going = any(rows[i].sample and rows[i].ahead for i in rest)
-        if self._ahead is None or self._peers.alone or not going:
+        if self._ahead is None or self._peers.alone:
+            return tokens
+        if not any(rows[i].sample and self._ahead.takes(rows[i].ahead) for i in rest):
             return tokens
         own = torch.tensor([-1 if t is None else t for t in tokens], device=self._device)
         with progress.waiting():

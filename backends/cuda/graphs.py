@@ -19,8 +19,9 @@ from . import capturing
 from .attention import DecodeAttention, Projection, splits
 from .beams import BeamInputs, BeamKind
 from .capturing import Captured
-from .draws import GREEDY, DrawInputs, DrawKind
+from .draws import FUSED, GREEDY, DrawInputs, DrawKind
 from .entry import Angles, Entered, Entry
+from .fused_draws import MOST_VOCAB, FusedDraws
 from .inputs import StepInputs
 from .near import MOST_CHOSEN_ROWS, PeerMemory
 from .ops import MOST_ROWS as OF_ROWS
@@ -33,7 +34,7 @@ MOST_CHOSEN = 32
 Kind = DrawKind | BeamKind | None
 # Where this is 0, attention is always a kernel of its own.
 HEADS = "LMI_MULTI_CUDA_HEADS"
-ALWAYS: tuple[Kind, ...] = (None, GREEDY)
+ALWAYS: tuple[Kind, ...] = (None, GREEDY, FUSED)
 log = logging.getLogger(__name__)
 
 
@@ -111,7 +112,11 @@ class StepGraphs:
         stream: torch.cuda.Stream,
     ) -> None:
         self._peers, self._stream = peers, stream
-        self.inputs, self.draws = inputs, DrawInputs(inputs.most, inputs.ids.device)
+        # By the kernel, ranks might draw apart, as their probabilities may differ in the last bits.
+        fused = peers.alone and network.spec.vocab <= MOST_VOCAB
+        self.draws: DrawInputs | FusedDraws
+        self.draws = FusedDraws(inputs) if fused else DrawInputs(inputs.most, inputs.ids.device)
+        self.inputs = inputs
         self.beams = BeamInputs(inputs)
         self._network, self._kernel, self._scratch = network, kernel, scratch
         self._sizes = sizes(inputs.most)
@@ -142,9 +147,9 @@ class StepGraphs:
     def drawing(self, rows: int, kind: DrawKind) -> Captured | None:
         """A step that draws by `draws` and leaves its tokens as the next step's inputs.
 
-        Its result: int64 [size >= rows], the tokens, -1 where the logits were unusable; of GREEDY,
-        which writes them there itself, `inputs.tokens`. None if it cannot be had: memory is short,
-        or there are too many graphs.
+        Its result: int64 [size >= rows], the tokens, -1 where the logits were unusable; of GREEDY
+        and those fused, which write them there themselves, `inputs.tokens`. None if it cannot be
+        had: memory is short, or there are too many graphs.
         """
         size = self.size(rows)
         if kind == GREEDY:
@@ -260,6 +265,9 @@ class StepGraphs:
         return _covered(inputs.tokens if done else None)
 
     def _sampled(self, size: int, kind: DrawKind) -> Tensor:
+        if isinstance(self.draws, FusedDraws):
+            done = self.draws.draw(self._scores(size))
+            return _covered(self.inputs.tokens if done else None)
         ids, lengths, live = self._advanced(size)
         found = self.draws.sample(self._logits(size), kind)
         # Ranks have the same logits, and the same number to draw by; but if GPUs differ, so may

@@ -29,7 +29,8 @@ def can_draw(row: SampleRow) -> bool:
     """Whether a graph carries the row's options: temperature, top-k and top-p."""
     return (
         not row.banned
-        and row.edit is None
+        and row.rules is None
+        and not row.forced
         and row.logprobs is None
         and (not row.temperature or (row.min_p == 0 and row.typical_p == 1))
     )

@@ -33,7 +33,9 @@ class Limits:
     and `max_idle_tokens`, if that is more, those of a step that no running row waits for; the cache
     holds `blocks` blocks of `block_size` tokens. Without `beams` it cannot copy blocks,
     which beam search needs. One that `begins_ahead` starts a step before the last one's tokens are
-    read: it had better not wait for a newcomer's first token while others run.
+    read: it had better not wait for a newcomer's first token while others run. Without `follows`
+    it does so for rows whose draw needs nothing but logits; one that `follows` keeps the tokens
+    that it has drawn, and draws by all options, those that depend on earlier tokens included.
     """
 
     max_batch: int
@@ -44,6 +46,7 @@ class Limits:
     max_idle_tokens: int = 0
     beams: bool = True
     begins_ahead: bool = False
+    follows: bool = False
 
     @property
     def largest_step(self) -> int:

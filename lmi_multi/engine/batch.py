@@ -16,7 +16,8 @@ class Row(NamedTuple):
 
     `blocks` are the cache blocks that hold the sequence, in order; `cross_blocks` hold its
     encoded prompt of `cross_length` tokens. `sample` asks for the next token; None while a
-    prompt is still being prefilled in slices.
+    prompt is still being prefilled in slices. The history of a draw is the request's own list of
+    tokens, to which it adds what is drawn; a process that it crosses to has it as it was.
 
     `beams`, in the first of as many rows as it has scores, asks for their best continuations
     instead. Before anything is computed the `fresh` blocks are zeroed and then, for each pair of
@@ -24,10 +25,11 @@ class Row(NamedTuple):
 
     `ahead` is what `sample` will be in the step after this one, if the row is in it, has the same
     blocks, and gets the token that this step draws: a hint for an executor that begins the next
-    step before anybody has seen that token. None: not known, or there is no such step. A slice that
-    leaves but one token of a prompt has an `ahead` too, and says with `next_token` which that is.
-    So does, where limits say that steps are begun ahead, a newcomer's row that has no tokens at
-    all: its blocks are prepared, and its prompt encoded, in this step.
+    step before anybody has seen that token, which its history lacks until then. None: not known, or
+    there is no such step. A slice that leaves but one token of a prompt has an `ahead` too, and
+    says with `next_token` which that is. So does, where limits say that steps are begun ahead, a
+    newcomer's row that has no tokens at all: its blocks are prepared, and its prompt encoded, in
+    this step.
     """
 
     token_ids: Sequence[int]

@@ -12,6 +12,7 @@ from lmi_multi.engine.batch import Continuations, Draw, Prompt, Row
 from lmi_multi.engine.detokenizer import Detokenizer
 from lmi_multi.engine.hypotheses import Group, Hypothesis
 from lmi_multi.ops.beams import Beams, Going
+from lmi_multi.ops.rules import History
 from lmi_multi.ops.sampling import SampleRow
 from lmi_multi.resolved import Resolved
 
@@ -83,10 +84,9 @@ class BeamSearch:
         """See `Request.pending`."""
         return 1 if self._state.drawn else len(self._given) - self._prefilled
 
-    @property
-    def goes_ahead(self) -> bool:
+    def goes_ahead(self, follows: bool) -> bool:
         """See `Request.goes_ahead`."""
-        return self.options.goes_ahead
+        return self.options.goes_ahead  # its tokens are beams', which only a ranking knows
 
     @property
     def tokens_of_step(self) -> int:
@@ -108,8 +108,8 @@ class BeamSearch:
         state = self._state
         if not state.drawn:
             return [self._prefill(count)]
-        known, self._ahead = self._ahead, self.options.ahead(state.drawn + 1)
-        sample = known if known and known.step == state.drawn else self.options.ahead(state.drawn)
+        known, self._ahead = self._ahead, self._alike(state.drawn + 1)
+        sample = known if known and known.step == state.drawn else self._alike(state.drawn)
         going = self._going(state)
         start, given, encoded = self.computed, len(self._given), len(self.encoder_ids or ())
         each, fresh, copies = iter(state.blocks), state.fresh, state.copies
@@ -204,10 +204,16 @@ class BeamSearch:
             fresh=fresh,
         )
 
+    def _alike(self, step: int) -> SampleRow | None:
+        """How all beams draw in a step; None if that depends on the tokens of each, or if the
+        answer does not get that far."""
+        return None if self.options.reads_tokens else self.options.ahead(step)
+
     def _sample(self, beam: Hypothesis) -> SampleRow:
         """How a beam draws where that depends on its tokens."""
         tokens = [*self._given, *beam.tokens]
-        return self.options.row(len(beam.tokens), tokens, self.encoder_ids or ())
+        history = History(tokens, len(self._given), self.encoder_ids or ())
+        return self.options.row(len(beam.tokens), history)
 
     def _beams(self, running: Sequence[Hypothesis], going: Going | None) -> Beams:
         return Beams(tuple([beam.score for beam in running]), self._keep, going, self._search)

@@ -46,9 +46,9 @@ class Request(Protocol):
     def tokens_of_step(self) -> int:
         """How many tokens a step with one token for each of its rows has."""
 
-    @property
-    def goes_ahead(self) -> bool:
-        """Whether an executor may begin its steps before it knows the tokens before them."""
+    def goes_ahead(self, follows: bool) -> bool:
+        """Whether an executor can begin its steps before the host knows the tokens before them.
+        `follows`: the executor knows itself which tokens it has drawn, and all options."""
 
     def blocks_needed(self, size: int) -> tuple[int, int]:
         """The most blocks of `size` tokens that it can need for the decoder's tokens, and those

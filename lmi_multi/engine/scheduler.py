@@ -134,7 +134,8 @@ class Scheduler:
         if tokens != 1 or first in self._newcomers:
             return False
         # Of those that run, one that waits in every step would wait for the prefill all the same.
-        return request.goes_ahead and all(other.goes_ahead for other, _ in counts)
+        follows = self.limits.follows
+        return request.goes_ahead(follows) and all(own.goes_ahead(follows) for own, _ in counts)
 
     def _admit(self, room: int, encoded: int, most: int) -> Request | None:
         """Move the first waiting request to the running ones, if there is room for it now.

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from lmi_multi.completion import FinishReason, TokenLogprob
 from lmi_multi.engine.batch import Continuations, Draw, Prompt, Row
 from lmi_multi.engine.detokenizer import Detokenizer
+from lmi_multi.ops.rules import History
 from lmi_multi.ops.sampling import SampleRow
 from lmi_multi.resolved import Resolved
 
@@ -46,6 +47,7 @@ class Sequence:
     score: float | None = None
     finish_reason: FinishReason | None = None
     error: str | None = None
+    _history: History = field(init=False)  # holds `tokens` themselves, and so all that come
     # How the next draw will be made, if that is known.
     _ahead: SampleRow | None = field(init=False, default=None)
     _fresh: bool = field(init=False, default=True)  # no step has had it yet
@@ -57,6 +59,7 @@ class Sequence:
     def __post_init__(self) -> None:
         self.first_tokens = list(self.tokens)
         self.given = len(self.tokens)
+        self._history = History(self.tokens, self.given, self.encoder_ids or ())
         self.longest = self.given + self.options.max_new_tokens
 
     @property
@@ -77,10 +80,9 @@ class Sequence:
             return None
         return sum(entry.logprob for entry in self.logprobs)
 
-    @property
-    def goes_ahead(self) -> bool:
+    def goes_ahead(self, follows: bool) -> bool:
         """See `Request.goes_ahead`."""
-        return self.options.goes_ahead
+        return follows or self.options.goes_ahead
 
     @property
     def pending(self) -> int:
@@ -106,11 +108,12 @@ class Sequence:
             drawn = stop - self.given
             sample = self._ahead
             if sample is None or sample.step != drawn:
-                sample = self.options.row(drawn, tokens, self.encoder_ids or (), self.stream)
-            ahead = self._ahead = self.options.ahead(drawn + 1, self.stream)
+                sample = self.options.row(drawn, self._history, self.stream)
+            ahead = self._ahead = self.options.ahead(drawn + 1, self._history, self.stream)
         elif stop + 1 == len(tokens):
             next_token = tokens[stop]
-            ahead = self._ahead = self.options.ahead(stop + 1 - self.given, self.stream)
+            first = stop + 1 - self.given
+            ahead = self._ahead = self.options.ahead(first, self._history, self.stream)
         fresh: tuple[int, ...] = ()
         if self._fresh:
             fresh, self._fresh = (*self._own[self.shared :], *self._cross), False

@@ -19,7 +19,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Edit:
-    """What one row's logits undergo in one step: host data that can cross to another process.
+    """What one row's logits undergo in one step, as host data: see `ops.rules`.
 
     Ids are distinct within a field. Those of `seen` and `prompt` must be in the vocabulary, as
     tokens are that a model reads; others outside are skipped. Penalties of 1 do nothing.

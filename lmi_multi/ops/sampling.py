@@ -21,6 +21,7 @@ from torch import Tensor
 from lmi_multi.ops import philox
 from lmi_multi.ops.logprobs import Logprobs, Wanted
 from lmi_multi.ops.processors import Edit, Edits
+from lmi_multi.ops.rules import History, Rules
 
 # Weight bits, and bits of a draw: their sum must stay below 63, for products in int64.
 WEIGHT_BITS = 38
@@ -35,11 +36,13 @@ class SampleRow(NamedTuple):
     """How one row draws its next token. A tuple, as one is made for each row of each step.
 
     `temperature` 0 is greedy. `top_k` >= 0, 0 is off; `top_p` in (0, 1], 1 is off; `seed` in
-    [0, 2**64); `step` counts the row's draws from 0. `banned` ids are not drawn in this step;
-    those outside the vocabulary are skipped. `min_p` in [0, 1], 0 is off; `typical_p` in (0, 1],
-    1 is off. `edit` changes the logits before all else. `stream` in [0, 2**32) keeps apart the
-    draws of rows that share a seed. `logprobs`: of how many likeliest tokens log-probabilities
-    are wanted beside the drawn one's; None for nothing at all.
+    [0, 2**64); `step` counts the row's draws from 0. `banned` ids are not drawn in this step,
+    whatever came before; those outside the vocabulary are skipped. `min_p` in [0, 1], 0 is off;
+    `typical_p` in (0, 1], 1 is off. `rules` change the logits before all else, and ban more ids;
+    None where there are none. Unless `forced` is empty one of its ids is drawn, and of all else
+    only `banned` matters. `stream` in [0, 2**32) keeps apart the draws of rows that share a seed.
+    `logprobs`: of how many likeliest tokens log-probabilities are wanted beside the drawn one's;
+    None for nothing at all. `history`: the tokens that the rules read, if they read any.
     """
 
     temperature: float = 0.0
@@ -50,23 +53,51 @@ class SampleRow(NamedTuple):
     banned: tuple[int, ...] = ()
     min_p: float = 0.0
     typical_p: float = 1.0
-    edit: Edit | None = None
+    rules: Rules | None = None
+    forced: tuple[int, ...] = ()
     stream: int = 0
     logprobs: int | None = None
+    history: History | None = None  # last, so that comparisons can leave it out
 
-    def at(self, step: int, stream: int) -> SampleRow:
-        """The same for another step and stream: as `_replace`, in a third of its time."""
-        temperature, top_k, top_p, seed, _, banned, min_p, typical_p, edit, _, logprobs = self
+    @property
+    def edit(self) -> Edit | None:
+        """What the logits undergo in this step. Raises ValueError as `Rules.edit` does."""
+        if self.forced:
+            return Edit(forced=self.forced)
+        return None if self.rules is None else self.rules.edit(self.history, self.step)
+
+    @property
+    def bans(self) -> tuple[int, ...]:
+        """All ids that are not drawn in this step: `banned`, then those of the rules, which a
+        forced token overrides. Raises ValueError as `Rules.bans` does."""
+        if self.rules is None or self.forced:
+            return self.banned
+        return tuple(dict.fromkeys(self.banned + self.rules.bans(self.history, self.step)))
+
+    def at(self, step: int, stream: int, history: History | None = None) -> SampleRow:
+        """The same for another step and stream, and with this history, if one is given: as
+        `_replace`, in a third of its time."""
+        (
+            temperature, top_k, top_p, seed, _, banned, min_p, typical_p, rules, forced, _,
+            logprobs, own,
+        ) = self  # fmt: skip
         return SampleRow(
-            temperature, top_k, top_p, seed, step, banned, min_p, typical_p, edit, stream, logprobs
-        )
+            temperature, top_k, top_p, seed, step, banned, min_p, typical_p, rules, forced, stream,
+            logprobs, own if history is None else history,
+        )  # fmt: skip
+
+    def same(self, other: SampleRow) -> bool:
+        """Whether it draws as `other` does, if their tokens are the same: equal but for history,
+        of which one side may know less, and which is long to compare."""
+        return self is other or self[:-1] == other[:-1]
 
     def continues(self, before: SampleRow) -> bool:
-        """Whether it differs from `before` in nothing but its step, which is the next one."""
+        """Whether it differs from `before` in nothing but its history and its step, which is the
+        next one."""
         return (
             self.step == before.step + 1
             and self[:_STEP] == before[:_STEP]
-            and self[_STEP + 1 :] == before[_STEP + 1 :]
+            and self[_STEP + 1 : -1] == before[_STEP + 1 : -1]
         )
 
 
@@ -122,9 +153,11 @@ class Sampling:
 
     @classmethod
     def of(cls, rows: Sequence[SampleRow], device: torch.device | str = "cpu") -> Sampling:
-        """The rows on `device`, in order."""
+        """The rows on `device`, in order. Raises ValueError for one whose rules read tokens that
+        its history lacks."""
         sampled = [row for row in rows if row.temperature > 0]
         drawn = rows if sampled else ()
+        banned = [row.bans for row in rows]
         return cls(
             temperature=_column(
                 [max(r.temperature, MIN_TEMPERATURE) if r.temperature else 1.0 for r in drawn],
@@ -133,17 +166,17 @@ class Sampling:
             ),
             greedy=_column([not row.temperature for row in drawn], torch.bool, device),
             top_k=_column([row.top_k for row in drawn], torch.int64, device),
-            top_p=_column([_floor_24(row.top_p) for row in drawn], torch.float32, device),
-            min_p=_column([_floor_24(row.min_p) for row in drawn], torch.float32, device),
-            typical_p=_column([_floor_24(row.typical_p) for row in drawn], torch.float32, device),
+            top_p=_column([floor_24(row.top_p) for row in drawn], torch.float32, device),
+            min_p=_column([floor_24(row.min_p) for row in drawn], torch.float32, device),
+            typical_p=_column([floor_24(row.typical_p) for row in drawn], torch.float32, device),
             uniform=uniform(drawn, device),
-            banned=_banned(rows, device),
+            banned=_banned(banned, device),
             any_sampled=bool(sampled),
             any_greedy=len(sampled) < len(rows),
             any_top_p=any(row.top_p < 1 for row in sampled),
             any_min_p=any(row.min_p > 0 for row in sampled),
             any_typical=any(row.typical_p < 1 for row in sampled),
-            any_banned=any(row.banned for row in rows),
+            any_banned=any(banned),
             window=_window(sampled),
             edits=Edits.of([row.edit for row in rows], device),
             wanted=Wanted.of([row.logprobs for row in rows], device),
@@ -279,7 +312,7 @@ def _column(values: Sequence[float], dtype: torch.dtype, device: torch.device | 
     return torch.tensor(values, dtype=dtype, device=device)
 
 
-def _floor_24(part: float) -> float:
+def floor_24(part: float) -> float:
     """Rounded down to 24 bits, so that ten tokens of 0.1 reach 0.9 with nine; 0 only for 0."""
     return max(float(part > 0), float(int(part * 2.0**DRAW_BITS))) * 2.0**-DRAW_BITS
 
@@ -299,11 +332,11 @@ def uniforms(rows: Sequence[SampleRow], count: int) -> npt.NDArray[np.float32]:
     return philox.uniform(*own).reshape(steps.shape)
 
 
-def _banned(rows: Sequence[SampleRow], device: torch.device | str) -> Tensor:
-    width = max((len(row.banned) for row in rows), default=0)
+def _banned(rows: Sequence[tuple[int, ...]], device: torch.device | str) -> Tensor:
+    width = max(map(len, rows), default=0)
     if not width:
         return torch.empty(0, 0, dtype=torch.int64, device=device)
-    padded = [row.banned + (-1,) * (width - len(row.banned)) for row in rows]
+    padded = [ids + (-1,) * (width - len(ids)) for ids in rows]
     return torch.tensor(padded, dtype=torch.int64, device=device)
 
 
