@@ -55,7 +55,7 @@ def some_rules(chance: random.Random, vocab: int) -> Rules | None:
         repetition_penalty=chance.choice((1.0, 1.2, 3.0, 0.5)),
         presence_penalty=chance.choice((0.0, 0.3, -1.7)),
         frequency_penalty=chance.choice((0.0, 0.1, -0.7)),
-        no_repeat_ngram_size=chance.choice((0, 0, 1, 2, 3)),
+        no_repeat_ngram_size=chance.choice((0, 0, 1, 2, 3, 10**12)),
         bad_words=tuple({tuple(ids(3) + [0]) for _ in range(chance.randrange(6))}),
     )
 

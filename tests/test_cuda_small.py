@@ -28,6 +28,7 @@ from lmi_multi.ops.reference import Reference
 from lmi_multi.timing import time_generation
 from tests.test_cuda_attention import POSITIONS, make_layer, make_spec, widened
 from tests.test_cuda_beams import Case, logits_of, scratch
+from tests.test_cuda_draw import check, some_logits, some_row
 from tests.test_cuda_kernels import (
     EPS,
     TOLERANCE,
@@ -165,6 +166,18 @@ def test_many_keys(dim: int, position: str) -> None:
     found = PrefillKernel(split, cache).extend(layer, qkv, inputs, angles)
     assert found is not None
     assert error(found, expected) < OF_PREFILL[HALF]
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_draws(rows: int) -> None:
+    """By all options, by several blocks a row."""
+    torch.manual_seed(0)
+    chance = random.Random(rows)
+    own = [
+        some_row(chance, 6000, 40, 9)._replace(temperature=1.0, top_p=0.9, typical_p=0.9)
+        for _ in range(rows)
+    ]
+    check(some_logits(chance, rows, 6000, HALF), own, f"{rows} rows", encoded=True)
 
 
 @torch.inference_mode()

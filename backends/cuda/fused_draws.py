@@ -33,6 +33,7 @@ OPTIONS = np.dtype(
         *((name, np.int32) for name in ("words", "word_count")),
     ]
 )
+LONGEST = 1 << 30  # more tokens than any row has
 MOST_LISTED = 1 << 18  # ids and what belongs to them, of all rows
 NONE = Rules()
 
@@ -156,19 +157,24 @@ class _Listed:
 
     def __init__(self, row: SampleRow) -> None:
         rules = _rules(row)
-        bias = np.array([token for token, _ in rules.bias], dtype=np.int32)
+        bias = _ids([token for token, _ in rules.bias])
         amounts = np.array([amount for _, amount in rules.bias], dtype=np.float32)
         ends = np.cumsum([0, *map(len, rules.bad_words)]) if rules.bad_words else ()
         words = [token for word in rules.bad_words for token in word]
         parts = [
             np.stack([bias, amounts.view(np.int32)], -1).reshape(-1),
-            np.array(row.banned, dtype=np.int32),
-            np.array(row.forced, dtype=np.int32),
-            np.array([*ends, *words], dtype=np.int32),
+            _ids(row.banned),
+            _ids(row.forced),
+            np.concatenate([np.array(ends, dtype=np.int32), _ids(words)]),
         ]
         self.ids = np.concatenate(parts)
         self.begins = np.cumsum([0, *map(len, parts[:-1])])
         self.counts = (len(bias), len(row.banned), len(row.forced), len(rules.bad_words))
+
+
+def _ids(ids: Sequence[int]) -> npt.NDArray[np.int32]:
+    """As the kernel has them: what no vocabulary has stays so, however large."""
+    return np.clip(np.array(ids, dtype=np.int64), -1, MOST_VOCAB).astype(np.int32)
 
 
 def _rules(row: SampleRow) -> Rules:
@@ -207,7 +213,7 @@ def _options(row: SampleRow, listed: _Listed, first: int) -> tuple[float, ...]:
         1 / rules.encoder_repetition_penalty,
         min(row.top_k, MOST_VOCAB),
         row.history.given if row.history else 0,
-        rules.no_repeat_ngram_size,
+        min(rules.no_repeat_ngram_size, LONGEST),
         -1 if row.logprobs is None else row.logprobs,
         *lists,
     )
