@@ -39,6 +39,11 @@ from tests.cuda_stand_ins import Programs, stand_in
 from tests.families import VOCAB
 from tests.test_cuda_graphs import LIMITS, SEARCHES, assert_same_as_cpu, cpu_model, prompts
 
+SAMPLED: tuple[dict[str, Any], ...] = (
+    {},
+    {"do_sample": True, "temperature": 0.8, "seed": 3},
+    {"do_sample": True, "seed": 4, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+)
 FAMILIES = ("t5", "gpt2", "llama-gqa", "bloom", "mistral-window")
 
 
@@ -115,9 +120,7 @@ def test_every_step_but_the_first_is_begun_ahead(folder: Path, found: list[int |
 
 
 @pytest.mark.parametrize("family", ["t5", "gpt2"])
-@pytest.mark.parametrize(
-    "sampled", [{}, {"do_sample": True, "temperature": 0.8, "seed": 3}], ids=["greedy", "sampled"]
-)
+@pytest.mark.parametrize("sampled", SAMPLED, ids=["greedy", "sampled", "by-rules"])
 def test_nobody_waits_for_the_prefill_of_newcomers(
     monkeypatch: pytest.MonkeyPatch, folder: Path, sampled: dict[str, Any], family: str
 ) -> None:
@@ -148,9 +151,7 @@ def test_nobody_waits_for_the_prefill_of_newcomers(
 
 
 @pytest.mark.parametrize("family", ["t5", "gpt2"])
-@pytest.mark.parametrize(
-    "sampled", [{}, {"do_sample": True, "temperature": 0.8, "seed": 3}], ids=["greedy", "sampled"]
-)
+@pytest.mark.parametrize("sampled", SAMPLED, ids=["greedy", "sampled", "by-rules"])
 def test_known_tokens_are_a_step_that_nobody_waits_for(
     monkeypatch: pytest.MonkeyPatch, folder: Path, sampled: dict[str, Any], family: str
 ) -> None:

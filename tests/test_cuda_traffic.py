@@ -35,6 +35,9 @@ def test_traffic_of_all_kinds(
         *({}, {}, {"do_sample": True, "temperature": 0.8, "seed": 3}),
         {"do_sample": True, "temperature": 0.7, "top_k": 5, "seed": 9},
         *({"repetition_penalty": 1.3}, {"logprobs": 2}, {"num_beams": 2}),
+        {"no_repeat_ngram_size": 2, "encoder_repetition_penalty": 1.5, "logit_bias": {9: 1.0}},
+        {"do_sample": True, "top_k": 9, "seed": 1, "frequency_penalty": 0.9, "min_new_tokens": 1},
+        {"bad_words": [[5], [7, 9]], "forced_bos_token_id": 11, "forced_eos_token_id": 8},
     ]
     with cpu_model(tmp_path, family) as cpu, open_model(tmp_path, family) as model:
         opened: Any = model.engine.executor
