@@ -32,14 +32,8 @@ from lmi_multi.model import Model
 from lmi_multi.network import Network
 from lmi_multi.parallel.grid import Grid
 
-# Every way in which a captured step can end: a token, drawn so or so, a search, and logits.
-KINDS: tuple[dict[str, Any], ...] = (
-    {},
-    {"do_sample": True, "seed": 1},
-    {"do_sample": True, "seed": 1, "top_k": 0, "top_p": 0.9},
-    {"num_beams": 4},
-    {"logprobs": 1},
-)
+# Ways in which a captured step can end: the likeliest token, one drawn by options, a search.
+KINDS: tuple[dict[str, Any], ...] = ({}, {"do_sample": True, "seed": 1}, {"num_beams": 4})
 log = logging.getLogger("lmi_multi")
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -228,9 +222,13 @@ def make_graphs(model: Model) -> None:
             count, left = divmod(rows, kind.get("num_beams", 1))
             if not left:
                 model.generate([[5] * 8] * count, kind, max_new_tokens=4)
-    prefills: Any = getattr(model.engine.executor, "_prefill_graphs", None)
-    if prefills is None:
+    own: Any = model.engine.executor
+    steps, prefills = getattr(own, "_fed", None), getattr(own, "_prefill_graphs", None)
+    if steps is None or prefills is None:
         return
+    with torch.inference_mode():
+        for rows in sizes(model.limits.max_batch):
+            steps.logits(rows)  # which prompts beside rows that run come to
     what = "rows" if model.spec.kind == "decoder" else "prompts"
     with torch.inference_mode():
         for tokens, keys in product(prefills.sizes, (0, MANY_KEYS)):
@@ -243,7 +241,7 @@ def fill(model: Model) -> None:
     limits, decoder = model.limits, model.spec.kind == "decoder"
     new = min(4, limits.max_tokens - 1)
     longest = limits.max_tokens - new if decoder else limits.max_tokens
-    for kind in KINDS[:3]:
+    for kind in KINDS[:2]:
         model.generate([[5] * longest] * limits.max_batch, kind, max_new_tokens=new)
     text = [5] * (limits.max_tokens // 2 if decoder else limits.max_tokens - 1)
     model.score([text], [text])

@@ -21,9 +21,12 @@ from lmi_multi.models.traits import Traits
 from lmi_multi.options import GenerateOptions
 from lmi_multi.resolved import Resolved
 
-# Options that this has to say itself: what is answered, and how long it is.
-OF_LENGTHS = frozenset(
-    {"max_new_tokens", "max_length", "num_beams", "num_return_sequences", "stop", "stop_token_ids"}
+# Options that this has to say itself, how long answers are and of how many rows, and those that ask
+# for more than answers.
+REFUSED = frozenset(
+    {"max_new_tokens", "max_length", "min_new_tokens", "min_length", "stop", "stop_token_ids"}
+    | {"num_beams", "num_beam_groups", "length_penalty", "early_stopping", "diversity_penalty"}
+    | {"num_return_sequences", "prompt_logprobs", "return_full_text"}
 )
 
 
@@ -44,10 +47,10 @@ class Timing:
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Raise OptionError for those that are none, and for those that say how much is answered."""
-    GenerateOptions(**options)
-    if wrong := OF_LENGTHS & options.keys():
+    """Raise OptionError for those that are none, and for those that do not choose among tokens."""
+    if wrong := REFUSED & options.keys():
         raise OptionError(f"{min(wrong)} is given; allowed: options that choose among tokens")
+    GenerateOptions(**options)
 
 
 def time_generation(
@@ -63,7 +66,7 @@ def time_generation(
     """Answer random prompts of `prompt` tokens with exactly `tokens` > 1 tokens, in steps of `rows`
     rows: of a prompt each, or of `beams` beams of a prompt; by `options`, else greedily.
 
-    Raises OptionError as `check_options`.
+    Raises OptionError as `check_options`, and for options by which an answer ends early.
     """
     check_options(options)
     chance = random.Random(rows)
@@ -93,6 +96,7 @@ def _run(
         prompt_tokens=len(prompts[0]),
         decoder_only=decoder_only,
         limit=limits.max_tokens,
+        vocab=spec.vocab,
     )
     requests = [
         _request(options, list(own), None, limits.block_size)
@@ -102,7 +106,10 @@ def _run(
     ]
     start = time.perf_counter()
     engine.run(requests)
-    return (time.perf_counter() - start) * 1000
+    taken = (time.perf_counter() - start) * 1000
+    if ended := {request.finish_reason for request in requests} - {"length"}:
+        raise OptionError(f"answers end early ({ended.pop()}), by {options}: nothing to time")
+    return taken
 
 
 def _request(

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from lmi_multi.backends.cuda import executor, graphs
+from lmi_multi.backends.cuda import draws, executor, graphs
 from lmi_multi.backends.cuda.beams import BeamKind
 from lmi_multi.backends.cuda.ops import Scratch
 from safetensors.torch import load_file
@@ -52,7 +52,7 @@ def test_steps(monkeypatch: pytest.MonkeyPatch, shape: str, beams: int) -> None:
     assert found == [(name, count) for name in expected for count in (2, 4)]
     for count in (2, 4):
         first = count // beams
-        runs = [first, *[count] * 4, first, first, *[count] * 4]
+        runs = [first, first, *[count] * 4, first, first, *[count] * 4]
         assert rows[: len(runs)] == runs
         del rows[: len(runs)]
 
@@ -132,7 +132,7 @@ def test_memory_makes_every_graph(tmp_path: Path, family: str) -> None:
     }
     for kind in {kind for _, kind in ahead}:
         assert {size for size, other in ahead if other == kind} == set(rows)
-    assert len({kind for _, kind in ahead}) == 3  # greedy, and sampled in two ways
+    assert {kind for _, kind in ahead} == {draws.GREEDY, draws.FUSED}
     made = own._prefill_graphs
     prefills = {size for _, size, _ in made._captured}
     assert prefills >= {size for size in made.sizes if size < model.limits.max_tokens}

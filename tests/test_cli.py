@@ -200,8 +200,19 @@ def test_bench_with_options(capsys: pytest.CaptureFixture[str]) -> None:
     sampled = ["-o", "do_sample=true", "-o", "top_p=0.9", "-o", "repetition_penalty=1.2"]
     assert run(["bench", "demo", *sizes, *sampled]) == 0
     assert "2 rows" in capsys.readouterr().out
+    assert run(["bench", "demo", *sizes, *sampled, "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["options"] == {"do_sample": True, "top_p": 0.9, "repetition_penalty": 1.2}
+    for option, said in (
+        ("suppress_tokens=[99999]", "suppress_tokens has the token id 99999; allowed: 0 to 319"),
+        (f"suppress_tokens={list(range(320))}", "answers end early (numerical_error)"),
+    ):
+        assert run(["bench", "demo", *sizes, "-o", option]) == 2
+        assert said in capsys.readouterr().err
     for option, said in (
         ("max_new_tokens=3", "max_new_tokens is given"),
+        ("min_new_tokens=3", "min_new_tokens is given"),
+        ("num_beam_groups=2", "num_beam_groups is given"),
         ("top_p=2", "top_p is 2"),
     ):
         assert run(["bench", "demo", *sizes, "-o", option]) == 2

@@ -20,6 +20,7 @@ from lmi_multi.backends.cuda import (
     capturing,
     draws,
     executor,
+    fused_draws,
     graphs,
     inputs,
 )
@@ -31,7 +32,7 @@ from lmi_multi.backends.drawing import draw
 from lmi_multi.engine.batch import Row
 from lmi_multi.model import Model
 from lmi_multi.ops.beams import Beams
-from lmi_multi.ops.rules import Rules
+from lmi_multi.ops.rules import History, Rules
 from lmi_multi.ops.sampling import SampleRow
 from lmi_multi.parallel.collectives import SingleRank
 from tests import tiny_models
@@ -190,15 +191,54 @@ def test_random_numbers_are_of_the_rows_that_go_on(folder: Path) -> None:
         assert [answer.token_ids for answer in model.generate(own, options)] == expected
 
 
+@pytest.mark.parametrize("most_vocab", [0, 1 << 18], ids=["by-torch", "by-kernel"])
 @pytest.mark.parametrize("family", ["t5", "gpt2"])
-def test_few_graphs_are_not_spent_where_no_step_follows(folder: Path, family: str) -> None:
-    """Rows whose bans change with every token, and answers of one token."""
+def test_few_graphs_are_not_spent_where_no_step_follows(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, family: str, most_vocab: int
+) -> None:
+    """Answers of one token."""
+    monkeypatch.setattr(graphs, "MOST_VOCAB", most_vocab)
     own = prompts(2, 7) if family == "t5" else [[3], [4]]
     with open_model(folder, family) as model:
-        model.generate(own, max_new_tokens=12, no_repeat_ngram_size=1)
         model.generate(own, max_new_tokens=1, do_sample=True, top_p=0.9)
         captured = model.engine.executor._ahead._graphs._captured  # type: ignore[attr-defined]
-        assert {kind for _, kind in captured} <= set(graphs.ALWAYS)
+        assert {kind for _, kind in captured} <= {None, draws.GREEDY}
+
+
+def refuse(*_: Tensor) -> bool:
+    return False
+
+
+def fail(*_: Tensor) -> bool:
+    raise RuntimeError("launch: too many blocks in cooperative launch")
+
+
+@pytest.mark.parametrize("draw", [refuse, fail])
+def test_a_gpu_that_does_not_run_the_kernel_draws_by_torch(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, draw: Any
+) -> None:
+    monkeypatch.setattr(torch.ops.lmi_multi, "draw", draw)
+    model = open_model(folder, "gpt2")
+    assert model.engine.executor.limits.begins_ahead
+    assert not model.engine.executor.limits.follows
+    assert_same_as_cpu(folder, "gpt2", model)
+
+
+def test_rows_whose_lists_find_no_room_leave_others_theirs(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, found: list[int | None]
+) -> None:
+    monkeypatch.setattr(fused_draws, "MOST_LISTED", 40)
+    large: dict[str, Any] = {"logit_bias": dict.fromkeys(range(30), 0.1)}
+    own, shared = prompts(4, 1), {"suppress_tokens": list(range(9, 39))}
+    with cpu_model(folder, "gpt2") as cpu, open_model(folder, "gpt2") as model:
+        assert model.engine.executor.limits.follows
+        for options, ahead_rows in (([{}, {}, {}, large], 3), ([shared] * 4, 4)):
+            found.clear()
+            lengths = {"max_new_tokens": 20, "ignore_eos": True}
+            chosen = [own | lengths for own in options]
+            expected = [c.token_ids for c in cpu.generate(own, chosen)]
+            assert [c.token_ids for c in model.generate(own, chosen)] == expected
+            assert len(found) - found.count(None) == 19 * ahead_rows
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -250,7 +290,7 @@ def test_what_a_graph_finds_for_searches_is_what_the_reference_finds() -> None:
     changed: list[dict[str, Any]] = [
         {"banned": (3,)},
         {"logprobs": 1},
-        {"rules": Rules(bad_words=((3,),))},
+        {"rules": Rules(bad_words=((3,),)), "history": History([5], 1)},
         {"forced": (3,)},
     ]
     for other in (SampleRow(**change) for change in changed):

@@ -2,8 +2,8 @@
 
 What a token weighs is rounded down to 38 bits of a softmax, whose last bit may differ between the
 two: a draw that this decides comes once in some millions. Which tokens are typical depends on the
-last bits of a sum more often, as two of them may be as near to the entropy, from both sides: there
-either is allowed.
+last bits of two sums more often, as tokens may be as near to the entropy from both sides: there
+what either rounding of these draws is allowed.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -70,9 +71,9 @@ def some_row(chance: random.Random, vocab: int, width: int, encoded: int) -> Sam
         [chance.choice(few) for _ in range(encoded)],
     )
     forced = tuple(chance.randrange(vocab + 2) for _ in range(2)) if chance.random() < 0.05 else ()
-    rules = None if forced else some_rules(chance, vocab)
+    rules = some_rules(chance, vocab)
     return SampleRow(
-        temperature=chance.choice((0.0, 0.3, 1.0, 1.7, 1e-3)),
+        temperature=chance.choice((0.0, 0.3, 1.0, 1.7, 1e-3, 1e39)),
         top_k=chance.choice((0, 0, 1, 5, 50, 400, vocab, vocab + 7, 2**63 - 1)),
         top_p=chance.choice((1.0, 0.9, 0.5, 0.1, 0.999, 1e-6)),
         min_p=chance.choice((0.0, 0.0, 0.05, 0.3, 1.0)),
@@ -124,7 +125,7 @@ class Drawn:
             for past in histories
         ]
         self.draws = FusedDraws(self.inputs)
-        assert self.draws.covers(rows)
+        assert len(self.draws.fitting(rows)) == len(rows)
         self.inputs.fill(own)
         self.draws.fill(rows)
         self.draws.remember(own, rows)
@@ -146,22 +147,28 @@ class Drawn:
 
 
 def typical_tokens(logits: Tensor, row: SampleRow) -> set[int]:
-    """What a row of `logits` may draw, if tokens within rounding of the least typical one that is
-    kept are kept or not."""
+    """What a row of `logits` may draw, if two float32 sums that its distances depend on, the log of
+    all exponentials and the entropy, are rounded otherwise."""
     own = Sampling.of([row], "cuda")
     scaled = sampling.processed(logits[None].float(), own) / own.temperature[:, None]
     weights = sampling._weights(scaled, replace(own, any_typical=False))
-    kept = scaled.masked_fill(weights == 0, float("-inf")).log_softmax(-1)[0].double()
-    distance = (-kept - (kept.exp() * -kept).nan_to_num().sum()).abs()
-    least = distance[sampling._typical(scaled, weights, own.typical_p)[0] > 0].max()
-    near = (distance - least).abs() < 1e-5
+    less = torch.where(weights > 0, scaled - scaled.amax(), float("-inf"))
+    exact = less.double()
+    total = exact.exp().sum().log()
+    logs = (exact - total).clamp(min=-1e9)
+    entropy = (logs.exp() * -logs).sum()
     found = set()
-    for bound in [*distance[near].unique().tolist(), float(least) - 1e-5]:
-        chosen = torch.where(distance <= bound, weights[0], 0)
-        for alone in [None, *distance[near].unique().tolist()]:  # one of those beyond it, too
-            more = chosen if alone is None else torch.where(distance == alone, weights[0], chosen)
-            if more.sum():
-                found.add(int(sampling._draw(more[None], own.uniform)))
+    for i, j in product(range(-4, 5), repeat=2):
+        near = (own.float() for own in (total * (1 + i * 2**-24), entropy * (1 + j * 2**-24)))
+        log_of_all, expected = near
+        distance = (-(less - log_of_all) - expected).abs()
+        nearest, ids = distance.sort(dim=-1)
+        chosen = weights.gather(-1, ids)
+        reach = sampling._share(weights.sum(-1), own.typical_p).clamp(min=1)
+        before = chosen.cumsum(-1) - chosen
+        last = nearest.gather(-1, (before < reach[:, None]).sum(-1, keepdim=True) - 1)
+        kept = torch.where(distance > last, 0, weights)
+        found.add(int(sampling._draw(kept, own.uniform)))
     return found
 
 
@@ -223,6 +230,14 @@ def test_tokens_are_the_references(vocab: int, dtype: torch.dtype) -> None:
         wide = torch.zeros(rows, vocab + 5, dtype=dtype, device="cuda")
         wide[:, :vocab] = logits
         check(wide[:, :vocab], own, f"{rows} rows, padded", encoded > 0)
+
+
+def test_many_rows() -> None:
+    """More than there are teams of blocks, and lists that rows share."""
+    torch.manual_seed(0)
+    chance = random.Random(0)
+    own = [some_row(chance, 999, 30, 5) for _ in range(150)]
+    check(some_logits(chance, 300, 999, torch.bfloat16), [*own, *own], "300 rows", encoded=True)
 
 
 RULES: dict[str, dict[str, Any]] = {

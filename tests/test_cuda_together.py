@@ -107,6 +107,11 @@ class Shelf:
             right.append(torch.equal(part, whole[:, own.start : own.stop]))
         return all(right) and 0 < len(own) < network.spec.vocab
 
+    def draws(self) -> tuple[bool, bool]:
+        """Whether steps are begun ahead, and draw by rules that read tokens."""
+        assert self.executor is not None
+        return self.executor.limits.begins_ahead, self.executor.limits.follows
+
     def prefills(self) -> list[Any]:
         """Of every rank: whether it has the kernel for many keys, and which graphs of prefills."""
         assert self.executor is not None
@@ -160,6 +165,7 @@ def test_tokens_are_those_of_one_process(two: LocalRanks, folder: Path, family: 
     assert other == (replays, prefills, steps)
     assert replays > 50 and prefills and all(steps.values())
     assert two.call("programs_run") == 0  # none waits for what is not sent through memory
+    assert two.call("draws") == (True, False)
 
 
 @pytest.mark.parametrize("family", ["t5", "opt-350m", "bloom"])

@@ -15,7 +15,7 @@ from torch import Tensor
 from lmi_multi import load
 from lmi_multi.engine.batch import Row
 from lmi_multi.ops.beams import Beams, best_continuations
-from lmi_multi.ops.rules import Rules
+from lmi_multi.ops.rules import History, Rules
 from lmi_multi.ops.sampling import SampleRow
 from tests.neuron_models import DEGREES, artifact, ids
 
@@ -83,7 +83,7 @@ def test_what_is_left_to_the_host() -> None:
     assert not search.can_rank(rows_of(scores, 9), 8)
     changes: list[dict[str, Any]] = [
         {"banned": (3,)},
-        {"rules": Rules(bad_words=((3,),))},
+        {"rules": Rules(bad_words=((3,),)), "history": History([5], 1)},
         {"forced": (3,)},
         {"logprobs": 0},
     ]

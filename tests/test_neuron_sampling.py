@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from lmi_multi.backends.neuron import sampling
 from torch import Tensor
 
-from lmi_multi.ops.rules import Rules
+from lmi_multi.ops.rules import History, Rules
 from lmi_multi.ops.sampling import SampleRow, Sampling, sample
 
 
@@ -77,7 +77,7 @@ def test_what_graphs_leave_to_the_host() -> None:
         {"min_p": 0.1},
         {"typical_p": 0.9},
         {"logprobs": 0},
-        {"rules": Rules(repetition_penalty=1.5)},
+        {"rules": Rules(repetition_penalty=1.5), "history": History([5], 1)},
         {"forced": (3,)},
     ):
         assert not sampling.can_draw(plain._replace(**more))

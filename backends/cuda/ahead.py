@@ -96,20 +96,20 @@ class Ahead:
         """See `Limits.follows`."""
         return self._graphs.draws.follows
 
-    def takes(self, row: SampleRow | None) -> bool:
-        """Whether a step may be begun for a row that draws so."""
-        return row is not None and self._graphs.draws.takes(row)
+    def going(self, rows: Sequence[Row]) -> list[int]:
+        """The numbers of those that may be in a step that is begun behind the one they are of."""
+        return self._graphs.draws.fitting([row.ahead for row in rows])
 
     def start(self, rows: Sequence[Row]) -> Flight | None:
         """Start the step that `rows` are of, none of which was begun before. None if not all of
         them are rows of one token for which a graph draws, or none of them goes on ahead."""
         own = self._graphs.draws
-        draws = [row.sample for row in rows if row.sample and own.takes(row.sample)]
+        draws = [row.sample for row in rows if row.sample is not None]
         single = all(len(row.token_ids) == 1 and row.beams is None for row in rows)
-        if not single or len(draws) < len(rows) or not own.covers(draws):
+        if not single or len(own.fitting(draws)) < len(rows):
             return None
         kind = own.kind(draws)
-        if kind != GREEDY and not any(self.takes(row.ahead) for row in rows):
+        if kind != GREEDY and not self.going(rows):
             return None  # nothing is begun behind it: not worth one of few graphs
         graph = self._graph(len(rows), kind)
         if graph is None:
@@ -130,7 +130,7 @@ class Ahead:
         about to draw at its one of `places`. None if no row is sure enough of what it wants.
         """
         own = self._graphs.draws
-        going = [i for i, row in enumerate(rows) if self.takes(row.ahead)]
+        going = self.going(rows)
         if not going:
             return None
         if len(going) < len(rows):
@@ -138,8 +138,6 @@ class Ahead:
             tokens, places = [tokens[i] for i in going], [places[i] for i in going]
         draws = [row.ahead for row in rows if row.ahead]
         same = last if last and _continues(last, places, draws) else None  # and so the same kind
-        if same is None and not own.covers(draws):
-            return None
         kind = same.kind if same else own.kind(draws)
         graph = self._graph(len(rows), kind)
         if graph is None:

@@ -12,9 +12,7 @@ from torch import Tensor
 
 from lmi_multi.backends.drawing import ranked
 from lmi_multi.engine.batch import Continuation, Continuations, Row
-from lmi_multi.ops.sampling import SampleRow
 
-from .draws import can_capture
 from .inputs import StepInputs, pinned, upload
 from .ops import Scratch
 
@@ -43,7 +41,7 @@ class BeamKind(NamedTuple):
             own is not None and (len(own.scores), own.keep) == kind for own in asked[:: kind.width]
         )
         searches = sum(own is not None for own in asked)
-        plain = all(row.sample is not None and is_plain(row.sample) for row in rows)
+        plain = all(row.sample is not None and row.sample.is_plain for row in rows)
         return kind if alike and plain and searches * kind.width == len(rows) else None
 
     @property
@@ -223,8 +221,3 @@ class BeamInputs:
         best = total.topk(min(kind.keep, total.shape[1]), dim=-1)
         finite = torch.isfinite(own.amax(-1)).view(searches, kind.width).all(-1, keepdim=True)
         return torch.cat([best.values.double(), best.indices.double(), finite.double()], -1)
-
-
-def is_plain(row: SampleRow) -> bool:
-    """Whether beams of such rows are ranked by the model's scores, and by nothing else."""
-    return not row.banned and can_capture(row)

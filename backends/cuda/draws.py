@@ -54,13 +54,9 @@ class DrawInputs:
         }
         self._banned: dict[int, Tensor] = {}
 
-    def takes(self, row: SampleRow) -> bool:
-        """Whether a captured step can draw for such a row."""
-        return can_capture(row)
-
-    def covers(self, rows: Sequence[SampleRow]) -> bool:
-        """Whether there is room for what such rows have together: always."""
-        return True
+    def fitting(self, rows: Sequence[SampleRow | None]) -> list[int]:
+        """The numbers of those that a captured step can draw for together."""
+        return [i for i, row in enumerate(rows) if row is not None and can_capture(row)]
 
     def kind(self, rows: Sequence[SampleRow]) -> DrawKind:
         """What these rows need."""

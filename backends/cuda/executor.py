@@ -200,7 +200,7 @@ class CudaExecutor(TorchExecutor):
         ranks that went on with different ones would part."""
         if self._ahead is None or self._peers.alone:
             return tokens
-        if not any(rows[i].sample and self._ahead.takes(rows[i].ahead) for i in rest):
+        if not self._ahead.going([rows[i] for i in rest if rows[i].sample]):
             return tokens
         own = torch.tensor([-1 if t is None else t for t in tokens], device=self._device)
         with progress.waiting():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from lmi_multi.completion import TokenLogprob
 from lmi_multi.engine.batch import Row
+from lmi_multi.errors import first_line
 from lmi_multi.ops.rules import Rules
-from lmi_multi.ops.sampling import MIN_TEMPERATURE, SampleRow, floor_24, uniforms
+from lmi_multi.ops.sampling import SampleRow, bounded, floor_24, uniforms
 
 from .draws import FUSED, GREEDY, Chances, DrawKind, is_greedy
 from .inputs import StepInputs, pinned, upload
@@ -36,6 +38,7 @@ OPTIONS = np.dtype(
 LONGEST = 1 << 30  # more tokens than any row has
 MOST_LISTED = 1 << 18  # ids and what belongs to them, of all rows
 NONE = Rules()
+log = logging.getLogger(__name__)
 
 
 class FusedDraws:
@@ -60,13 +63,22 @@ class FusedDraws:
         self._logprobs = pinned((2, most, RECORD), torch.int32)
         self.fill(())
 
-    def takes(self, row: SampleRow) -> bool:
-        """Whether the kernel has such a row's options: it has all."""
-        return True
+    def works(self, vocab: int) -> bool:
+        """Whether this GPU runs the kernel, and has room for so large a vocabulary; tried."""
+        try:
+            return self.draw(torch.zeros(1, vocab, device=self._uniform.device))
+        except RuntimeError as error:
+            log.warning("draws are torch's operations: %s", first_line(error))
+            return False
 
-    def covers(self, rows: Sequence[SampleRow]) -> bool:
-        """Whether there is room for what such rows have together."""
-        return sum(len(_listed(row).ids) for row in rows) <= MOST_LISTED
+    def fitting(self, rows: Sequence[SampleRow | None]) -> list[int]:
+        """The numbers of those that a captured step can draw for together: all, but for lists of
+        ids that there is no room for."""
+        found, places = [], _Places()
+        for i, row in enumerate(rows):
+            if row is not None and places.find(_listed(row)) is not None:
+                found.append(i)
+        return found
 
     def kind(self, rows: Sequence[SampleRow]) -> DrawKind:
         """What these rows need."""
@@ -76,16 +88,15 @@ class FusedDraws:
         """Put the rows' options in the first places."""
         if rows and is_greedy(rows):
             return
-        lists = [_listed(row) for row in rows]
-        first = np.cumsum([0, *(len(own.ids) for own in lists)])
+        places = _Places()
         options = np.zeros(self._inputs.most, dtype=OPTIONS)
-        options[:] = _options(SampleRow(), _listed(SampleRow()), 0)
-        for i, (row, own) in enumerate(zip(rows, lists, strict=True)):
-            options[i] = _options(row, own, int(first[i]))
+        options[:] = _options(SampleRow(), _EMPTY, 0)
+        for i, row in enumerate(rows):
+            own = _listed(row)
+            options[i] = _options(row, own, places.find(own) or 0)
         upload(options.view(np.uint8).reshape(len(options), -1), self._options)
-        if first[-1]:
-            listed = np.concatenate([own.ids for own in lists])
-            upload(listed, self._lists[: len(listed)])
+        if places.ids:
+            upload(np.concatenate(places.ids), self._lists[: places.size])
         if rows:
             self.advance(uniforms(rows, 1)[0])
 
@@ -185,6 +196,24 @@ def _rules(row: SampleRow) -> Rules:
 _EMPTY = _Listed(SampleRow())
 
 
+class _Places:
+    """Where lists of rows begin, one behind the other; rows that have the same one share it."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self.ids: list[npt.NDArray[np.int32]] = []
+        self._begins = {id(_EMPTY): 0}
+
+    def find(self, own: _Listed) -> int | None:
+        """None if there is no room."""
+        begin = self._begins.get(id(own))
+        if begin is None and self.size + len(own.ids) <= MOST_LISTED:
+            begin = self._begins[id(own)] = self.size
+            self.ids.append(own.ids)
+            self.size += len(own.ids)
+        return begin
+
+
 def _listed(row: SampleRow) -> _Listed:
     if row.rules is None and not row.banned and not row.forced:
         return _EMPTY  # most often
@@ -205,7 +234,7 @@ def _options(row: SampleRow, listed: _Listed, first: int) -> tuple[float, ...]:
     return (
         rules.presence_penalty,
         rules.frequency_penalty,
-        max(row.temperature, MIN_TEMPERATURE) if row.temperature else 0.0,
+        bounded(row.temperature) if row.temperature else 0.0,
         floor_24(row.top_p),
         floor_24(row.min_p),
         floor_24(row.typical_p),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from bisect import bisect_left
 from collections.abc import Callable
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -111,12 +112,7 @@ class StepGraphs:
         peers: Peers,
         stream: torch.cuda.Stream,
     ) -> None:
-        self._peers, self._stream = peers, stream
-        # By the kernel, ranks might draw apart, as their probabilities may differ in the last bits.
-        fused = peers.alone and network.spec.vocab <= MOST_VOCAB
-        self.draws: DrawInputs | FusedDraws
-        self.draws = FusedDraws(inputs) if fused else DrawInputs(inputs.most, inputs.ids.device)
-        self.inputs = inputs
+        self._peers, self._stream, self.inputs = peers, stream, inputs
         self.beams = BeamInputs(inputs)
         self._network, self._kernel, self._scratch = network, kernel, scratch
         self._sizes = sizes(inputs.most)
@@ -126,6 +122,17 @@ class StepGraphs:
         self._programs: dict[int, StepProgram | None] = {}
         self._entry, self._most_program_rows = Entry(network, inputs, angles), most_program_rows
         self._in_one = not is_off(HEADS)
+
+    @cached_property
+    def draws(self) -> DrawInputs | FusedDraws:
+        """What steps draw by: made when it is first wanted, as not all graphs draw."""
+        vocab = self._network.spec.vocab
+        # By the kernel ranks might draw apart, if their GPUs differ in a last bit.
+        if self._peers.alone and vocab <= MOST_VOCAB:
+            fused = FusedDraws(self.inputs)
+            if fused.works(vocab):
+                return fused
+        return DrawInputs(self.inputs.most, self.inputs.ids.device)
 
     def check(self, rows: int) -> None:
         """Raise NotCoveredError, on all ranks, if the kernels do not cover a step of so many

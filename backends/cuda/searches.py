@@ -21,7 +21,7 @@ from torch import Tensor
 from lmi_multi import progress
 from lmi_multi.engine.batch import Continuations, Row
 
-from .beams import MOST_STOPS, BeamKind, Gone, Records, is_plain
+from .beams import MOST_STOPS, BeamKind, Gone, Records
 from .capturing import Captured
 from .graphs import StepGraphs
 from .inputs import download, recorded
@@ -216,4 +216,4 @@ def _searched(rows: Sequence[Row]) -> list[int]:
 def _goes_on(row: Row) -> bool:
     """Whether the search of which this is the first row goes on as `Going` says."""
     going = row.beams.going if row.beams else None
-    return going is not None and len(going.stops) <= MOST_STOPS and is_plain(going.sample)
+    return going is not None and len(going.stops) <= MOST_STOPS and going.sample.is_plain

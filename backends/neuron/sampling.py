@@ -27,13 +27,7 @@ _EXPONENTS = range(-126, 128, 2**STEP_BITS)  # of normal float32; what is nearer
 
 def can_draw(row: SampleRow) -> bool:
     """Whether a graph carries the row's options: temperature, top-k and top-p."""
-    return (
-        not row.banned
-        and row.rules is None
-        and not row.forced
-        and row.logprobs is None
-        and (not row.temperature or (row.min_p == 0 and row.typical_p == 1))
-    )
+    return row.is_plain and (not row.temperature or (row.min_p == 0 and row.typical_p == 1))
 
 
 def options(rows: Sequence[SampleRow], count: int) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from lmi_multi.engine.batch import Continuation, Continuations, Row
-from lmi_multi.ops.sampling import SampleRow
 
 from . import ops
 
@@ -40,11 +39,7 @@ def can_rank(rows: Sequence[Row], kept: int) -> bool:
     changed before they are ranked, and no other log-probability is asked for."""
     beams = rows[0].beams
     samples = [row.sample for row in rows if row.sample is not None]
-    return beams is not None and beams.keep <= kept and all(map(_is_plain, samples))
-
-
-def _is_plain(row: SampleRow) -> bool:
-    return not (row.banned or row.rules or row.forced) and row.logprobs is None
+    return beams is not None and beams.keep <= kept and all(own.is_plain for own in samples)
 
 
 def ranked(rows: Sequence[Row], best: Tensor, scores: Tensor, ids: Tensor) -> Continuations:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -31,7 +32,7 @@ def bench(
             "--option",
             "-o",
             metavar="NAME=VALUE",
-            help="An option of GenerateOptions, such as do_sample=true; may be repeated.",
+            help="An option that chooses among tokens, such as do_sample=true; may be repeated.",
         ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print lines of JSON.")] = False,
@@ -74,7 +75,8 @@ def bench(
         if loaded.spec.kind == "encoder":
             raise OptionError(f"{loaded.spec.family} is an encoder and generates no text")
         if not json:
-            line(f"{loaded.backend} on {loaded.device}, {prompt_tokens} + {new_tokens} tokens")
+            by = "".join(f", {name}={value}" for name, value in chosen.items())
+            line(f"{loaded.backend} on {loaded.device}, {prompt_tokens} + {new_tokens} tokens{by}")
         for rows in batch:
             timing = time_generation(
                 loaded.engine,
@@ -85,12 +87,13 @@ def bench(
                 rounds,
                 options=chosen,
             )
-            _show(timing, json)
+            _show(timing, chosen, json)
 
 
-def _show(timing: Timing, json: bool) -> None:
+def _show(timing: Timing, chosen: Mapping[str, Any], json: bool) -> None:
     if json:
-        json_line(asdict(timing) | {"tokens_per_second": timing.tokens_per_second})
+        given = {"options": chosen} if chosen else {}
+        json_line(asdict(timing) | {"tokens_per_second": timing.tokens_per_second} | given)
         return
     line(
         f"{timing.rows:4} rows  first token {timing.first:9.2f} ms  step {timing.step:8.3f} ms  "

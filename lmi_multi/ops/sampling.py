@@ -26,8 +26,9 @@ from lmi_multi.ops.rules import History, Rules
 # Weight bits, and bits of a draw: their sum must stay below 63, for products in int64.
 WEIGHT_BITS = 38
 DRAW_BITS = 24
-# Below this, any gap between two logits already decides; dividing by less would overflow.
-MIN_TEMPERATURE = 1e-30
+# Below the first, any gap between two logits already decides, above the second none does; dividing
+# by less would overflow, and what is more is no float32.
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-30, 1e30
 # With every top_k at most the last of these, a partial sort suffices. Few sizes: few traced graphs.
 WINDOWS = (64, 256, 1024)
 
@@ -73,6 +74,12 @@ class SampleRow(NamedTuple):
         if self.rules is None or self.forced:
             return self.banned
         return tuple(dict.fromkeys(self.banned + self.rules.bans(self.history, self.step)))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether in this step the model's scores are all that matters: nothing is edited or
+        banned, and no log-probability asked for. Raises ValueError as `Rules.edit` does."""
+        return self.logprobs is None and self.edit is None and not self.bans
 
     def at(self, step: int, stream: int, history: History | None = None) -> SampleRow:
         """The same for another step and stream, and with this history, if one is given: as
@@ -160,7 +167,7 @@ class Sampling:
         banned = [row.bans for row in rows]
         return cls(
             temperature=_column(
-                [max(r.temperature, MIN_TEMPERATURE) if r.temperature else 1.0 for r in drawn],
+                [bounded(r.temperature) if r.temperature else 1.0 for r in drawn],
                 torch.float32,
                 device,
             ),
@@ -310,6 +317,11 @@ def _share(whole: Tensor, part: Tensor) -> Tensor:
 
 def _column(values: Sequence[float], dtype: torch.dtype, device: torch.device | str) -> Tensor:
     return torch.tensor(values, dtype=dtype, device=device)
+
+
+def bounded(temperature: float) -> float:
+    """Where all that are beyond draw the same."""
+    return min(max(temperature, MIN_TEMPERATURE), MAX_TEMPERATURE)
 
 
 def floor_24(part: float) -> float:

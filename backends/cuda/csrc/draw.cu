@@ -1,9 +1,9 @@
 // A row's next token by all options, and what the step leaves for the next: one kernel, in which some blocks
 // share a row's vocabulary, and keep their part of it in shared memory.
 //
-// What a token weighs is an integer, and all sums but those of exponentials are of integers, as in the
-// reference (lmi_multi/ops/sampling.py), so they do not depend on the order that threads add in. The last
-// token of a selection is found by a histogram over how far logits are below the likeliest one. Those in the
+// What a token weighs is an integer, and all sums that decide are of integers, as in the reference
+// (lmi_multi/ops/sampling.py), so they do not depend on the order that threads add in, nor on how many
+// blocks there are. The last token of a selection is found by a histogram over how far logits are below the likeliest one. Those in the
 // bin that matters are listed, and each is compared with all; where they are too many there are more
 // histograms, over 11 bits of their keys at a time.
 #include "draw_rules.cuh"
@@ -13,11 +13,22 @@ namespace lmi {
 namespace {
 
 constexpr int WEIGHT_BITS = 38, DRAW_BITS = 24;  // as the reference has them
+constexpr int EXPONENTIAL_BITS = 44;  // of exponentials, of which 2^18 are at most 1
+constexpr int NOBODY = -2;
 // A token that is further below the likeliest one weighs less than one: exp(-26.4) is 2^-38.
 constexpr float DEPTH = 27;
-static_assert(WEIGHT_BITS < 32 + LOW_BITS && MOST_DRAWN_VOCAB <= 1 << (32 - LOW_BITS + 2));
+static_assert(WEIGHT_BITS < 32 + LOW_BITS);
 
 __device__ inline float scaled(int bits) { return __uint_as_float((127 + bits) << 23); }
+
+// exp(x), x <= 0.
+__device__ inline Weight exponential(float x) {
+  return static_cast<Weight>(expf(x) * scaled(EXPONENTIAL_BITS));
+}
+
+__device__ inline float of_exponentials(Weight sum) {
+  return static_cast<float>(sum) * scaled(-EXPONENTIAL_BITS);
+}
 
 __device__ inline Weight share(Weight whole, float part) {
   return static_cast<Weight>(part * scaled(DRAW_BITS)) * whole >> DRAW_BITS;
@@ -145,13 +156,12 @@ struct Weights {
   }
 
   __device__ void keep_typical(float p) const {
-    Weight weight = 0;
-    float exponentials = 0;
+    Both own;
     chunk.visit([&](int i) {
-      if (chunk.w[i] > 0) weight += of(i), exponentials += expf(chunk.x[i] - top);
+      if (chunk.w[i] > 0) own.first += of(i), own.second += exponential(chunk.x[i] - top);
     });
-    const Both sums = meet.all({weight, Sums::of(exponentials)}, Sums());
-    const float log_of_all = logf(Sums::number(sums));
+    const Both sums = meet.all(own, Sums());
+    const float log_of_all = logf(of_exponentials(sums.second));
     Weight bits = 0;
     chunk.visit([&](int i) {
       if (chunk.w[i] == 0) return;
@@ -168,26 +178,27 @@ struct Weights {
     drop([&](int i) { return ~key_of(distance(i)) < cut.key; });
   }
 
-  // The first id whose cumulative weight exceeds the number's share of all, to the one lane that finds it;
-  // -1 to all others.
+  // The first id whose cumulative weight exceeds the number's share of all, to the one lane that finds it, or
+  // -1 to one if nothing weighs anything; NOBODY to all others.
   __device__ int draw(float uniform) const {
     Weight own = 0, before, of_block;
     chunk.visit([&](int i) { own += of(i); });
-    const Weight target = share(meet.total(own, before, of_block), uniform);
-    if (before > target || before + of_block <= target) return -1;  // whole blocks
+    const Weight whole = meet.total(own, before, of_block), target = share(whole, uniform);
+    if (!whole) return meet.block() == 0 && threadIdx.x == 0 ? -1 : NOBODY;
+    if (before > target || before + of_block <= target) return NOBODY;  // whole blocks
     // The warp in whose tokens it lies goes through them.
     const int lane = threadIdx.x % 32, begin = chunk.begin();
     const Weight first = before + __shfl_sync(~0u, meet.before(own), 0);
     const Weight of_warp = __shfl_sync(~0u, Meet::of_lanes_until(own), 31);
-    if (first > target || first + of_warp <= target) return -1;
+    if (first > target || first + of_warp <= target) return NOBODY;
     Weight until = first;
     for (int from = begin; from < chunk.count; from += 32) {
       const Weight sums = Meet::of_lanes_until(from + lane < chunk.count ? of(from + lane) : 0);
       const unsigned beyond = __ballot_sync(~0u, until + sums > target);
-      if (beyond) return lane == __ffs(beyond) - 1 ? chunk.first + from + lane : -1;
+      if (beyond) return lane == __ffs(beyond) - 1 ? chunk.first + from + lane : NOBODY;
       until += __shfl_sync(~0u, sums, 31);
     }
-    return -1;
+    return NOBODY;
   }
 };
 
@@ -204,9 +215,9 @@ __device__ float report_likeliest(const Chunk& chunk, Meet& meet, int count, int
     if (count) ranking.take(own ? entry_of(own, chunk.first + i) : 0, count);
   }
   const float top = number_of(static_cast<uint32_t>(meet.all({key, 0}, Largest()).first));
-  float sum = 0;
-  chunk.visit([&](int i) { sum += expf(chunk.x[i] - top); });
-  const float less = top + logf(Sums::number(meet.all({0, Sums::of(sum)}, Sums())));
+  Weight sum = 0;
+  chunk.visit([&](int i) { sum += exponential(chunk.x[i] - top); });
+  const float less = top + logf(of_exponentials(meet.all({sum, 0}, Sums()).first));
   if (!count) return less;
   ranking = meet.likeliest(ranking, count);
   if (meet.block() == 0 && threadIdx.x < count) {
@@ -255,19 +266,19 @@ __device__ void draw_row(const DrawParams& p, int row, const Chunk& chunk, Meet&
     if (meet.block() == 0 && threadIdx.x == 0) leave(p, o, row, token, logprobs, less);
     return;
   }
-  float own = 0;
+  Weight own = 0;
   chunk.visit([&](int i) {
     chunk.x[i] /= o.temperature;
-    own += expf(chunk.x[i] - top);
+    own += exponential(chunk.x[i] - top);
   });
-  const Weights weights{chunk, meet, top, Sums::number(meet.all({0, Sums::of(own)}, Sums()))};
+  const Weights weights{chunk, meet, top, of_exponentials(meet.all({own, 0}, Sums()).first)};
   chunk.visit([&](int i) { chunk.w[i] = weights.plain(chunk.x[i]); });
   if (o.top_k > 0) weights.keep_top_k(o.top_k);
   if (o.top_p < 1) weights.keep_top_p(o.top_p);
   if (o.min_p > 0) weights.keep_min_p(o.min_p);
   if (o.typical_p < 1) weights.keep_typical(o.typical_p);
   const int token = weights.draw(p.uniform[row]);
-  if (token >= 0) leave(p, o, row, token, logprobs, less);
+  if (token != NOBODY) leave(p, o, row, token, logprobs, less);
 }
 
 // A team is a column of blocks; it takes every so many-th row.
@@ -299,6 +310,7 @@ Plan plan_draw(const void* kernel, int rows, int vocab, const Device& gpu) {
   int64_t least = 0;
   for (int blocks = 1; blocks <= std::min(MOST_DRAW_BLOCKS, gpu.processors); blocks *= 2) {
     const int chunk = (vocab + blocks - 1) / blocks, bytes = 2 * chunk * static_cast<int>(sizeof(float));
+    if (chunk > 1 << (32 - LOW_BITS)) continue;  // low parts of a bin would overflow
     if (bytes + static_cast<int>(sizeof(DrawShared)) + 1024 > gpu.shared_per_block) continue;
     allow_shared(kernel, bytes);
     int each = 0;

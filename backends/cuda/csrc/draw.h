@@ -4,21 +4,21 @@
 
 namespace lmi {
 
-constexpr int MOST_DRAWN_VOCAB = 1 << 18;  // what fits the shared memory of few blocks
+constexpr int MOST_DRAWN_VOCAB = 1 << 18;  // and what shared memory of the GPU's blocks has room for
 constexpr int MOST_DRAW_TEAMS = 64;
 constexpr int DRAW_TEAM_BYTES = 75808;
 constexpr int MOST_LOGPROBS = 20;
 
 // How a row draws, as lmi_multi/ops/sampling.py has it, and where in `lists` its ids are. numpy makes
-// them: backends/cuda/draws.py.
+// them: backends/cuda/fused_draws.py.
 struct DrawOptions {
   double presence, frequency;
   float temperature;  // 0: the likeliest token
   float top_p, min_p, typical_p;
   float repetition, prompt;  // what divides positive logits of earlier tokens, and of the prompt's
-  int top_k;                 // 0: all
+  int top_k;                 // 0: off
   int given;                 // tokens of its history that were not drawn
-  int ngram;                 // 0: any
+  int ngram;                 // 0: off
   int logprobs;              // of so many likeliest tokens beside the drawn one's; -1: of none
   int bias, biases;          // pairs of an id and a float's bits
   int banned, bans;          // ids

@@ -13,7 +13,7 @@ constexpr int DRAW_THREADS = 256, DRAW_WARPS = DRAW_THREADS / 32;
 constexpr int BIN_BITS = 11, BINS = 1 << BIN_BITS, OWN_BINS = BINS / DRAW_THREADS;
 constexpr int LOW_BITS = 16;  // of a weight of 39 bits: with them two sums of 32 bits do
 constexpr int MOST_DRAW_BLOCKS = 64;  // two a lane
-constexpr int MOST_LISTED = DRAW_THREADS;
+constexpr int LIST = DRAW_THREADS;
 static_assert(BINS == OWN_BINS * DRAW_THREADS);
 
 // Two numbers that are joined at a time.
@@ -27,13 +27,8 @@ struct Largest {
   }
 };
 
-// Of integers, and of floats, always in the same order.
 struct Sums {
-  __device__ Both operator()(Both a, Both b) const {
-    return {a.first + b.first, of(number(a) + number(b))};
-  }
-  static __device__ Weight of(float number) { return __float_as_uint(number); }
-  static __device__ float number(Both both) { return __uint_as_float(static_cast<unsigned>(both.second)); }
+  __device__ Both operator()(Both a, Both b) const { return {a.first + b.first, a.second + b.second}; }
 };
 
 // A token as a selection sees it: those with larger keys come first, equal ones together. Of weight 0: it is
@@ -60,7 +55,7 @@ struct DrawTeam {
   alignas(16) Weight bins[3][BINS];
   unsigned lists;  // in turns: how many tokens are on those of three, and what of two is read
   unsigned listed[3];
-  Seen list[2][MOST_LISTED];
+  Seen list[2][LIST];
   Both told[2][MOST_DRAW_BLOCKS];  // in turns, too
   Entry likeliest[MOST_DRAW_BLOCKS][32];
 };
@@ -76,8 +71,8 @@ struct DrawShared {
   int bin;
   unsigned turn, told, lists, key;
   Weight above, own;
-  uint32_t keys[MOST_LISTED];
-  Weight weights[MOST_LISTED];
+  uint32_t keys[LIST];
+  Weight weights[LIST];
 };
 
 // Where sums over bins come to a target: the bin, -1 if there is none, its own weight, and that of all
@@ -192,7 +187,7 @@ class Meet {
   // Any threads, up to once for each token; then all, `listed`.
   __device__ void list(Seen token) {
     const unsigned turn = shared_.lists, place = atomicAdd(&team_.listed[turn % 3], 1);
-    if (place >= MOST_LISTED) return;
+    if (place >= LIST) return;
     Seen& to = team_.list[turn % 2][place];
     __stcg(&to.key, token.key), __stcg(&to.weight, token.weight);
   }
@@ -207,12 +202,12 @@ class Meet {
     barrier_.wait();
     if (threadIdx.x == 0) shared_.lists = (turn + 1) % 6;
     const unsigned count = __ldcg(&team_.listed[turn % 3]), i = threadIdx.x;
-    if (count <= MOST_LISTED && i < count) {
+    if (count <= LIST && i < count) {
       const Seen& own = team_.list[turn % 2][i];
       shared_.keys[i] = __ldcg(&own.key), shared_.weights[i] = __ldcg(&own.weight);
     }
     __syncthreads();
-    if (count > MOST_LISTED) return false;
+    if (count > LIST) return false;
     if (i < count) {
       const uint32_t key = shared_.keys[i];
       Weight before = above, own = 0;
