@@ -104,8 +104,9 @@ def _page(command: str, cases: Sequence[Case]) -> str:
 `{command}`
 on {{where}}.
 
-Microseconds to draw a token for every row from bfloat16 logits, all options and random numbers on
-the GPU: by the kernel (`csrc/draw.cu`), and by torch's operations, in graphs of {LAUNCHES} draws.
+Microseconds to draw a token for every row from bfloat16 logits, options and random numbers on the
+GPU, without penalties, biases and log-probabilities: by the kernel (`csrc/draw.cu`), and by torch's
+operations, in graphs of {LAUNCHES} draws.
 
 | options | rows x vocabulary | kernel | torch | beside |
 | --- | --: | --: | --: | --: |

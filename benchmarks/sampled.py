@@ -1,7 +1,7 @@
 """Decode steps by sampling options on a GPU, over random weights: `python -m benchmarks.sampled`.
 
-Prompts of 128 tokens, 128 forced ones; a step is (time of the whole answer - time of its first
-token) / 127, medians of rounds, so it holds all that the host does.
+Prompts of 128 tokens, as many forced ones; a step is (time of the whole answer - time of its first
+token) over the tokens behind the first, medians of rounds, so it holds all that the host does.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "no 3-gram twice": {"no_repeat_ngram_size": 3},
     "5 log-probabilities": {"logprobs": 5},
-    "all of these": SAMPLED
+    "many at once": SAMPLED
     | {
         "temperature": 0.8,
         "top_k": 50,
@@ -64,13 +64,17 @@ class Case:
 
 
 def cases(
-    name: str, dtype: DtypeName, counts: Sequence[int], tokens: int, rounds: int
+    name: str,
+    dtype: DtypeName,
+    counts: Sequence[int],
+    tokens: int,
+    rounds: int,
+    device: torch.device,
 ) -> Iterator[Case]:
     """One shape at every number of rows, by every kind of options."""
     from lmi_multi.backends.cuda.executor import CudaExecutor
     from lmi_multi.backends.cuda.ops import Scratch
 
-    device = torch.device("cuda", 0)
     spec, tensors = random_model(SHAPES[name], dtype, None, device)
     limits = limits_for(spec, max(counts), 2 * tokens + 16, 8192)
     executor = CudaExecutor(spec, tensors, limits, Scratch(device), SingleRank())
@@ -99,7 +103,7 @@ def main(
     known, _ = check("cuda", shape, dtype, "", results, 2 * tokens)
     found = []
     for name in shape:
-        for case in cases(name, known, batch, tokens, rounds):
+        for case in cases(name, known, batch, tokens, rounds, torch.device("cuda", 0)):
             typer.echo(f"{name} {case.options:26} rows {case.rows:3}  step {case.step:.3f} ms")
             found.append(case)
     command = page.command("benchmarks.sampled")

@@ -15,7 +15,16 @@ from lmi_multi.backends.cuda.beams import BeamKind
 from lmi_multi.backends.cuda.ops import Scratch
 from safetensors.torch import load_file
 
-from benchmarks import bench_command, generate, memory, newcomers, prefill, random_model, steps
+from benchmarks import (
+    bench_command,
+    generate,
+    memory,
+    newcomers,
+    prefill,
+    random_model,
+    sampled,
+    steps,
+)
 from benchmarks.peers import Task
 from benchmarks.static_cache import STATIC
 from lmi_multi.parallel.collectives import SingleRank
@@ -115,6 +124,18 @@ def test_prefill(monkeypatch: pytest.MonkeyPatch, shape: str) -> None:
     if shape == "tiny-gpt2":
         for name in ("captured", "kernels"):
             torch.testing.assert_close(found[name], found["torch"])
+
+
+@pytest.mark.parametrize("shape", ["tiny-t5", "tiny-gpt2"])
+def test_sampled(shape: str) -> None:
+    """All kinds of options, each with an answer of the length that is timed."""
+    cases = [*sampled.cases(shape, "fp32", [1, 2], 6, 1, CPU)]
+    assert [(case.rows, case.options) for case in cases] == [
+        (rows, kind) for rows in (1, 2) for kind in sampled.OPTIONS
+    ]
+    page = sampled._page("a command", cases, 6)
+    assert f"| options | {shape}, 1 | {shape}, 2 |" in page
+    assert all(f"\n| {kind} | " in page for kind in sampled.OPTIONS)
 
 
 @pytest.mark.parametrize("family", ["t5", "gpt2"])

@@ -1,4 +1,5 @@
-"""The kernel that draws tokens, against the reference on the same device: the same tokens.
+"""The kernel that draws tokens, against the reference on the same device: the same tokens, but for
+roundings.
 
 What a token weighs is rounded down to 38 bits of a softmax, whose last bit may differ between the
 two: a draw that this decides comes once in some millions. Which tokens are typical depends on the

@@ -158,9 +158,9 @@ def test_steps_are_begun_ahead(monkeypatch: pytest.MonkeyPatch, folder: Path, fa
         {"no_repeat_ngram_size": 2, "bad_words": [[3, 4]], "logit_bias": {5: 1.0}},
     ]
     with cuda_model(folder, family) as model:
-        for number, own in enumerate(every):  # other prompts: none begins like another
+        for seed, own in zip((0, 1, 2, 6), every, strict=True):  # no prompts that begin alike
             found.clear()
-            model.generate(prompts(5, number), own, max_new_tokens=12, ignore_eos=True)
+            model.generate(prompts(5, seed), own, max_new_tokens=12, ignore_eos=True)
             assert sum(found) == 5 * 11, own
 
 

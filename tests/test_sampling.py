@@ -288,6 +288,14 @@ def test_top_k_of_one_and_a_vocabulary_of_one(top_k: int) -> None:
 # --- bans
 
 
+def test_temperatures_beyond_float32_ban_all_the_same() -> None:
+    logits = torch.randn(40, 10)
+    rows = [SampleRow(1e39, seed=i, banned=(3,)) for i in range(40)]
+    tokens = draw(logits, *rows)
+    assert tokens == draw(logits, *[row._replace(temperature=1e30) for row in rows])
+    assert 3 not in tokens and max(tokens) < 10 and len(set(tokens)) > 4
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_banned_tokens_are_not_drawn(temperature: float) -> None:
     logits = torch.zeros(64, 6)

@@ -41,8 +41,8 @@ Chances = npt.NDArray[np.float32]  # a random number for each row
 
 
 class DrawInputs:
-    """The options of up to `most` rows on the device, for torch's operations: all that do not look
-    at earlier tokens, nor report log-probabilities."""
+    """The options of up to `most` rows on the device, for torch's operations: temperature, filters
+    and bans."""
 
     follows = False
 

@@ -23,9 +23,9 @@ class StepInputs:
     int32 [most] by how much that grows with each step: 0 for places that no row has. Such a place
     computes too, on block `spare`, which belongs to nobody.
 
-    A greedy step leaves its tokens in one half of `tokens`, int64 [2, most] in pinned memory: a
-    row's in that which `turns` int32 [most] says, and it then turns to the other. `turn` is what
-    `fill` has them begin with. `fills` counts how often anything was filled in.
+    A step that draws by a kernel leaves its tokens in one half of `tokens`, int64 [2, most] in
+    pinned memory: a row's in that which `turns` int32 [most] says, and it then turns to the other.
+    `turn` is what `fill` has them begin with. `fills` counts how often anything was filled in.
     """
 
     def __init__(self, limits: Limits, most: int, encoded: bool, device: torch.device) -> None:

@@ -35,7 +35,8 @@ class Limits:
     which beam search needs. One that `begins_ahead` starts a step before the last one's tokens are
     read: it had better not wait for a newcomer's first token while others run. Without `follows`
     it does so for rows whose draw needs nothing but logits; one that `follows` keeps the tokens
-    that it has drawn, and draws by all options, those that depend on earlier tokens included.
+    that it has drawn, and draws by all options, those that depend on earlier tokens included (but
+    for searches).
     """
 
     max_batch: int
