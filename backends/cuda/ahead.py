@@ -129,31 +129,43 @@ class Ahead:
         Each row is fed its one of `tokens`, or, where that is None, what `last` has drawn or is
         about to draw at its one of `places`. None if no row is sure enough of what it wants.
         """
-        own = self._graphs.draws
+        draws = [row.ahead for row in rows if row.ahead]
+        if last and len(draws) == len(rows) and _continues(last, places, draws):  # most often
+            return self._go_on(rows, draws, last)
         going = self.going(rows)
         if not going:
             return None
         if len(going) < len(rows):
             rows = [rows[i] for i in going]
+            draws = [row.ahead for row in rows if row.ahead]
             tokens, places = [tokens[i] for i in going], [places[i] for i in going]
-        draws = [row.ahead for row in rows if row.ahead]
-        same = last if last and _continues(last, places, draws) else None  # and so the same kind
-        kind = same.kind if same else own.kind(draws)
+        own = self._graphs.draws
+        kind = own.kind(draws)
         graph = self._graph(len(rows), kind)
         if graph is None:
             return None
-        chances: Sequence[Chances] = ()
-        if same is None:
-            self._graphs.inputs.fill(rows, ahead=1)
-            own.fill(draws)
-            new = [i for i, place in enumerate(places) if place is None]
-            own.remember([rows[i] for i in new], [draws[i] for i in new], ahead=1)
-            self._feed(tokens, places)
-        elif kind.any_sampled:
-            now, *chances = same.chances or uniforms(draws, DRAWN_AT_ONCE)
-            own.advance(now)
+        self._graphs.inputs.fill(rows, ahead=1)
+        own.fill(draws)
+        new = [i for i, place in enumerate(places) if place is None]
+        own.remember([rows[i] for i in new], [draws[i] for i in new], ahead=1)
+        self._feed(tokens, places)
         begun = self._replay(graph, rows, draws, kind)
-        begun.numbers, begun.chances = going, chances
+        begun.numbers = going
+        return begun
+
+    def _go_on(
+        self, rows: Sequence[Row], draws: Sequence[SampleRow], last: Flight
+    ) -> Flight | None:
+        """The step behind `last`, with its rows: the device has all but random numbers."""
+        graph = self._graph(len(rows), last.kind)
+        if graph is None:
+            return None
+        chances: Sequence[Chances] = ()
+        if last.kind.any_sampled:
+            now, *chances = last.chances or uniforms(draws, DRAWN_AT_ONCE)
+            self._graphs.draws.advance(now)
+        begun = self._replay(graph, rows, draws, last.kind)
+        begun.numbers, begun.chances = range(len(rows)), chances
         return begun
 
     def _graph(self, rows: int, kind: DrawKind) -> Captured | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import NamedTuple
 
@@ -53,6 +53,14 @@ class Rules:
     frequency_penalty: float = 0.0
     no_repeat_ngram_size: int = 0
     bad_words: tuple[tuple[int, ...], ...] = ()
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        """Once: words and biases may be thousands, and rows are looked up by their rules."""
+        return hash(tuple(getattr(self, own.name) for own in fields(self)))
 
     @cached_property
     def reads_tokens(self) -> bool:
