@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from lmi_multi.backends.cuda import ahead, draws, fused_draws, graphs
+from lmi_multi.backends.cuda import ahead, draws, fused_draws, graphs, inputs
 from torch import Tensor
 
+from lmi_multi.backends.base import Limits
 from lmi_multi.engine.batch import Row
+from lmi_multi.ops.sampling import SampleRow
 from tests.cuda_stand_ins import stand_in
 from tests.test_cuda_ahead import open_model
 from tests.test_cuda_graphs import assert_same_as_cpu, cpu_model, prompts
@@ -83,6 +85,22 @@ def test_rows_whose_lists_find_no_room_leave_others_theirs(
             expected = [c.token_ids for c in cpu.generate(own, chosen)]
             assert [c.token_ids for c in model.generate(own, chosen)] == expected
             assert sum(begun) == 19 * ahead_rows
+
+
+def test_every_row_finds_its_own_list() -> None:
+    """More of them than are kept, some of them twice."""
+    given = inputs.StepInputs(Limits(700, 16, 1, 700, 16), 700, False, torch.device("cpu"))
+    made = fused_draws.FusedDraws(given)
+    rows = [SampleRow(banned=(i % 400, i % 400 + 1, i % 400 % 7)) for i in range(700)]
+    assert made.fitting(rows) == list(range(700))
+    made.fill(rows)
+    records = made._options.numpy().view(fused_draws.OPTIONS)[:, 0]
+    for row, record in zip(rows, records, strict=True):
+        begin = int(record["banned"])
+        assert tuple(made._lists[begin : begin + int(record["bans"])].tolist()) == row.banned
+    assert max(records["banned"]) == 3 * 399
+    with pytest.raises(ValueError, match="no room for what row 1 lists"):
+        made.fill([SampleRow(banned=tuple(range(n))) for n in (1 << 17, (1 << 17) + 1)])
 
 
 def test_kinds_of_draw_are_bounded(

@@ -76,7 +76,7 @@ class FusedDraws:
         ids that there is no room for."""
         found, places = [], _Places()
         for i, row in enumerate(rows):
-            if row is not None and places.find(_listed(row)) is not None:
+            if row is not None and places.find(row) is not None:
                 found.append(i)
         return found
 
@@ -85,15 +85,18 @@ class FusedDraws:
         return GREEDY if is_greedy(rows) else FUSED
 
     def fill(self, rows: Sequence[SampleRow]) -> None:
-        """Put the rows' options in the first places."""
+        """Put the rows' options in the first places. Raises ValueError for rows that are not
+        `fitting` together."""
         if rows and is_greedy(rows):
             return
         places = _Places()
         options = np.zeros(self._inputs.most, dtype=OPTIONS)
         options[:] = _options(SampleRow(), _EMPTY, 0)
         for i, row in enumerate(rows):
-            own = _listed(row)
-            options[i] = _options(row, own, places.find(own) or 0)
+            begin = places.find(row)
+            if begin is None:
+                raise ValueError(f"there is no room for what row {i} lists")
+            options[i] = _options(row, _listed(row), begin)
         upload(options.view(np.uint8).reshape(len(options), -1), self._options)
         if places.ids:
             upload(np.concatenate(places.ids), self._lists[: places.size])
@@ -163,6 +166,9 @@ class FusedDraws:
         return done
 
 
+_Key = tuple[Rules | None, tuple[int, ...], tuple[int, ...]]
+
+
 class _Listed:
     """A row's ids, one list behind the other, and where each begins and how many it has."""
 
@@ -197,20 +203,23 @@ _EMPTY = _Listed(SampleRow())
 
 
 class _Places:
-    """Where lists of rows begin, one behind the other; rows that have the same one share it."""
+    """Where lists of rows begin, one behind the other; rows that have the same ids share them."""
 
     def __init__(self) -> None:
         self.size = 0
         self.ids: list[npt.NDArray[np.int32]] = []
-        self._begins = {id(_EMPTY): 0}
+        self._begins: dict[_Key, int] = {(None, (), ()): 0}
 
-    def find(self, own: _Listed) -> int | None:
+    def find(self, row: SampleRow) -> int | None:
         """None if there is no room."""
-        begin = self._begins.get(id(own))
-        if begin is None and self.size + len(own.ids) <= MOST_LISTED:
-            begin = self._begins[id(own)] = self.size
-            self.ids.append(own.ids)
-            self.size += len(own.ids)
+        key = row.rules, row.banned, row.forced
+        begin = self._begins.get(key)
+        if begin is None:
+            ids = _listed(row).ids
+            if self.size + len(ids) <= MOST_LISTED:
+                begin = self._begins[key] = self.size
+                self.ids.append(ids)
+                self.size += len(ids)
         return begin
 
 
