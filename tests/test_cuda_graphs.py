@@ -305,13 +305,14 @@ def test_a_closed_model_gives_its_memory_back(folder: Path) -> None:
     """All but a workspace of cuBLAS, 32 MiB for each stream; the cache alone is much larger."""
     gc.collect()  # what tests before this one have left
     torch.cuda.empty_cache()
-    left = []
+    # What is free in the graphs' pools of models that a failed test keeps is nobody else's.
+    left, others = [], torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     for _ in range(2):
         with cuda_model(folder, "llama", blocks=50_000) as model:
             model.generate(prompts(3, 2), max_new_tokens=5)
             cache = model._engine.executor._cache._blocks.nbytes  # type: ignore[attr-defined]
         left.append(torch.cuda.memory_reserved())
-        assert left[-1] - torch.cuda.memory_allocated() < 32 << 20
+        assert left[-1] - torch.cuda.memory_allocated() - others < 32 << 20
     assert cache > 200 << 20
     assert left[1] - left[0] < 100 << 20
 
