@@ -15,7 +15,7 @@ from lmi_multi.completion import TokenLogprob
 from lmi_multi.engine.batch import Row
 from lmi_multi.errors import first_line
 from lmi_multi.ops.rules import Rules
-from lmi_multi.ops.sampling import SampleRow, bounded, floor_24, uniforms
+from lmi_multi.ops.sampling import SampleRow, bounded_temperature, floor_24, uniforms
 
 from .draws import FUSED, GREEDY, Chances, DrawKind, is_greedy
 from .inputs import StepInputs, pinned, upload
@@ -116,10 +116,10 @@ class FusedDraws:
                 continue
             count = row.start + len(row.token_ids) + ahead - 1
             if draw.rules.reads_tokens:
-                places.append(self._places(row.blocks, count))
+                places.append(self._slots(row.blocks, count))
                 tokens.append(draw.history.tokens[:count])
             if draw.rules.encoder_repetition_penalty != 1:
-                places.append(self._places(row.cross_blocks, row.cross_length))
+                places.append(self._slots(row.cross_blocks, row.cross_length))
                 tokens.append(draw.history.encoded)
         if not any(map(len, places)):
             return
@@ -129,8 +129,8 @@ class FusedDraws:
         upload(both, device)
         self._history.view(-1)[device[0]] = device[1].int()
 
-    def _places(self, blocks: Sequence[int], count: int) -> npt.NDArray[np.int64]:
-        """Of the first `count` tokens in `blocks`."""
+    def _slots(self, blocks: Sequence[int], count: int) -> npt.NDArray[np.int64]:
+        """Where the first `count` tokens of `blocks` lie: block * block_size + offset."""
         size = self._inputs.block_size
         own = np.array(blocks[: -(-count // size)], dtype=np.int64)
         return (own[:, None] * size + np.arange(size)).reshape(-1)[:count]
@@ -243,7 +243,7 @@ def _options(row: SampleRow, listed: _Listed, first: int) -> tuple[float, ...]:
     return (
         rules.presence_penalty,
         rules.frequency_penalty,
-        bounded(row.temperature) if row.temperature else 0.0,
+        bounded_temperature(row.temperature) if row.temperature else 0.0,
         floor_24(row.top_p),
         floor_24(row.min_p),
         floor_24(row.typical_p),

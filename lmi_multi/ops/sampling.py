@@ -167,7 +167,7 @@ class Sampling:
         banned = [row.bans for row in rows]
         return cls(
             temperature=_column(
-                [bounded(r.temperature) if r.temperature else 1.0 for r in drawn],
+                [bounded_temperature(r.temperature) if r.temperature else 1.0 for r in drawn],
                 torch.float32,
                 device,
             ),
@@ -319,7 +319,7 @@ def _column(values: Sequence[float], dtype: torch.dtype, device: torch.device | 
     return torch.tensor(values, dtype=dtype, device=device)
 
 
-def bounded(temperature: float) -> float:
+def bounded_temperature(temperature: float) -> float:
     """Where all that are beyond draw the same."""
     return min(max(temperature, MIN_TEMPERATURE), MAX_TEMPERATURE)
 

@@ -3,9 +3,9 @@
 //
 // What a token weighs is an integer, and all sums that decide are of integers, as in the reference
 // (lmi_multi/ops/sampling.py), so they do not depend on the order that threads add in, nor on how many
-// blocks there are. The last token of a selection is found by a histogram over how far logits are below the likeliest one. Those in the
-// bin that matters are listed, and each is compared with all; where they are too many there are more
-// histograms, over 11 bits of their keys at a time.
+// blocks there are. The last token of a selection is found by a histogram over how far logits are below
+// the likeliest one. Those in the bin that matters are listed, and each is compared with all; where they
+// are too many there are more histograms, over 11 bits of their keys at a time.
 #include "draw_rules.cuh"
 #include "draw_team.cuh"
 
